@@ -1,0 +1,64 @@
+"""The file that a pruning run leaves: compact weights and their structure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.runner.checkpoint import weights_to_cpu
+from torch import nn
+
+from mmgfp.costs import Totals
+from mmgfp.io import save_checkpoint
+from mmgfp.structure import STRUCTURE_KEY, PruneStructure
+from mmgfp.version import __version__
+
+
+def save_artifact(
+    path: str | Path,
+    model: nn.Module,
+    structure: PruneStructure,
+    meta: dict[str, Any],
+) -> None:
+    """Write a compact model so that it loads with ``weights_only=True``.
+
+    Args:
+        path: Where to; written whole or not at all.
+        model: The compact model.
+        structure: What it was cut down to.
+        meta: What else belongs to it, such as ``dataset_meta``; values that are not
+            plain become text.
+    """
+    save_checkpoint(
+        {
+            'meta': plain({'mmgfp_version': __version__, **meta}),
+            'state_dict': weights_to_cpu(model.state_dict()),
+            STRUCTURE_KEY: structure.to_dict(),
+        },
+        path,
+    )
+
+
+def describe(now: Totals, full: Totals) -> dict[str, dict[str, float]]:
+    """Costs left and their share of the unpruned model's, in plain numbers."""
+    return {
+        cost: {'left': float(now[cost]), 'ratio': float(now[cost] / full[cost])}
+        for cost in ('macs', 'memory', 'params')
+    }
+
+
+def plain(value: Any) -> Any:
+    """``value`` made of types that a weights-only checkpoint may hold."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(v) for v in value)
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str | torch.Tensor):
+        return value
+    return str(value)

@@ -1,0 +1,50 @@
+"""The model factory with which a config describes a pruned model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import nn
+
+from mmgfp.structure import PruneStructure
+from mmgfp.surgery import compact
+
+
+@MODELS.register_module()
+def PrunedModel(architecture: dict, structure: str, **overrides: Any) -> nn.Module:  # noqa: N802
+    """Build ``architecture`` and cut it down to ``structure``.
+
+    What comes back is an object of the architecture's own class with fewer channels,
+    so that checkpoints keep their keys and every tool works on it.
+
+    Args:
+        architecture: The model's config as it was before pruning.
+        structure: A ``.json`` file or a checkpoint that holds the structure.
+        overrides: Further fields are merged into ``architecture``. A
+            ``backbone=dict(init_cfg=None)`` is useful: weights of the original size
+            are not looked for, and `mmdet.apis.init_detector` reads that field.
+
+    Raises:
+        StructureError: The file is damaged, or does not belong to the architecture.
+    """
+    loaded = PruneStructure.load(structure)
+    config = Config(copy.deepcopy(dict(architecture)))
+    config.merge_from_dict(overrides)
+    model = MODELS.build(config._cfg_dict)
+    loaded.check_fits(model, structure)
+    _forget_pretrained(model)
+    return compact(model, loaded)
+
+
+def _forget_pretrained(model: nn.Module) -> None:
+    """Pretrained weights have the original widths; they must not be looked for."""
+    for name, module in model.named_modules():
+        init_cfg = getattr(module, 'init_cfg', None)
+        entries = init_cfg if isinstance(init_cfg, list) else [init_cfg]
+        if any(isinstance(e, dict) and e.get('type') == 'Pretrained' for e in entries):
+            print_log(f'{name} of the pruned model ignores its pretrained weights')
+            module.init_cfg = None

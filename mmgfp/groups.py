@@ -1,0 +1,279 @@
+"""Coupled channels: from labels to groups of units that can be pruned."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import numpy as np
+from torch import nn
+
+from mmgfp.errors import ConfigError
+from mmgfp.tracing import NO_LABEL, Trace
+
+#: What a member is to its unit: made by the layer, read by it, or taken along.
+Role = Literal['out', 'in', 'with']
+
+#: Modules that count as layers (paper section 3.1: "only Conv/FC layers matter").
+LAYER_TYPES = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of one tensor that loses a slice with every unit.
+
+    Attributes:
+        name: Name of the parameter or buffer.
+        dim: Its dimension.
+        index: Which entries belong to each unit, shape (units, entries per unit).
+        role: ``'out'`` for a layer's output dimension, ``'in'`` for its input
+            dimension, ``'with'`` for norms, biases and element-wise parameters.
+    """
+
+    name: str
+    dim: int
+    index: np.ndarray
+    role: Role
+
+    @property
+    def width(self) -> int:
+        """Entries that one unit takes."""
+        return self.index.shape[1]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Units that are coupled in the same way.
+
+    A unit is the smallest set of channels that can only be removed together; all
+    units of a group touch the same dimensions of the same tensors.
+
+    Attributes:
+        name: The layer that makes the channels (the first one, where several do).
+        members: The dimensions that shrink with each unit.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.members[0].index.shape[0]
+
+    def layers(self, role: Role) -> list[str]:
+        """Names of the layers in which the units have ``role``."""
+        return [module_of(m.name) for m in self.members if m.role == role]
+
+
+@dataclass(frozen=True)
+class FrozenLayer:
+    """A layer that keeps output channels, and why.
+
+    Attributes:
+        layer: Name of the layer.
+        reason: Why its channels stay.
+        channels: How many of its output channels stay.
+    """
+
+    layer: str
+    reason: str
+    channels: int
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The groups of a model, and what is left out.
+
+    Attributes:
+        groups: Groups in the order in which data meets them.
+        frozen: Layers with output channels that no unit can remove.
+        inputs: For each layer's weight, the unit that each of its input channels
+            belongs to, shape (C_in,), or -1. Units are numbered through all groups.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    frozen: tuple[FrozenLayer, ...]
+    inputs: dict[str, np.ndarray]
+
+    @property
+    def units(self) -> int:
+        """Number of units in all groups."""
+        return sum(g.units for g in self.groups)
+
+    @property
+    def group_of(self) -> np.ndarray:
+        """Group number of each unit, shape (units,)."""
+        sizes = [g.units for g in self.groups]
+        return np.repeat(np.arange(len(sizes)), sizes)
+
+
+def module_of(tensor: str) -> str:
+    """Name of the module that owns the tensor called ``tensor``."""
+    return tensor.rpartition('.')[0]
+
+
+def matches(layer: str, pattern: str) -> bool:
+    """Whether ``pattern`` names the layer, a module around it, or fits as a glob."""
+    return fnmatchcase(layer, pattern) or layer.startswith(f'{pattern}.')
+
+
+def build_groups(
+    model: nn.Module,
+    trace: Trace,
+    keep: Sequence[str] = (),
+    frozen_layers: dict[str, str] | None = None,
+) -> Grouping:
+    """Collect the units of a traced model into groups.
+
+    Args:
+        model: The traced module.
+        trace: What tracing found.
+        keep: Names or glob patterns of layers that stay as they are, on their input
+            and on their output side.
+        frozen_layers: More layers to leave alone, with the reason.
+
+    Raises:
+        ConfigError: A pattern of ``keep`` matches no layer.
+    """
+    _freeze_named(model, trace, _kept_layers(model, trace, keep))
+    _freeze_named(model, trace, frozen_layers or {})
+    table = trace.table
+    components = table.components()
+    reasons = table.frozen(components)
+    produced, consumed = table.produced(), table.consumed()
+    prunable = _members_of(components, produced) & _members_of(components, consumed)
+    prunable[list(reasons)] = False
+    groups, unit_of = _collect(trace, components, prunable, produced, consumed)
+    inputs = {
+        call.weight: _units_of_labels(call.inputs.numpy(), components, unit_of)
+        for call in reversed(trace.calls)
+    }
+    frozen = _frozen_layers(model, trace, components, prunable, reasons)
+    return Grouping(tuple(groups), tuple(frozen), inputs)
+
+
+def layer_names(model: nn.Module, trace: Trace) -> list[str]:
+    """All layers: the Conv/FC modules, and what else was traced as a layer."""
+    found = [n for n, m in model.named_modules() if isinstance(m, LAYER_TYPES)]
+    traced = [module_of(call.weight) for call in trace.calls]
+    return list(dict.fromkeys(found + traced))
+
+
+def _kept_layers(model: nn.Module, trace: Trace, keep: Iterable[str]) -> dict[str, str]:
+    kept: dict[str, str] = {}
+    for pattern in keep:
+        found = [n for n in layer_names(model, trace) if matches(n, pattern)]
+        if not found:
+            raise ConfigError(
+                'keep',
+                'the name or a pattern of Conv/FC layers of the model',
+                repr(pattern),
+                'see the layer names that tools/analyze.py lists',
+            )
+        kept |= dict.fromkeys(found, 'kept as configured')
+    return kept
+
+
+def _freeze_named(model: nn.Module, trace: Trace, layers: dict[str, str]) -> None:
+    """Freeze every labelled dimension of the layers' parameters."""
+    for (name, _), vector in trace.table.vectors.items():
+        if module_of(name) in layers:
+            trace.table.freeze(vector, layers[module_of(name)])
+    for call in trace.calls:  # a group conv's inputs are on no dimension of its own
+        if module_of(call.weight) in layers:
+            trace.table.freeze(call.inputs, layers[module_of(call.weight)])
+
+
+def _members_of(components: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Which components hold a marked label."""
+    found = np.zeros(components.max(initial=-1) + 1, dtype=bool)
+    found[components[mask]] = True
+    return found
+
+
+def _units_of_labels(
+    labels: np.ndarray, components: np.ndarray, unit_of: np.ndarray
+) -> np.ndarray:
+    known = labels != NO_LABEL
+    units = np.full(labels.shape, -1)
+    units[known] = unit_of[components[labels[known]]]
+    return units
+
+
+def _collect(
+    trace: Trace,
+    components: np.ndarray,
+    prunable: np.ndarray,
+    produced: np.ndarray,
+    consumed: np.ndarray,
+) -> tuple[list[ChannelGroup], np.ndarray]:
+    """Groups, and the unit number of each component (-1 where it is not prunable)."""
+    signatures: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
+    entries: dict[tuple[str, int], dict[int, np.ndarray]] = {}
+    for (name, dim), vector in trace.table.vectors.items():
+        own = components[vector.numpy()]
+        order = np.argsort(own, kind='stable')
+        found, starts = np.unique(own[order], return_index=True)
+        parts = np.split(order, starts[1:])
+        entries[name, dim] = {}
+        for component, index in zip(found.tolist(), parts, strict=True):
+            if prunable[component]:
+                entries[name, dim][component] = index
+                signatures[component].append((name, dim, len(index)))
+    alike: dict[tuple[tuple[str, int, int], ...], list[int]] = defaultdict(list)
+    for component, signature in signatures.items():
+        alike[tuple(signature)].append(component)
+    groups = []
+    unit_of = np.full(prunable.shape, -1)
+    count = 0
+    for key, units in alike.items():
+        units.sort(key=lambda c: int(entries[key[0][:2]][c][0]))
+        members = []
+        for name, dim, _ in key:
+            first = int(trace.table.vectors[name, dim][0])
+            role: Role = (
+                'out' if produced[first] else 'in' if consumed[first] else 'with'
+            )
+            index = np.stack([entries[name, dim][c] for c in units])
+            members.append(Member(name, dim, index, role))
+        makers = [m.name for m in members if m.role == 'out']
+        groups.append(ChannelGroup(module_of(makers[0]), tuple(members)))
+        unit_of[units] = np.arange(count, count + len(units))
+        count += len(units)
+    return groups, unit_of
+
+
+def _frozen_layers(
+    model: nn.Module,
+    trace: Trace,
+    components: np.ndarray,
+    prunable: np.ndarray,
+    reasons: dict[int, list[str]],
+) -> list[FrozenLayer]:
+    """Every layer with output channels that stay, with the reason."""
+    produced = trace.table.produced()
+    outputs = {}
+    for (name, _), vector in trace.table.vectors.items():
+        if produced[vector.numpy()].all():
+            outputs[module_of(name)] = components[vector.numpy()]
+    traced = {module_of(call.weight) for call in trace.calls}
+    frozen = []
+    for layer in layer_names(model, trace):
+        if layer not in traced:
+            weight = model.get_parameter(f'{layer}.weight')
+            reason, stay = 'took no part in the loss', len(weight)
+        elif layer not in outputs:
+            reason, stay = 'its output channels carry no labels', 1
+        else:
+            left = outputs[layer][~prunable[outputs[layer]]]
+            if not left.size:
+                continue
+            found = dict.fromkeys(r for c in left for r in reasons.get(int(c), ()))
+            reason = '; '.join(found) or 'no further layer reads its output'
+            stay = int(left.size)
+        frozen.append(FrozenLayer(layer, reason, stay))
+    return frozen

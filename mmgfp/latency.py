@@ -1,0 +1,51 @@
+"""How long models take, timed in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+WARMUP = 3
+
+
+def measure_latency(
+    models: Mapping[str, nn.Module],
+    inputs: torch.Tensor,
+    rounds: int = 20,
+    **kwargs: Any,
+) -> dict[str, float]:
+    """Times forward passes of several models on one input.
+
+    The models take turns, so that whatever else the machine does meets them
+    all, and the median drops the passes it met hardest.
+
+    Args:
+        models: Models in eval mode by name, on the device of `inputs`.
+        inputs: A batch of images, (N, C, H, W).
+        rounds: Timed passes for each model, at least 1.
+        **kwargs: Further arguments of the models' forward.
+
+    Returns:
+        Median milliseconds for the batch by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for turn in range(WARMUP + rounds):
+            for name, model in models.items():
+                began = _now(inputs.device)
+                model(inputs, **kwargs)
+                if turn >= WARMUP:
+                    times[name].append((_now(inputs.device) - began) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _now(device: torch.device) -> float:
+    """Returns seconds, after the device has finished what it was given."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,123 @@
+"""The table that compares a model before and after pruning."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+# Both lines of OpenMMLab, and what they run on.
+PREFIXES = ('mm', 'onedl-mm', 'torch')
+
+
+def machine_facts() -> dict[str, Any]:
+    """Says what the numbers were measured with: processor, threads, versions."""
+    versions = {
+        dist.name: dist.version
+        for dist in distributions()
+        if dist.name.startswith(PREFIXES)
+    }
+    return {
+        'cpu': _cpu_name(),
+        'threads': torch.get_num_threads(),
+        'python': platform.python_version(),
+        'versions': dict(sorted(versions.items())),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path('/proc/cpuinfo')
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(':', 1)[1].strip() for line in lines if 'model name' in line]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main_metric(metrics: Mapping[str, float]) -> tuple[str, float]:
+    """Picks a test's headline: COCO's mAP or top-1 accuracy, both in percent."""
+    if 'coco/bbox_mAP' in metrics:
+        return 'mAP', metrics['coco/bbox_mAP'] * 100
+    if 'accuracy/top1' in metrics:
+        return 'top-1', metrics['accuracy/top1']
+    return next(iter(metrics.items()))
+
+
+def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Formats the results, costs also as a share of the first row's.
+
+    Args:
+        rows: For each model its name `model`, the dict `metrics`, the numbers
+            `macs`, `memory`, `params` and, if it was timed, `latency_ms`.
+
+    Returns:
+        The header, then one list of cells per row.
+    """
+    metric = main_metric(rows[0]['metrics'])[0]
+    cells = [['model', metric, 'MACs (G)', 'memory (M)', 'params (M)', 'CPU (ms)']]
+    for row in rows:
+        quality = f'{main_metric(row["metrics"])[1]:.1f}'
+        costs = [
+            _cost(row, rows[0], *column)
+            for column in (
+                ('macs', 1e9, 3),
+                ('memory', 1e6, 2),
+                ('params', 1e6, 2),
+                ('latency_ms', 1.0, 1),
+            )
+        ]
+        cells.append([row['model'], quality, *costs])
+    return cells
+
+
+def _cost(
+    row: Mapping[str, Any], first: Mapping[str, Any], key: str, unit: float, digits: int
+) -> str:
+    if key not in row:
+        return '-'
+    return f'{row[key] / unit:.{digits}f} ({row[key] / first[key]:.0%})'
+
+
+def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
+    """Writes a table and how it came about as Markdown.
+
+    Args:
+        cells: What `table_cells` gave.
+        facts: What `machine_facts` gives, and `configs`, `input_shape`, `seed`,
+            and `seconds` by stage.
+
+    Returns:
+        The text of a section, without a heading.
+    """
+    lines = [f'| {" | ".join(row)} |' for row in cells]
+    lines.insert(1, '|---' + '|---:' * (len(cells[0]) - 1) + '|')
+    versions = ', '.join(f'{name} {v}' for name, v in facts['versions'].items())
+    stages = ', '.join(f'{stage} {s} s' for stage, s in facts['seconds'].items())
+    shape = '×'.join(str(size) for size in facts['input_shape'])
+    lines += [
+        '',
+        'MACs count one multiply-add as one; memory is the number of elements that',
+        f'all layers put out; both for one {shape} image. CPU is the median time of',
+        'the network for that image, without decoding boxes.',
+        '',
+        f'- configs: {", ".join(f"`{path}`" for path in facts["configs"])}',
+        f'- seed {facts["seed"]}; {facts["cpu"]}, {facts["threads"]} threads',
+        f'- Python {facts["python"]}, {versions}',
+        f'- wall-clock time: {stages}',
+    ]
+    return '\n'.join(lines) + '\n'
+
+
+def print_table(cells: Sequence[Sequence[str]]) -> None:
+    """Prints a table to the terminal."""
+    table = Table(cells[0][0])
+    for name in cells[0][1:]:
+        table.add_column(name, justify='right', no_wrap=True)
+    for row in cells[1:]:
+        table.add_row(*row)
+    console = Console()
+    console.print(table, width=max(100, console.width))

@@ -1,0 +1,171 @@
+"""What a pruned model looks like: the entries kept in every tensor dimension."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmgfp.errors import StructureError
+from mmgfp.groups import ChannelGroup
+from mmgfp.io import atomic_write, load_weights_only
+
+#: The key under which a checkpoint holds its structure.
+STRUCTURE_KEY = 'prune_structure'
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PruneStructure:
+    """Which entries of each tensor dimension a compact model keeps.
+
+    Attributes:
+        sizes: Original shape by tensor name, for each tensor that shrinks.
+        kept: Kept indices, ascending, by tensor name and dimension.
+    """
+
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+    kept: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        groups: Sequence[ChannelGroup],
+        alive: np.ndarray,
+        shapes: Mapping[str, Sequence[int]],
+    ) -> PruneStructure:
+        """The structure that is left when only the units ``alive``, (U,), stay."""
+        dropped: dict[tuple[str, int], list[np.ndarray]] = {}
+        start = 0
+        for group in groups:
+            gone = ~alive[start : start + group.units]
+            start += group.units
+            for member in group.members if gone.any() else ():
+                dropped.setdefault((member.name, member.dim), []).append(
+                    member.index[gone].reshape(-1)
+                )
+        structure = cls()
+        for (name, dim), parts in sorted(dropped.items()):
+            left = np.setdiff1d(np.arange(shapes[name][dim]), np.concatenate(parts))
+            structure.sizes[name] = list(shapes[name])
+            structure.kept.setdefault(name, {})[dim] = left.tolist()
+        return structure
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of the tensor called ``name`` in the compact model."""
+        shape = list(self.sizes[name])
+        for dim, kept in self.kept[name].items():
+            shape[dim] = len(kept)
+        return shape
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, as JSON and weights-only checkpoints hold them."""
+        tensors = {
+            name: {
+                'shape': self.sizes[name],
+                'kept': {str(dim): kept for dim, kept in dims.items()},
+            }
+            for name, dims in self.kept.items()
+        }
+        return {'version': VERSION, 'tensors': tensors}
+
+    @classmethod
+    def from_dict(cls, raw: Any, source: str = 'structure') -> PruneStructure:
+        """Read and validate what `to_dict` wrote.
+
+        Raises:
+            StructureError: Another version, or indices that are not ascending and
+                within the tensor's size.
+        """
+        remedy = 'use the file that a mmgfp pruning run or tools/deploy_pruned.py wrote'
+        version = raw.get('version') if isinstance(raw, Mapping) else None
+        if version != VERSION:
+            raise StructureError(
+                source, f'a structure of version {VERSION}', repr(version), remedy
+            )
+        structure = cls()
+        try:
+            for name, entry in raw['tensors'].items():
+                structure.sizes[name] = [int(s) for s in entry['shape']]
+                structure.kept[name] = {
+                    int(dim): [int(i) for i in kept]
+                    for dim, kept in entry['kept'].items()
+                }
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StructureError(
+                source, 'tensors with shape and kept', repr(error), remedy
+            ) from None
+        structure._validate(source, remedy)
+        return structure
+
+    def _validate(self, source: str, remedy: str) -> None:
+        for name, dims in self.kept.items():
+            shape = self.sizes[name]
+            for dim, kept in dims.items():
+                size = shape[dim] if 0 <= dim < len(shape) else 0
+                ascending = all(a < b for a, b in zip(kept, kept[1:], strict=False))
+                if not kept or not ascending or kept[0] < 0 or kept[-1] >= size:
+                    raise StructureError(
+                        f'{source}: {name} dimension {dim}',
+                        f'ascending indices below {size}',
+                        f'{len(kept)} indices, {kept[:3]}...',
+                        remedy,
+                    )
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruneStructure:
+        """Read a structure from a ``.json`` file or from inside a checkpoint.
+
+        Raises:
+            StructureError: The file is missing, damaged or holds no structure.
+        """
+        path = Path(path)
+        if path.suffix == '.json':
+            try:
+                raw = json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                raise StructureError(
+                    str(path), 'a readable JSON file', str(error), 'check the path'
+                ) from None
+        else:
+            checkpoint = load_weights_only(path)
+            raw = checkpoint.get(STRUCTURE_KEY)
+        if raw is None:
+            raise StructureError(
+                str(path),
+                f'a checkpoint with the key {STRUCTURE_KEY!r}',
+                'one without',
+                'give a checkpoint that a pruning run saved at its target',
+            )
+        return cls.from_dict(raw, str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write a readable ``.json`` file, whole or not at all."""
+        text = json.dumps(self.to_dict())
+        atomic_write(path, lambda tmp: tmp.write_text(text))
+
+    def check_fits(self, model: nn.Module, source: str = 'structure') -> None:
+        """Check that ``model`` is what this structure was made from.
+
+        Raises:
+            StructureError: A tensor is missing or of another shape.
+        """
+        tensors: dict[str, torch.Tensor] = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        for name, shape in self.sizes.items():
+            got = list(tensors[name].shape) if name in tensors else 'no such tensor'
+            if got != shape:
+                raise StructureError(
+                    f'{source}: {name}',
+                    f'shape {shape}',
+                    str(got),
+                    'use it with the architecture that was pruned',
+                )

@@ -1,0 +1,152 @@
+"""Cutting a module down to a structure, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmgfp.structure import PruneStructure
+
+
+def compact(model: nn.Module, structure: PruneStructure) -> nn.Module:
+    """Shrink ``model`` in place to ``structure``; weights that stay are kept.
+
+    Parameters and buffers are replaced by smaller ones, so an optimizer must be built
+    afterwards. Tensors that several modules share stay shared.
+
+    Returns:
+        nn.Module: The same object.
+
+    Raises:
+        StructureError: The structure does not belong to the model.
+    """
+    structure.check_fits(model)
+    owners = _owners(model)
+    touched: dict[int, nn.Module] = {}
+    done: set[int] = set()
+    for name, kept in structure.kept.items():
+        module_name, _, attribute = name.rpartition('.')
+        tensor = getattr(model.get_submodule(module_name), attribute)
+        if id(tensor) in done:
+            continue
+        smaller = _shrunk(tensor, kept)
+        done.add(id(smaller))
+        for module, key in owners[id(tensor)]:
+            setattr(module, key, smaller)
+            touched[id(module)] = module
+    for module in model.modules():
+        if id(module) in touched or _wraps(module, touched):
+            fix_attributes(module)
+    return model
+
+
+def _shrunk(tensor: Tensor, kept: dict[int, list[int]]) -> Tensor:
+    data = tensor.detach()
+    for dim, indices in kept.items():
+        index = torch.tensor(indices, device=data.device)
+        data = data.index_select(dim, index)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(data, requires_grad=tensor.requires_grad)
+    return data
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                owners.setdefault(id(tensor), []).append((module, key))
+    return owners
+
+
+def _wraps(module: nn.Module, touched: dict[int, nn.Module]) -> bool:
+    """A block such as mmcv's ConvModule that repeats its convolution's attributes."""
+    return isinstance(getattr(module, 'conv', None), nn.Module) and (
+        id(module.conv) in touched
+    )
+
+
+Fixer = Callable[[Any], None]
+#: Attribute rules: (applies to the module, makes its attributes true), in order.
+ATTRIBUTE_RULES: list[tuple[Callable[[nn.Module], bool], Fixer]] = []
+
+
+def register_attributes(
+    applies: Callable[[nn.Module], bool],
+) -> Callable[[Fixer], Fixer]:
+    """Register how a kind of module reads its attributes off its tensors."""
+
+    def register(fixer: Fixer) -> Fixer:
+        ATTRIBUTE_RULES.append((applies, fixer))
+        return fixer
+
+    return register
+
+
+def fix_attributes(module: nn.Module) -> None:
+    """Make ``in_channels``, ``groups``, ``num_features`` and their like true."""
+    for applies, fixer in ATTRIBUTE_RULES:
+        if applies(module):
+            fixer(module)
+            return
+
+
+def _convolves(module: nn.Module) -> bool:
+    """Convolutions of torch and mmcv, deformable ones among them."""
+    names = ('in_channels', 'out_channels', 'groups')
+    return all(hasattr(module, n) for n in names) and isinstance(
+        getattr(module, 'weight', None), Tensor
+    )
+
+
+@register_attributes(_convolves)
+def _fix_conv(conv: Any) -> None:
+    weight = conv.weight
+    if getattr(conv, 'transposed', False):
+        conv.in_channels = weight.shape[0]
+        conv.out_channels = weight.shape[1] * conv.groups
+        return
+    if conv.groups > 1:
+        conv.groups = weight.shape[0] // (conv.out_channels // conv.groups)
+    conv.in_channels = weight.shape[1] * conv.groups
+    conv.out_channels = weight.shape[0]
+
+
+@register_attributes(lambda m: isinstance(m, nn.Linear))
+def _fix_linear(linear: Any) -> None:
+    linear.out_features, linear.in_features = linear.weight.shape
+
+
+@register_attributes(
+    lambda m: hasattr(m, 'num_features') and hasattr(m, 'running_mean')
+)
+def _fix_batch_norm(norm: Any) -> None:
+    tensors = (norm.weight, norm.bias, norm.running_mean)
+    norm.num_features = next(len(t) for t in tensors if t is not None)
+
+
+@register_attributes(lambda m: isinstance(m, nn.GroupNorm))
+def _fix_group_norm(norm: Any) -> None:
+    width = norm.num_channels // norm.num_groups
+    norm.num_channels = len(norm.weight)
+    norm.num_groups = norm.num_channels // width
+
+
+@register_attributes(lambda m: isinstance(m, nn.PReLU))
+def _fix_prelu(prelu: Any) -> None:
+    prelu.num_parameters = len(prelu.weight)
+
+
+@register_attributes(
+    lambda m: (
+        hasattr(m, 'in_channels')
+        and hasattr(m, 'out_channels')
+        and isinstance(getattr(m, 'conv', None), nn.Module)
+    )
+)
+def _fix_conv_block(block: Any) -> None:
+    block.in_channels = block.conv.in_channels
+    block.out_channels = block.conv.out_channels

@@ -1,0 +1,99 @@
+"""The autograd graph of a loss, in the order in which it was computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mmgfp.tracing.rules.layers import LAYER_OPS
+from mmgfp.tracing.value import op_name
+
+Node = Any
+#: The operands of a node: (node that made it, which of its outputs).
+Edges = tuple[tuple[Node | None, int], ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes of an autograd graph, operands before users.
+
+    Attributes:
+        nodes: All nodes below the loss.
+        edges: Operands by node.
+        relevant: Nodes from which a way leads to a layer, and the layers.
+        live: Nodes that the loss depends on with a factor other than zero.
+        layers: Nodes that contract something with a parameter.
+    """
+
+    nodes: list[Node]
+    edges: dict[Node, Edges]
+    relevant: set[Node]
+    live: set[Node]
+    layers: set[Node]
+
+
+def read_graph(loss: Tensor) -> Graph:
+    """Walk the graph of ``loss``; its nodes stay valid until backward frees them."""
+    root = loss.grad_fn
+    nodes, edges = _postorder(root)
+    parametric = _from_parameters(nodes, edges)
+    layers = {
+        n
+        for n in nodes
+        if op_name(n) in LAYER_OPS
+        and any(edges[n][i][0] in parametric for i in LAYER_OPS[op_name(n)])
+    }
+    relevant = set(layers)
+    live = {root}
+    for node in reversed(nodes):
+        if _times_zero(node):
+            continue
+        for operand, _ in edges[node]:
+            if operand is not None:
+                if node in relevant:
+                    relevant.add(operand)
+                if node in live:
+                    live.add(operand)
+    return Graph(nodes, edges, relevant, live, layers)
+
+
+def _postorder(root: Node) -> tuple[list[Node], dict[Node, Edges]]:
+    nodes: list[Node] = []
+    edges: dict[Node, Edges] = {}
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            nodes.append(node)
+        elif node not in edges:
+            edges[node] = node.next_functions
+            stack.append((node, True))
+            # The first operand, which is the activation, comes off the stack first.
+            stack += [
+                (n, False)
+                for n, _ in reversed(edges[node])
+                if n is not None and n not in edges
+            ]
+    return nodes, edges
+
+
+def _from_parameters(nodes: list[Node], edges: dict[Node, Edges]) -> set[Node]:
+    """Nodes that depend on parameters and on nothing else in the graph."""
+    found: set[Node] = set()
+    for node in nodes:
+        operands = [n for n, _ in edges[node] if n is not None]
+        if hasattr(node, 'variable') or (
+            operands and all(n in found for n in operands)
+        ):
+            found.add(node)
+    return found
+
+
+def _times_zero(node: Node) -> bool:
+    """A product with the number 0, with which a loss touches what it does not use."""
+    if op_name(node) != 'Mul' or any(n is not None for n, _ in node.next_functions[1:]):
+        return False
+    factor = node._saved_other
+    return factor is not None and factor.dim() == 0 and float(factor) == 0.0

@@ -1,0 +1,12 @@
+"""Op rules: how each op hands labels from its operands to its results.
+
+A rule takes the `Context` of a node and the operands' `Value`s (None where an
+operand needs no gradient, such as an image or a constant) and returns the result's
+`Value`, or a list where the op has several results. To add an op, write one function
+decorated with `register_rule`, in the module that its kind belongs to.
+"""
+
+from mmgfp.tracing.rules import arithmetic, layers, reductions, shapes
+from mmgfp.tracing.rules.registry import RULES, register_rule
+
+__all__ = ['RULES', 'arithmetic', 'layers', 'reductions', 'register_rule', 'shapes']

@@ -1,0 +1,155 @@
+"""Ops that work element by element, and those that work channel by channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmgfp.tracing.labels import varying
+from mmgfp.tracing.rules.registry import Operands, register_rule
+from mmgfp.tracing.value import Context, Value, fill_unlabelled
+
+
+def _first(operands: Operands) -> Value | None:
+    return next((v for v in operands if v is not None), None)
+
+
+def _align(plane: Tensor, rank: int) -> Tensor:
+    """Add the leading dimensions that broadcasting implies."""
+    return plane.reshape((1,) * (rank - plane.dim()) + tuple(plane.shape))
+
+
+@register_rule(
+    'Add', 'Sub', 'Rsub', 'Mul', 'Div', 'Maximum', 'Minimum', 'Where', 'Pow',
+    'Lerp', 'Addcmul', 'Addcdiv', 'Atan2', 'Fmod', 'Remainder', 'Relu', 'Sigmoid',
+    'Tanh', 'Silu', 'Mish', 'Gelu', 'Elu', 'Selu', 'Celu', 'LeakyRelu', 'Hardtanh',
+    'Hardswish', 'Hardsigmoid', 'Softplus', 'LogSigmoid', 'Clamp', 'ClampMin',
+    'ClampMax', 'Exp', 'Log', 'Log1P', 'Sqrt', 'Rsqrt', 'Reciprocal', 'Neg', 'Abs',
+    'Sin', 'Cos', 'Erf', 'Threshold', 'RreluWithNoise', 'Clone', 'ToCopy',
+    'Contiguous', 'Alias', 'ViewAs', 'Dropout', 'NativeDropout', 'FusedDropout',
+    'MaskedFill', 'PreluKernel', 'NanToNum', 'Expand', 'SigmoidFunction',
+    'Square', 'Fill', 'ErrorFunction', 'SwishImplementation', 'Expm1', 'Tan',
+)  # fmt: skip
+def elementwise(ctx: Context, operands: Operands) -> Value:
+    """Results live where all operands live: equate operands, broadcast together."""
+    values = [v for v in operands if v is not None]
+    merged = _merge_planes(ctx, values)
+    for plane in merged:
+        for value in values:
+            if _holds_without_labels(value, plane):
+                ctx.freeze(plane, 'combined with a tensor of fixed width by')
+    result = Value(
+        ctx.shape, (), all(v is not None and v.from_parameters for v in operands)
+    )
+    return ctx.value(merged, like=result)
+
+
+def _merge_planes(ctx: Context, values: Sequence[Value]) -> list[Tensor]:
+    """Equate planes of different operands that label the same dimensions."""
+    merged: list[Tensor] = []
+    for value in values:
+        for raw in value.planes:
+            plane = _align(raw, len(ctx.shape))
+            dims = varying(plane)
+            for i, other in enumerate(merged):
+                if varying(other) & dims:
+                    ctx.table.equate(other, plane)
+                    merged[i] = fill_unlabelled(
+                        other.expand(torch.broadcast_shapes(other.shape, plane.shape)),
+                        plane,
+                    )
+                    break
+            else:
+                merged.append(plane)
+    return merged
+
+
+def _holds_without_labels(value: Value, plane: Tensor) -> bool:
+    """Whether ``value`` has elements along the plane's dimensions but no labels."""
+    shape = (1,) * (plane.dim() - len(value.shape)) + value.shape
+    dims = {d for d in varying(plane) if shape[d] > 1}
+    own = [varying(_align(p, plane.dim())) for p in value.planes]
+    return bool(dims) and not any(dims & o for o in own)
+
+
+@register_rule(
+    'MaxPool2DWithIndices', 'MaxPool3DWithIndices', 'AvgPool2D', 'AvgPool3D',
+    'AdaptiveAvgPool2D', 'AdaptiveAvgPool3D', 'AdaptiveMaxPool2D',
+    'UpsampleNearest1D', 'UpsampleNearest2D', 'UpsampleNearest3D',
+    'UpsampleNearestExact2D', 'UpsampleBilinear2D', 'UpsampleBicubic2D',
+    'UpsampleTrilinear3D', 'UpsampleLinear1D', 'ReflectionPad2D',
+    'ReplicationPad2D', 'GridSampler2D',
+)  # fmt: skip
+def resample(ctx: Context, operands: Operands) -> Value:
+    """Channels pass; dimensions behind them are mixed."""
+    return _resampled(ctx, operands[0], mixed_from=2)
+
+
+@register_rule('RoIAlignFunction', 'RoIPoolFunction', 'RoiAlign')
+def roi_pool(ctx: Context, operands: Operands) -> Value:
+    """Channels pass; images become RoIs."""
+    return _resampled(ctx, operands[0], mixed_from=2, mixed_batch=True)
+
+
+def _resampled(
+    ctx: Context, value: Value | None, mixed_from: int, mixed_batch: bool = False
+) -> Value:
+    if value is None:
+        return Value(ctx.shape)
+    mixed = frozenset(range(mixed_from, len(value.shape)))
+    if mixed_batch:
+        mixed |= {0}
+    what = 'positions are mixed by'
+    return ctx.value(
+        [p for p in value.planes if not ctx.mixed(p, mixed, what)], like=value
+    )
+
+
+@register_rule('NativeBatchNorm', 'CudnnBatchNorm', 'MiopenBatchNorm', 'SyncBatchNorm')
+def batch_norm(ctx: Context, operands: Operands) -> Value:
+    """Channels pass and take weight, bias and running statistics with them."""
+    return _normalised(ctx, operands, groups=None)
+
+
+@register_rule('NativeGroupNorm')
+def group_norm(ctx: Context, operands: Operands) -> Value:
+    """The channels of one norm group live and die together."""
+    return _normalised(ctx, operands, groups=ctx.saved('group'))
+
+
+def _normalised(ctx: Context, operands: Operands, groups: int | None) -> Value:
+    value, *affine = operands
+    shape = value.shape if value else ctx.shape
+    vectors = _norm_vectors(ctx, affine, shape[1])
+    planes = []
+    for plane in value.planes if value else ():
+        if ctx.mixed(plane, varying(plane) - {1}, 'positions are mixed by'):
+            continue
+        planes.append(plane)
+        labels = plane.reshape(-1)  # (C,)
+        if groups:
+            _equate_rows(ctx, labels.reshape(groups, -1))
+        for vector in vectors:
+            ctx.table.equate(labels, vector)
+    if not planes:
+        for vector in vectors:
+            ctx.freeze(vector, 'channels of fixed width are normalised by')
+    return ctx.value(planes, like=Value(ctx.shape))
+
+
+def _equate_rows(ctx: Context, labels: Tensor) -> None:
+    """Equate all elements inside each row of ``labels``, shape (G, K)."""
+    ctx.table.merge(labels, 1)
+
+
+def _norm_vectors(ctx: Context, affine: Operands, channels: int) -> list[Tensor]:
+    """Labels of a norm layer's weight, bias and buffers, each of shape (C,)."""
+    vectors = [p.reshape(-1) for v in affine if v is not None for p in v.planes]
+    for name in ('running_mean', 'running_var'):
+        buffer = getattr(ctx.node, f'_saved_{name}', None)
+        key = ctx.buffers.get(buffer.data_ptr()) if buffer is not None else None
+        if key is not None and channels > 1:
+            vectors.append(ctx.table.vector(key, 0, channels))
+    return [v for v in vectors if v.numel() == channels]

@@ -1,0 +1,158 @@
+"""Layers: ops that contract an activation with a weight and issue new channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmgfp.tracing.labels import NO_LABEL, varying
+from mmgfp.tracing.rules.registry import Operands, register_rule
+from mmgfp.tracing.value import Context, LayerCall, Value
+
+#: Ops through which a parameter makes a layer, and where their factors stand.
+LAYER_OPS: dict[str, tuple[int, int]] = {
+    'Convolution': (0, 1),
+    'Addmm': (1, 2),
+    'Mm': (0, 1),
+}
+
+
+@register_rule('Convolution')
+def convolution(ctx: Context, operands: Operands) -> Value:
+    """New labels on the output channels; input channels meet the weight's."""
+    value, weight, bias = operands
+    transposed, groups = ctx.saved('transposed'), ctx.saved('groups')
+    if weight is None:
+        ctx.freeze_value(value, 'read with a fixed weight by')
+        return Value(ctx.shape)
+    out_dim, in_dim = (1, 0) if transposed else (0, 1)
+    channels = value.shape[1] if value else _input_channels(weight, in_dim, groups)
+    labels = _input_vector(ctx, value, channels)
+    if groups == 1:
+        out = _vector(weight, out_dim)
+        _read(ctx, labels, _vector(weight, in_dim))
+    else:
+        # The tied dimension is removed in whole conv groups, the other one not.
+        tied = _vector(weight, 0)
+        out = _tie_groups(ctx, labels, tied, groups, transposed)
+    _record(ctx, weight, labels, transposed, groups)
+    if out is None:
+        return Value(ctx.shape)
+    if bias is not None:
+        for plane in bias.planes:
+            ctx.table.equate(out, plane.reshape(-1))
+    ctx.table.produce(out)
+    plane = out.reshape((1, -1) + (1,) * (len(ctx.shape) - 2))
+    return ctx.value([plane], like=Value(ctx.shape))
+
+
+def _input_channels(weight: Value, in_dim: int, groups: int) -> int:
+    return weight.shape[in_dim] * (groups if in_dim == 1 else 1)
+
+
+def _vector(weight: Value, dim: int) -> Tensor | None:
+    """The weight's labels along ``dim``, shape (size,), or None if it has none."""
+    for plane in weight.planes:
+        if varying(plane) == {dim}:
+            return plane.reshape(-1)
+    return None
+
+
+def _input_vector(ctx: Context, value: Value | None, channels: int) -> Tensor:
+    """One label per input channel, shape (C_in,); what cannot be followed freezes."""
+    labels = torch.full((channels,), NO_LABEL)
+    for plane in value.planes if value else ():
+        if 1 not in varying(plane) or ctx.mixed(
+            plane, varying(plane) - {0, 1}, 'positions are mixed by'
+        ):
+            ctx.freeze(plane, 'read across positions by')
+            continue
+        labels = ctx.table.merge(plane, 0).reshape(-1)
+    return labels
+
+
+def _read(ctx: Context, labels: Tensor, vector: Tensor | None) -> None:
+    """Let a layer's input dimension follow the channels that it reads."""
+    if vector is None:
+        ctx.freeze(
+            labels, 'read as the only channel, or with a weight of fixed width, by'
+        )
+        return
+    ctx.table.equate(labels, vector)
+    ctx.table.consume(vector)
+
+
+def _tie_groups(
+    ctx: Context, labels: Tensor, tied: Tensor | None, groups: int, transposed: bool
+) -> Tensor | None:
+    """Couple each conv group's inputs with its outputs; the unit is the group."""
+    if tied is None:
+        ctx.freeze(
+            labels, 'read as the only channel, or with a weight of fixed width, by'
+        )
+        return None
+    if transposed:
+        # (C_in, C_out / G, ...): no parameter dimension holds the outputs alone.
+        ctx.freeze(labels, 'read by a grouped transposed')
+        ctx.freeze(tied, 'read by a grouped transposed')
+        return None
+    rows, inputs = tied.reshape(groups, -1), labels.reshape(groups, -1)
+    ctx.table.merge(rows, 1)
+    ctx.table.equate(rows[:, :1], inputs)
+    if (labels == NO_LABEL).any():
+        unknown = (inputs == NO_LABEL).any(1)
+        ctx.freeze(rows[unknown], 'input channels that no layer makes are read by')
+    return tied
+
+
+def _record(
+    ctx: Context, weight: Value, labels: Tensor, transposed: bool, groups: int
+) -> None:
+    owned = [p for p in weight.planes if varying(p)]
+    if owned:
+        name = ctx.table.owner(int(owned[0].reshape(-1)[0]))[0]
+        ctx.calls.append(LayerCall(name, labels, transposed, groups))
+
+
+@register_rule('Addmm')
+def addmm(ctx: Context, operands: Operands) -> Value:
+    """A fully connected layer with a bias."""
+    bias, left, right = operands
+    result = _matmul(ctx, left, right)
+    for plane in bias.planes if bias else ():
+        for other in result.planes:
+            if varying(other) == {1}:
+                ctx.table.equate(other.reshape(-1), plane.reshape(-1))
+    return result
+
+
+@register_rule('Mm')
+def mm(ctx: Context, operands: Operands) -> Value:
+    """A fully connected layer without a bias."""
+    return _matmul(ctx, operands[0], operands[1])
+
+
+def _matmul(ctx: Context, left: Value | None, right: Value | None) -> Value:
+    """(A, K) times (K, B): inner dimensions meet, outer ones pass on."""
+    # `inner` is the value's contracted dimension and the weight's free one.
+    value, weight, inner = left, right, 1
+    if left is not None and left.from_parameters:
+        value, weight, inner = right, left, 0
+    if weight is None or not weight.from_parameters:
+        ctx.freeze_value(left, 'multiplied with an activation by')
+        ctx.freeze_value(right, 'multiplied with an activation by')
+        return Value(ctx.shape)
+    labels = torch.full((weight.shape[1 - inner],), NO_LABEL)
+    passed = []
+    for plane in value.planes if value else ():
+        if inner in varying(plane):
+            labels = ctx.table.merge(plane, 1 - inner).reshape(-1)
+        else:
+            passed.append(plane)
+    _read(ctx, labels, _vector(weight, 1 - inner))
+    out = _vector(weight, inner)
+    _record(ctx, weight, labels, False, 1)
+    if out is not None:
+        ctx.table.produce(out)
+        passed.append(out.reshape((1, -1) if inner == 1 else (-1, 1)))
+    return ctx.value(passed, like=Value(ctx.shape))

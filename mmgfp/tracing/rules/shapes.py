@@ -1,0 +1,297 @@
+"""Ops that move elements: the real torch function is replayed on the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmgfp.tracing.labels import NO_LABEL, relax, varying
+from mmgfp.tracing.rules.registry import Operands, register_rule
+from mmgfp.tracing.value import Context, Value, reshape_plane
+
+
+@register_rule('View', 'UnsafeView', 'ReshapeAlias', 'Reshape')
+def view(ctx: Context, operands: Operands) -> Value:
+    """Join and split dimensions."""
+    value = _known(ctx, operands[0])
+    planes = [reshape_plane(p, value.shape, ctx.shape) for p in value.planes]
+    return ctx.value(planes, like=value)
+
+
+@register_rule('Permute')
+def permute(ctx: Context, operands: Operands) -> Value:
+    """Reorder dimensions."""
+    value = _known(ctx, operands[0])
+    dims = ctx.saved('dims')
+    return ctx.value([p.permute(dims) for p in value.planes], like=value)
+
+
+@register_rule('Transpose', 'Swapaxes')
+def transpose(ctx: Context, operands: Operands) -> Value:
+    """Swap two dimensions."""
+    value = _known(ctx, operands[0])
+    dims = ctx.saved('dim0'), ctx.saved('dim1')
+    return ctx.value([p.transpose(*dims) for p in value.planes], like=value)
+
+
+@register_rule('T')
+def matrix_transpose(ctx: Context, operands: Operands) -> Value:
+    """Swap the dimensions of a matrix."""
+    value = _known(ctx, operands[0])
+    return ctx.value([p.t() for p in value.planes], like=value)
+
+
+@register_rule('Unsqueeze')
+def unsqueeze(ctx: Context, operands: Operands) -> Value:
+    """Add a dimension of size 1."""
+    value = _known(ctx, operands[0])
+    dim = ctx.saved('dim')
+    return ctx.value([p.unsqueeze(dim) for p in value.planes], like=value)
+
+
+@register_rule('Squeeze')
+def squeeze(ctx: Context, operands: Operands) -> Value:
+    """Drop dimensions of size 1; which ones follows from the shapes."""
+    value = _known(ctx, operands[0])
+    planes = [reshape_plane(p, value.shape, ctx.shape) for p in value.planes]
+    return ctx.value(planes, like=value)
+
+
+@register_rule('Slice')
+def slice_(ctx: Context, operands: Operands) -> Value:
+    """Take a range along one dimension."""
+    value = _known(ctx, operands[0])
+    dim, size = ctx.saved('dim'), value.shape[ctx.saved('dim')]
+    # The largest integer stands for an open end.
+    window = slice(ctx.saved('start'), min(ctx.saved('end'), size), ctx.saved('step'))
+    index = torch.arange(size)[window]
+    return ctx.value([_take(p, dim, index) for p in value.planes], like=value)
+
+
+@register_rule('Select')
+def select(ctx: Context, operands: Operands) -> Value:
+    """Take one index of a dimension and drop it."""
+    value = _known(ctx, operands[0])
+    dim, index = ctx.saved('dim'), torch.tensor([ctx.saved('index')])
+    index = index % max(value.shape[dim], 1)
+    planes = [_take(p, dim, index).squeeze(dim) for p in value.planes]
+    return ctx.value(planes, like=value)
+
+
+@register_rule('Split', 'SplitWithSizes', 'Chunk')
+def split(ctx: Context, operands: Operands) -> list[Value]:
+    """Cut one dimension into several results."""
+    value = _known(ctx, operands[0])
+    (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(value.shape))
+    sizes = [shape[dim] for shape in ctx.out_shapes]
+    indices = torch.arange(value.shape[dim]).split(sizes)
+    return [
+        ctx.value([_take(p, dim, i) for p in value.planes], like=value, shape=shape)
+        for i, shape in zip(indices, ctx.out_shapes, strict=True)
+    ]
+
+
+@register_rule('Unbind')
+def unbind(ctx: Context, operands: Operands) -> list[Value]:
+    """Cut one dimension into its elements."""
+    value = _known(ctx, operands[0])
+    (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(value.shape))
+    return [
+        ctx.value(
+            [_take(p, dim, torch.tensor([i])).squeeze(dim) for p in value.planes],
+            like=value,
+            shape=shape,
+        )
+        for i, shape in enumerate(ctx.out_shapes)
+    ]
+
+
+@register_rule('Flip')
+def flip(ctx: Context, operands: Operands) -> Value:
+    """Reverse dimensions."""
+    value = _known(ctx, operands[0])
+    dims = ctx.saved('dims')
+    return ctx.value([p.flip(dims) for p in value.planes], like=value)
+
+
+@register_rule('IndexSelect')
+def index_select(ctx: Context, operands: Operands) -> Value:
+    """Take listed indices of one dimension."""
+    value = _known(ctx, operands[0])
+    dim, index = ctx.saved('dim'), ctx.saved('index').cpu()
+    return ctx.value([_take(p, dim, index) for p in value.planes], like=value)
+
+
+@register_rule('Repeat')
+def repeat(ctx: Context, operands: Operands) -> Value:
+    """Tile dimensions."""
+    value = _known(ctx, operands[0])
+    repeats = ctx.saved('repeats')
+    planes = []
+    for plane in value.planes:
+        plane = plane.reshape((1,) * (len(repeats) - plane.dim()) + plane.shape)
+        sizes = zip(plane.shape, repeats, strict=True)
+        planes.append(plane.repeat([r if s > 1 else 1 for s, r in sizes]))
+    return ctx.value(planes, like=value)
+
+
+@register_rule('ConstantPadNd')
+def constant_pad(ctx: Context, operands: Operands) -> Value:
+    """Surround with elements that no layer makes."""
+    value = _known(ctx, operands[0])
+    pad = ctx.saved('pad')
+    planes = []
+    for plane in value.planes:
+        own = list(pad)
+        for i in range(len(pad) // 2):
+            if plane.shape[plane.dim() - 1 - i] == 1:
+                own[2 * i : 2 * i + 2] = [0, 0]
+        planes.append(F.pad(plane, own, value=NO_LABEL))
+    return ctx.value(planes, like=value)
+
+
+@register_rule('Index')
+def index(ctx: Context, operands: Operands) -> Value:
+    """Advanced indexing, ``x[indices]``."""
+    value = _known(ctx, operands[0])
+    indices = _cpu_indices(ctx)
+    planes = []
+    for plane in value.planes:
+        # Indexed dimensions are written out, the others stay as they are.
+        sizes = [
+            size if d in _indexed_dims(indices) else plane.shape[d]
+            for d, size in enumerate(value.shape)
+        ]
+        result = plane.expand(sizes)[indices]
+        planes.append(relax(result) if result.numel() else result)
+    return ctx.value([p for p in planes if p.numel()], like=value)
+
+
+@register_rule('IndexPut', 'IndexPutImpl')
+def index_put(ctx: Context, operands: Operands) -> Value:
+    """Assignment, ``x[indices] = values``."""
+    base, values = operands
+    indices = _cpu_indices(ctx)
+    if values is None:
+        ctx.freeze_value(base, 'partly overwritten by')
+        return Value(ctx.shape)
+    shape = ctx.shape
+    dims = _indexed_dims(indices)
+    planes = []
+    for plane in values.planes:
+        trailing = varying(plane)
+        # Rank of `values` counts from the back, as for broadcasting.
+        offset = len(shape) - len(values.shape)
+        own = {d + offset for d in trailing}
+        sizes = [n if d in dims or d in own else 1 for d, n in enumerate(shape)]
+        result = torch.full(sizes, NO_LABEL)
+        for other in base.planes if base else ():
+            if varying(other) & own:
+                result = torch.broadcast_to(other, sizes).clone()
+        result[indices] = plane
+        planes.append(result)
+    if base is not None and base.planes and not planes:
+        ctx.freeze_value(base, 'partly overwritten by')
+    return ctx.value(planes, like=Value(shape))
+
+
+@register_rule('Cat')
+def cat(ctx: Context, operands: Operands) -> Value:
+    """Concatenate along one dimension."""
+    values = _cat_values(ctx, operands)
+    if values is None:
+        return Value(ctx.shape)
+    (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(ctx.shape))
+    if all(dim not in varying(p) for v in values for p in v.planes):
+        labels_elsewhere = [v.planes for v in values]
+        return _joined(ctx, labels_elsewhere, values)
+    parts = []
+    for value in values:
+        own = [p for p in value.planes if dim in varying(p)]
+        for plane in value.planes:
+            if not any(plane is p for p in own):
+                ctx.freeze(plane, 'joined unevenly by')
+        if own:
+            parts.append(own[0])
+        else:
+            parts.append(torch.full((1,) * len(ctx.shape), NO_LABEL))
+    sizes = list(torch.broadcast_shapes(*(_with(p, dim, 1).shape for p in parts)))
+    expanded = []
+    for part, value in zip(parts, values, strict=True):
+        sizes[dim] = value.shape[dim]
+        expanded.append(part.expand(sizes))
+    return ctx.value([torch.cat(expanded, dim)], like=values[0])
+
+
+@register_rule('Stack')
+def stack(ctx: Context, operands: Operands) -> Value:
+    """Concatenate along a new dimension."""
+    (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(ctx.shape))
+    values = [
+        v and Value(v.shape, tuple(p.unsqueeze(dim) for p in v.planes))
+        for v in operands
+    ]
+    known = [v for v in values if v is not None]
+    return _joined(ctx, [v.planes for v in known], known)
+
+
+def _joined(
+    ctx: Context, planes: Sequence[Sequence[Tensor]], values: Sequence[Value]
+) -> Value:
+    """Join along a dimension without labels: what lies behind each other is equated."""
+    most = max(planes, key=len)
+    for others in planes:
+        if len(others) != len(most):
+            for plane in [*most, *others]:
+                ctx.freeze(plane, 'joined with a tensor of fixed width by')
+            return Value(ctx.shape)
+        for a, b in zip(most, others, strict=True):
+            ctx.table.equate(a, b)
+    return ctx.value(most, like=values[0])
+
+
+def _cat_values(ctx: Context, operands: Operands) -> list[Value] | None:
+    """Operands of a concatenation; the size of a single unknown one is inferred."""
+    (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(ctx.shape))
+    known = sum(v.shape[dim] for v in operands if v is not None)
+    unknown = [v for v in operands if v is None]
+    if len(unknown) > 1:
+        for value in operands:
+            ctx.freeze_value(value, 'joined with several constants by')
+        return None
+    shape = list(ctx.shape)
+    shape[dim] -= known
+    return [Value(tuple(shape)) if v is None else v for v in operands]
+
+
+def _known(ctx: Context, value: Value | None) -> Value:
+    """A shape op of one operand that is not in the graph has no labels."""
+    return value if value is not None else Value(ctx.shape)
+
+
+def _take(plane: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Index one dimension, unless the labels do not depend on it."""
+    return plane if plane.shape[dim] == 1 else plane.index_select(dim, index)
+
+
+def _with(plane: Tensor, dim: int, size: int) -> Tensor:
+    return plane.narrow(dim, 0, size)
+
+
+def _cpu_indices(ctx: Context) -> tuple[Tensor | slice, ...]:
+    return tuple(slice(None) if i is None else i.cpu() for i in ctx.node._saved_indices)
+
+
+def _indexed_dims(indices: tuple[Tensor | slice, ...]) -> set[int]:
+    """Dimensions that advanced indices address; a boolean one addresses several."""
+    dims: set[int] = set()
+    d = 0
+    for i in indices:
+        width = i.dim() if isinstance(i, Tensor) and i.dtype == torch.bool else 1
+        if isinstance(i, Tensor):
+            dims |= set(range(d, d + width))
+        d += width
+    return dims

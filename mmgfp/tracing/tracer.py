@@ -1,0 +1,138 @@
+"""From a loss to the labels of every parameter dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from mmgfp.errors import TraceError
+from mmgfp.tracing.graph import Graph, Node, read_graph
+from mmgfp.tracing.labels import LabelTable
+from mmgfp.tracing.rules import RULES
+from mmgfp.tracing.value import Context, LayerCall, Value, op_name
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one pass over the graph found.
+
+    Attributes:
+        table: Labels of all tensor dimensions, and what is known about them.
+        calls: Calls of layers, in order.
+        shapes: Shapes of the parameters and buffers that were met, by name.
+        unknown_ops: Ops without a rule, with the layers whose outputs they froze.
+    """
+
+    table: LabelTable
+    calls: list[LayerCall]
+    shapes: dict[str, tuple[int, ...]]
+    unknown_ops: dict[str, list[str]] = field(default_factory=dict)
+
+
+def trace_loss(model: nn.Module, loss: Tensor, strict: bool = False) -> Trace:
+    """Label every parameter dimension that takes part in ``loss``.
+
+    Args:
+        model: The module whose parameters and buffers get labels.
+        loss: A scalar with its autograd graph, computed from a real batch.
+        strict: Raise at an op without a rule instead of freezing what it reads.
+
+    Raises:
+        TraceError: The loss has no graph, or an op has no rule under ``strict``.
+    """
+    if loss.grad_fn is None:
+        raise TraceError(
+            'loss',
+            'a tensor with an autograd graph',
+            'one without',
+            'compute it with gradients enabled and from parameters that require them',
+        )
+    return _Tracer(model, strict).run(read_graph(loss))
+
+
+class _Tracer:
+    """Evaluates rules over the graph, operands first."""
+
+    def __init__(self, model: nn.Module, strict: bool) -> None:
+        self.table = LabelTable()
+        self.calls: list[LayerCall] = []
+        self.unknown: dict[str, list[str]] = {}
+        self.strict = strict
+        self.parameters = {id(p): n for n, p in model.named_parameters()}
+        self.buffers = {b.data_ptr(): n for n, b in model.named_buffers() if b.numel()}
+        self.shapes = {n: tuple(t.shape) for n, t in _tensors(model).items()}
+
+    def run(self, graph: Graph) -> Trace:
+        values: dict[Node, list[Value]] = {}
+        for node in graph.nodes:
+            operands = [
+                None if source is None else values[source][output]
+                for source, output in graph.edges[node]
+            ]
+            if node in graph.relevant:
+                values[node] = self._evaluate(node, operands)
+            else:
+                if node in graph.live:
+                    self._freeze_outputs(operands)
+                shapes = [tuple(m.shape) for m in node._input_metadata]
+                values[node] = [Value(s) for s in shapes]
+        return Trace(self.table, self.calls, self.shapes, self.unknown)
+
+    def _evaluate(self, node: Node, operands: list[Value | None]) -> list[Value]:
+        if hasattr(node, 'variable'):
+            return [self._leaf(node.variable)]
+        shapes = [tuple(m.shape) for m in node._input_metadata]
+        ctx = Context(self.table, node, shapes, self.buffers, self.calls)
+        rule = RULES.get(op_name(node))
+        if rule is None:
+            self._freeze_unknown(op_name(node), operands)
+            return [Value(s) for s in shapes]
+        result = rule(ctx, operands)
+        if isinstance(result, Value):
+            return [result] + [Value(s) for s in shapes[1:]]
+        return result
+
+    def _leaf(self, tensor: Tensor) -> Value:
+        """One plane of labels per dimension of a parameter."""
+        shape = tuple(tensor.shape)
+        name = self.parameters.get(id(tensor))
+        if name is None:  # a leaf that the model does not own cannot be resized
+            return Value(shape)
+        planes = []
+        for dim, size in enumerate(shape):
+            if size > 1:
+                vector = self.table.vector(name, dim, size)
+                planes.append(
+                    vector.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+                )
+        return Value(shape, tuple(planes), from_parameters=True)
+
+    def _freeze_outputs(self, operands: list[Value | None]) -> None:
+        for value in operands:
+            for plane in value.planes if value else ():
+                self.table.freeze(
+                    plane, 'an output: reaches the loss without a further layer'
+                )
+
+    def _freeze_unknown(self, op: str, operands: list[Value | None]) -> None:
+        planes = [p for v in operands if v is not None for p in v.planes]
+        layers = self.unknown.setdefault(op, [])
+        for plane in planes:
+            self.table.freeze(plane, f'read by {op}, an op without a rule')
+            layer = self.table.owner(int(plane.max()))[0].rpartition('.')[0]
+            if layer not in layers:
+                layers.append(layer)
+        if self.strict and planes:
+            raise TraceError(
+                f'op {op} after {", ".join(layers)}',
+                'an op with a rule',
+                'none',
+                'register one in mmgfp/tracing/rules (docs/op-rules.md) or trace '
+                'without strict to leave these channels alone',
+            )
+
+
+def _tensors(model: nn.Module) -> Mapping[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -1,0 +1,180 @@
+"""The numeric proof that removing units equals masking them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmgfp.groups import ChannelGroup, Grouping
+from mmgfp.masking import ColumnMask
+from mmgfp.recording import Forward, undisturbed
+from mmgfp.structure import PruneStructure
+from mmgfp.surgery import compact
+
+#: Largest difference, relative to the largest output, that still counts as equal.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A group whose removal does not equal its mask.
+
+    Attributes:
+        group: The group.
+        reason: What differed, or the error that the compact model raised.
+    """
+
+    group: ChannelGroup
+    reason: str
+
+
+def random_units(
+    groups: Sequence[ChannelGroup], share: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Keep all but a random ``share`` of each group's units, (U,); one always stays."""
+    parts = []
+    for group in groups:
+        alive = np.ones(group.units, dtype=bool)
+        gone = min(max(round(share * group.units), 1), group.units - 1)
+        alive[rng.permutation(group.units)[:gone]] = False
+        parts.append(alive)
+    return np.concatenate([np.ones(0, dtype=bool), *parts])
+
+
+def masked_and_compact(
+    model: nn.Module, groups: Sequence[ChannelGroup], alive: np.ndarray
+) -> tuple[nn.Module, nn.Module]:
+    """Two copies of ``model``: one masked, one cut down to the units ``alive``."""
+    masked, small = copy.deepcopy(model), copy.deepcopy(model)
+    ColumnMask(masked, groups).update(alive)
+    shapes = {n: t.shape for n, t in model.state_dict().items()}
+    return masked, compact(small, PruneStructure.of(groups, alive, shapes))
+
+
+def difference(a: Any, b: Any) -> float:
+    """Largest difference between two nests of tensors, relative to their scale.
+
+    Returns:
+        float: 0 for equal outputs, infinity where shapes differ or a value is not
+        finite.
+    """
+    worst = 0.0
+    pairs = list(zip(tensors_in(a), tensors_in(b), strict=True))
+    for x, y in pairs:
+        if x.shape != y.shape or not (x.isfinite().all() and y.isfinite().all()):
+            return float('inf')
+        if x.numel():
+            scale = max(float(x.abs().max()), 1e-12)
+            worst = max(worst, float((x - y).abs().max()) / scale)
+    return worst if pairs else float('inf')
+
+
+def tensors_in(nest: Any) -> Iterator[Tensor]:
+    """All floating-point tensors in nested lists, tuples and dicts, and their like."""
+    if isinstance(nest, Tensor):
+        if nest.is_floating_point():
+            yield nest
+    elif isinstance(nest, dict):
+        for value in nest.values():
+            yield from tensors_in(value)
+    elif isinstance(nest, list | tuple):
+        for value in nest:
+            yield from tensors_in(value)
+    elif hasattr(nest, 'all_items'):  # mmengine's data elements
+        for _, value in nest.all_items():
+            yield from tensors_in(value)
+
+
+@torch.no_grad()
+def disagreement(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    alive: np.ndarray,
+    forward: Forward,
+) -> str | None:
+    """Why the masked and the compact copy of ``model`` disagree; None if they agree.
+
+    Both run in double precision and in eval mode, with norms and biases set at random
+    so that no layer is blind to its inputs.
+    """
+    probe = copy.deepcopy(model).double().eval()
+    _randomize_norms(probe)
+    probe.register_forward_pre_hook(_to_double, with_kwargs=True)
+    outputs = []
+    try:
+        for copied in masked_and_compact(probe, groups, alive):
+            with undisturbed(copied):
+                torch.manual_seed(0)
+                outputs.append(forward(copied))
+    except Exception as error:  # whatever the model raises is the answer
+        if not outputs:
+            raise
+        return f'{type(error).__name__}: {str(error).splitlines()[0]}'
+    try:
+        worst = difference(*outputs)
+    except ValueError:
+        return 'another number of outputs'
+    return None if worst <= TOLERANCE else f'outputs differ by {worst:.2g}'
+
+
+def find_disagreements(
+    model: nn.Module, grouping: Grouping, forward: Forward, seed: int = 0
+) -> list[Disagreement]:
+    """Drop random units of all groups; if that fails, halve until the culprits stand.
+
+    Args:
+        model: The traced model, not masked yet.
+        grouping: Its groups.
+        forward: Calls a copy of the model and returns all outputs.
+        seed: Seed of the random units.
+    """
+    groups = grouping.groups
+    share = random_units(groups, 0.3, np.random.default_rng(seed))
+    group_of = grouping.group_of
+
+    def search(members: np.ndarray) -> list[Disagreement]:
+        alive = share | ~np.isin(group_of, members)
+        reason = disagreement(model, groups, alive, forward)
+        if reason is None:
+            return []
+        if len(members) == 1:
+            return [Disagreement(groups[members[0]], reason)]
+        half = len(members) // 2
+        found = search(members[:half]) + search(members[half:])
+        # Fine one by one but not together: none of them can be trusted.
+        return found or [Disagreement(groups[m], reason) for m in members]
+
+    return search(np.arange(len(groups))) if groups else []
+
+
+def _to_double(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return _cast(args), _cast(kwargs)
+
+
+def _cast(nest: Any) -> Any:
+    if isinstance(nest, Tensor):
+        return nest.double() if nest.is_floating_point() else nest
+    if isinstance(nest, dict):
+        return {k: _cast(v) for k, v in nest.items()}
+    if isinstance(nest, list):
+        return [_cast(v) for v in nest]
+    if type(nest) is tuple:
+        return tuple(_cast(v) for v in nest)
+    return nest
+
+
+def _randomize_norms(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.dim() != 1 or not tensor.is_floating_point():
+            continue
+        noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        noise = noise.to(tensor.device)
+        positive = name.endswith(('weight', 'running_var', 'gamma'))
+        tensor.copy_(noise + 0.5 if positive else (noise - 0.5) * 0.2)

@@ -1,0 +1,129 @@
+"""Every config we ship can be read, built and followed from stage to stage."""
+
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from mmgfp.engine import FisherPruningHook
+
+ROOT = Path(__file__).parent.parent / 'configs'
+LEAVES = sorted(path for path in ROOT.glob('*/*.py') if path.parent.name != '_base_')
+BASELINES = [
+    'bccd/retinanet_mobilenetv2_fpn_bccd.py',
+    'demo/retinanet_r18_fpn_digits.py',
+]
+
+
+def read(name):
+    return Config.fromfile(ROOT / name)
+
+
+def build(model):
+    init_default_scope('mmdet')
+    return MODELS.build(model)
+
+
+def stage(kind):
+    return [path for path in LEAVES if f'_{kind}' in path.stem]
+
+
+def by_name(path):
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize('path', LEAVES, ids=by_name)
+def test_config_survives_being_dumped(path):
+    config = Config.fromfile(path)
+    again = Config.fromstring(config.pretty_text, '.py')
+    assert again.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize('path', LEAVES, ids=by_name)
+def test_config_is_thin(path):
+    assert len(path.read_text().splitlines()) <= 50
+    assert path.read_text().splitlines()[0].startswith('# ')
+
+
+@pytest.mark.parametrize('name', BASELINES)
+def test_baseline_builds(name):
+    model = read(name).model
+    model.backbone.init_cfg = None
+    assert type(build(model)).__name__ == 'RetinaNet'
+
+
+@pytest.mark.parametrize('path', stage('prune'), ids=by_name)
+def test_prune_configs_set_the_hook_as_the_paper_does(path):
+    config = Config.fromfile(path)
+    [hook] = config.custom_hooks
+    kind = hook.pop('type')
+    assert kind == 'FisherPruningHook'
+    FisherPruningHook(**hook)  # raises on anything out of range
+    assert hook['target'] == {'flops': 0.5}
+    assert config.train_cfg.type == 'IterBasedTrainLoop'
+    assert config.model.backbone.get('frozen_stages', -1) == -1
+    assert config.train_dataloader.sampler.type == 'InfiniteSampler'
+
+
+@pytest.mark.parametrize('path', stage('prune'), ids=by_name)
+def test_pruning_learns_at_a_tenth_of_the_rate(path):
+    config = Config.fromfile(path)
+    if path.parent.name == 'retinanet':
+        original = Config.fromfile(path.parent / 'retinanet_r50_fpn_1x_coco_deploy.py')
+    else:
+        original = Config.fromfile(str(path).replace('_prune', ''))
+    rate = original.optim_wrapper.optimizer.lr
+    assert config.optim_wrapper.optimizer.lr == pytest.approx(rate / 10)
+    assert config.param_scheduler == []
+
+
+@pytest.mark.parametrize('path', stage('finetune'), ids=by_name)
+def test_finetune_starts_from_what_pruning_writes(path):
+    config = Config.fromfile(path)
+    assert config.model.type == 'PrunedModel'
+    assert config.model.structure == config.load_from == config.pruned
+    [prune] = [
+        other
+        for other in stage('prune')
+        if config.pruned == f'work_dirs/{other.stem}/{other.stem}_flops50.pth'
+    ]
+    assert prune.parent == path.parent
+    # The structure belongs to the architecture that was pruned.
+    pruned, rebuilt = Config.fromfile(prune).model, config.model.architecture
+    for part in ('neck', 'bbox_head'):
+        assert pruned[part] == rebuilt[part]
+
+
+@pytest.mark.parametrize('path', stage('finetune'), ids=by_name)
+def test_finetune_lasts_as_long_as_the_training(path):
+    if path.parent.name == 'retinanet':
+        original = Config.fromfile(str(path).replace('_finetune', '_deploy'))
+    else:
+        original = Config.fromfile(str(path).replace('_finetune', ''))
+    config = Config.fromfile(path)
+    assert config.train_cfg == original.train_cfg
+    assert config.param_scheduler == original.param_scheduler
+    assert config.optim_wrapper == original.optim_wrapper
+
+
+@pytest.mark.parametrize('path', stage('deploy'), ids=by_name)
+def test_deploy_configs_need_only_a_structure(path):
+    config = Config.fromfile(path)
+    assert config.model.type == 'PrunedModel'
+    assert config.model.structure.endswith('structure.json')
+    assert config.get('load_from') is None
+
+
+@pytest.mark.parametrize('path', LEAVES, ids=by_name)
+def test_data_roots_are_relative(path):
+    config = Config.fromfile(path)
+    assert config.data_root.startswith('data/') and config.data_root.endswith('/')
+
+
+def test_bccd_is_tested_on_what_nothing_is_tuned_on():
+    config = read(BASELINES[0])
+    files = [config[f'{s}_dataloader'].dataset.ann_file for s in ('train', 'val')]
+    test = config.test_dataloader.dataset.ann_file
+    assert test == 'annotations/test.json' and test not in files
+    assert config.test_evaluator.ann_file == config.data_root + test

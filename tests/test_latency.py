@@ -1,0 +1,32 @@
+"""Models are timed in turns, warm, and by the median."""
+
+import torch
+from torch import nn
+
+from mmgfp import latency
+
+
+class Sleeper(nn.Module):
+    """Lets a fake clock run."""
+
+    def __init__(self, clock, seconds):
+        super().__init__()
+        self.clock, self.seconds = clock, iter(seconds)
+
+    def forward(self, inputs, mode):
+        assert mode == 'tensor' and not torch.is_grad_enabled()
+        self.clock[0] += next(self.seconds)
+
+
+def test_median_of_warm_passes(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(latency, '_now', lambda device: clock[0])
+    models = {
+        'slow': Sleeper(clock, [9, 9, 9, 0.004, 0.5, 0.003]),
+        'fast': Sleeper(clock, [9, 9, 9, 0.001, 0.001, 0.001]),
+    }
+    times = latency.measure_latency(models, torch.zeros(1), rounds=3, mode='tensor')
+    assert {name: round(value, 6) for name, value in times.items()} == {
+        'slow': 4.0,
+        'fast': 1.0,
+    }

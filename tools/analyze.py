@@ -1,0 +1,110 @@
+"""Show what a model costs, which channels are coupled, and what stays and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+from mmengine.runner import load_checkpoint
+from rich.console import Console
+from rich.table import Table
+
+from mmgfp.analysis import report
+from mmgfp.cli import load_config, run_cli
+from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.inputs import BatchCalls
+from mmgfp.errors import ConfigError
+from mmgfp.io import atomic_write
+from mmgfp.pruner import GroupFisherPruner
+from mmgfp.recording import record_work
+
+#: Input sizes at which papers state costs.
+DEFAULT_SHAPES = {'mmdet': (3, 800, 1280), 'mmpretrain': (3, 224, 224)}
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='a config file, or library::file')
+    parser.add_argument('checkpoint', nargs='?', help='weights to load first')
+    parser.add_argument(
+        '--input-shape',
+        nargs=3,
+        type=int,
+        metavar=('C', 'H', 'W'),
+        help='image for which costs are counted; 3 800 1280 for detectors, '
+        '3 224 224 for classifiers',
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    parser.add_argument('--json', metavar='FILE', help='write the numbers there too')
+    parser.add_argument(
+        '--strict', action='store_true', help='fail at what is not understood'
+    )
+    return parser.parse_args()
+
+
+def analyze(
+    cfg: Config, checkpoint: str | None, shape: tuple[int, int, int], strict: bool
+) -> dict[str, Any]:
+    """Trace the config's model on a made-up batch and report on it.
+
+    Raises:
+        ConfigError: The checkpoint is missing.
+        TraceError: Nothing can be pruned.
+    """
+    model = build_model(cfg)
+    if checkpoint is not None:
+        if not Path(checkpoint).is_file():
+            raise ConfigError('checkpoint', 'a file', checkpoint, 'check the path')
+        load_checkpoint(model, checkpoint, map_location='cpu')
+    calls = BatchCalls(model, demo_batch(cfg))
+    work = record_work(model, calls.sized_forward(shape), 1)
+    pruner = GroupFisherPruner(model, strict=strict)
+    pruner.prepare(calls.loss, calls.forward, calls.images, work)
+    return report(pruner, work)
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print the report as tables."""
+    groups = Table('made by', 'units', 'members', title='Coupled channels')
+    for group in result['groups']:
+        layers = list(dict.fromkeys(n.rpartition('.')[0] for n, _ in group['members']))
+        others = [layer for layer in layers if layer != group['name']]
+        more = f' and {len(others) - 4} more' if len(others) > 4 else ''
+        groups.add_row(group['name'], str(group['units']), ', '.join(others[:4]) + more)
+    frozen = Table('layer', 'reason', title='Layers that keep output channels')
+    for layer in result['frozen']:
+        frozen.add_row(layer['layer'], layer['reason'])
+    console.print(groups)
+    console.print(frozen)
+    console.print(
+        f'{sum(g["units"] for g in result["groups"])} units in '
+        f'{len(result["groups"])} groups; prunable: '
+        f'{result["coverage"]["channels"]:.1%} of output channels, '
+        f'{result["coverage"]["macs"]:.1%} of MACs'
+    )
+    console.print(
+        f'MACs {result["macs"] / 1e9:.2f} G (one multiply-add counts as one), '
+        f'params {result["params"] / 1e6:.2f} M, '
+        f'memory {result["memory"] / 1e6:.2f} M elements'
+    )
+
+
+def main() -> None:
+    """Run from the command line."""
+    args = parse_args()
+    cfg = load_config(args.config, args.cfg_options)
+    default = DEFAULT_SHAPES.get(cfg.get('default_scope'), (3, 224, 224))
+    shape = tuple(args.input_shape or default)
+    result = analyze(cfg, args.checkpoint, shape, args.strict)
+    show(result, Console())
+    if args.json:
+        text = json.dumps(result, indent=2)
+        atomic_write(args.json, lambda tmp: tmp.write_text(text))
+
+
+if __name__ == '__main__':
+    run_cli(main)

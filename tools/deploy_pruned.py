@@ -1,0 +1,101 @@
+"""Turn a pruned checkpoint into a folder: weights, config, structure, summary."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from rich.console import Console
+from rich.table import Table
+
+from mmgfp.analysis import costs_of
+from mmgfp.cli import load_config, run_cli
+from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.deployment import Deployable, deploy, read_deployable
+from mmgfp.engine.inputs import BatchCalls
+from mmgfp.io import atomic_write
+from mmgfp.latency import measure_latency
+
+DEFAULT_SHAPES = {'mmdet': (3, 800, 1280), 'mmpretrain': (3, 224, 224)}
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config of the pruning or fine-tuning run')
+    parser.add_argument('checkpoint', help='its checkpoint')
+    parser.add_argument('--out', type=Path, required=True, help='folder to write')
+    parser.add_argument('--name', help="name of the files; the checkpoint's by default")
+    parser.add_argument(
+        '--input-shape',
+        nargs=3,
+        type=int,
+        metavar=('C', 'H', 'W'),
+        help='image for costs and latency; that of the pruning run by default',
+    )
+    parser.add_argument(
+        '--rounds', type=int, default=5, help='timed passes; 0 measures no latency'
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    return parser.parse_args()
+
+
+def summarize(
+    cfg: Config, item: Deployable, shape: tuple[int, int, int], rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Costs, and median latency in ms at batch 1 on the CPU, before and after."""
+    models = {'original': item.original, 'pruned': item.model}
+    calls = {name: BatchCalls(m, demo_batch(cfg)) for name, m in models.items()}
+    forwards = {name: c.sized_forward(shape) for name, c in calls.items()}
+    rows: dict[str, dict[str, Any]] = {
+        name: costs_of(model, forwards[name]) for name, model in models.items()
+    }
+    if rounds:
+        times = measure_latency(models, torch.rand(1, *shape), rounds, mode='tensor')
+        for name, milliseconds in times.items():
+            rows[name]['latency_ms'] = milliseconds
+    return rows
+
+
+def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
+    """Print original and pruned side by side, with the ratio."""
+    scales = {
+        'macs': ('MACs (G)', 1e9),
+        'params': ('params (M)', 1e6),
+        'memory': ('memory (M elements)', 1e6),
+        'latency_ms': ('CPU latency (ms)', 1.0),
+    }
+    table = Table('', 'original', 'pruned', 'ratio')
+    for key, (label, scale) in scales.items():
+        if key in rows['original']:
+            before, after = rows['original'][key], rows['pruned'][key]
+            ratio = f'{after / before:.1%}'
+            table.add_row(label, f'{before / scale:.4g}', f'{after / scale:.4g}', ratio)
+    console.print(table)
+
+
+def main() -> None:
+    """Run from the command line."""
+    args = parse_args()
+    cfg = load_config(args.config, args.cfg_options)
+    item = read_deployable(cfg, args.checkpoint)
+    shape = tuple(
+        args.input_shape
+        or item.meta.get('input_shape')
+        or DEFAULT_SHAPES.get(cfg.get('default_scope'), (3, 224, 224))
+    )
+    rows = summarize(cfg, item, shape, args.rounds)
+    name = args.name or Path(args.checkpoint).stem
+    paths = deploy(cfg, item, args.out, name)
+    text = json.dumps({'input_shape': list(shape), **rows}, indent=2)
+    atomic_write(args.out / 'summary.json', lambda tmp: tmp.write_text(text))
+    show(rows, Console())
+    print(f'wrote {", ".join(str(p) for p in paths.values())}')
+
+
+if __name__ == '__main__':
+    run_cli(main)
