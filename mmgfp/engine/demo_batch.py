@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,26 +29,24 @@ def build_model(cfg: Config) -> nn.Module:
         init_cfg = node.get('init_cfg')
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
             node['init_cfg'] = None
-    model = MODELS.build(model_cfg)
-    if hasattr(model, 'init_weights'):
-        model.init_weights()
-    return model.train()
+    return MODELS.build(model_cfg).train()
 
 
 def demo_batch(
-    cfg: Config, images: int = 2, size: tuple[int, int] = (128, 128)
+    cfg: Config, images: int = 2, size: tuple[int, int] | None = None
 ) -> dict[str, Any]:
     """A batch as the train dataloader of ``cfg`` would give it.
 
     Args:
         cfg: A config of MMDetection or MMPretrain.
         images: Number of images N.
-        size: (H, W).
+        size: (H, W); by default the one that the model insists on, or a small one.
 
     Raises:
         ConfigError: The config belongs to another library.
     """
-    scope = cfg.get('default_scope')
+    scope = cfg.get('default_scope') or _library(cfg.filename)
+    size = size or _input_size(cfg, scope)
     if scope == 'mmpretrain':
         return _classification_batch(cfg, images, size)
     if scope == 'mmdet':
@@ -57,12 +56,36 @@ def demo_batch(
     )
 
 
+def _library(filename: str | None) -> str | None:
+    """The installed library that a config file lies in."""
+    folders = Path(filename or '').parts
+    return next((n for n in ('mmdet', 'mmpretrain') if n in folders), None)
+
+
+def _input_size(cfg: Config, scope: str | None) -> tuple[int, int]:
+    """Size (H, W) of the images that the config's model is made for."""
+    for key in ('input_size', 'img_size'):  # of SSD's anchors, of transformers
+        for node in _dicts(cfg.model):
+            if isinstance(node.get(key), int):
+                return node[key], node[key]
+    if scope != 'mmpretrain':
+        return 128, 128
+    pipeline = cfg.get('train_pipeline') or cfg.get('test_pipeline') or ()
+    for step in pipeline:
+        for key in ('crop_size', 'scale'):
+            if isinstance(step.get(key), int):
+                return step[key], step[key]
+    return 224, 224
+
+
 def _classification_batch(cfg: Config, images: int, size: tuple[int, int]) -> dict:
     from mmpretrain.structures import DataSample
 
     classes = next((int(n) for n in _values(cfg.model, 'num_classes')), 2)
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (images, 3, *size), generator=generator)
+    mean = (cfg.get('data_preprocessor') or {}).get('mean') or (0, 0, 0)
+    shape = (images, len(mean), *size)
+    pixels = torch.randint(0, 256, shape, generator=generator)
     labels = [i % classes for i in range(images)]
     samples = [
         DataSample(metainfo={'img_shape': size}).set_gt_label(label) for label in labels

@@ -10,6 +10,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
+from mmgfp.errors import StructureError
 from mmgfp.structure import PruneStructure
 from mmgfp.surgery import compact
 
@@ -37,7 +38,38 @@ def PrunedModel(architecture: dict, structure: str, **overrides: Any) -> nn.Modu
     model = MODELS.build(config._cfg_dict)
     loaded.check_fits(model, structure)
     _forget_pretrained(model)
-    return compact(model, loaded)
+    compact(model, loaded)
+    model.register_load_state_dict_pre_hook(WidthGuard(loaded))
+    return model
+
+
+class WidthGuard:
+    """Refuses weights of other widths, which loading would skip with a warning.
+
+    Args:
+        structure: What the model was cut down to.
+    """
+
+    def __init__(self, structure: PruneStructure) -> None:
+        self.shapes = {name: structure.shape(name) for name in structure.kept}
+
+    def __call__(
+        self, module: nn.Module, state_dict: dict, prefix: str, *args: Any
+    ) -> None:
+        """Check the weights that are about to be loaded.
+
+        Raises:
+            StructureError: A tensor has another shape than the structure says.
+        """
+        for name, shape in self.shapes.items():
+            tensor = state_dict.get(prefix + name)
+            if tensor is not None and list(tensor.shape) != shape:
+                raise StructureError(
+                    f'checkpoint: {name}',
+                    f'shape {shape} as model.structure says',
+                    str(list(tensor.shape)),
+                    'give the checkpoint that was saved with this structure',
+                )
 
 
 def _forget_pretrained(model: nn.Module) -> None:
