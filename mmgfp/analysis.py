@@ -10,18 +10,17 @@ from torch import nn
 from mmgfp.costs import CostTable, LayerWork
 from mmgfp.groups import Grouping, module_of
 from mmgfp.pruner import GroupFisherPruner
-from mmgfp.recording import Forward, record_work
 
 
-def costs_of(model: nn.Module, forward: Forward) -> dict[str, int]:
+def costs_of(model: nn.Module, work: dict[str, LayerWork]) -> dict[str, int]:
     """``macs``, ``memory`` and ``params`` of a model for one image.
 
     Args:
         model: Any module.
-        forward: Calls it on one image.
+        work: What its layers work on.
     """
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    totals = CostTable(shapes, record_work(model, forward, 1), ()).totals(np.zeros(0))
+    totals = CostTable(shapes, work, ()).totals(np.zeros(0))
     return {cost: int(totals[cost]) for cost in ('macs', 'memory', 'params')}
 
 

@@ -11,6 +11,8 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 
 from mmgfp.errors import ConfigError, MMGFPError
+from mmgfp.io import load_weights_only
+from mmgfp.prepare import spread_variables
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -20,6 +22,25 @@ def run_cli(main: Callable[[], None]) -> None:
     except (MMGFPError, FileNotFoundError) as error:
         print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(2)
+
+
+def check_checkpoint(field: str, path: str) -> None:
+    """Check that a local checkpoint is there and whole; a remote one is taken as is.
+
+    Raises:
+        ConfigError: There is no such file.
+        StructureError: It is damaged.
+    """
+    if '://' in path:
+        return
+    if not Path(path).is_file():
+        raise ConfigError(
+            field,
+            'a checkpoint file',
+            f'nothing at {path}',
+            'check the path, or run the stage before this one',
+        )
+    load_weights_only(path)
 
 
 def load_config(path: str, cfg_options: dict[str, Any] | None = None) -> Config:
@@ -41,4 +62,5 @@ def load_config(path: str, cfg_options: dict[str, Any] | None = None) -> Config:
         raise ConfigError('config', 'a config file', reason, remedy) from None
     if cfg_options:
         config.merge_from_dict(cfg_options)
+        spread_variables(config, cfg_options)
     return config

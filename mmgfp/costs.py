@@ -70,11 +70,6 @@ class CostTable:
         self.sizes = np.ones((len(names), rank))  # (T, D)
         for name, shape in shapes.items():
             self.sizes[row[name], : len(shape)] = shape
-        self.removal = np.zeros((len(groups), len(names), rank))  # (G, T, D)
-        for g, group in enumerate(groups):
-            for member in group.members:
-                if member.name in row:
-                    self.removal[g, row[member.name], member.dim] += member.width
         self.positions = np.zeros(len(names))  # (T,)
         self.out_positions = np.zeros(len(names))  # (T,)
         self.out_dims = np.zeros(len(names), dtype=int)  # (T,)
@@ -82,25 +77,44 @@ class CostTable:
             self.positions[row[name]] = layer.macs_positions
             self.out_positions[row[name]] = layer.out_positions
             self.out_dims[row[name]] = layer.out_dim
+        # What one unit takes off each tensor, for the pairs P of a group and a tensor.
+        removal: dict[tuple[int, int], np.ndarray] = {}
+        for g, group in enumerate(groups):
+            for member in group.members:
+                if member.name in row:
+                    pair = removal.setdefault((g, row[member.name]), np.zeros(rank))
+                    pair[member.dim] += member.width
+        self.groups = len(groups)
+        self.group_of = np.array([g for g, _ in removal], dtype=int)  # (P,)
+        self.tensor_of = np.array([t for _, t in removal], dtype=int)  # (P,)
+        self.removal = np.array([*removal.values()]).reshape(-1, rank)  # (P, D)
 
     def totals(self, removed: np.ndarray) -> Totals:
         """Costs of the model without ``removed`` units of each group, (G,)."""
-        sizes = self.sizes - np.tensordot(removed, self.removal, 1)
-        return self._totals(sizes)
+        return Totals(*self._costs(self._sizes(removed), slice(None)).sum(1))
 
     def savings(self, removed: np.ndarray) -> Totals:
         """What removing one more unit of each group saves, three arrays (G,)."""
-        sizes = self.sizes - np.tensordot(removed, self.removal, 1)
-        now, then = self._totals(sizes), self._totals(sizes - self.removal)
-        return Totals(
-            now.macs - then.macs, now.memory - then.memory, now.params - then.params
-        )
+        sizes = self._sizes(removed)[self.tensor_of]  # (P, D)
+        now = self._costs(sizes, self.tensor_of)
+        saved = now - self._costs(sizes - self.removal, self.tensor_of)  # (3, P)
+        return Totals(*(np.bincount(self.group_of, s, self.groups) for s in saved))
 
-    def _totals(self, sizes: np.ndarray) -> Totals:
-        """Costs for tensors of ``sizes``, (..., T, D)."""
-        elements = sizes.prod(-1)  # (..., T)
-        rows = np.arange(sizes.shape[-2])
-        outputs = sizes[..., rows, self.out_dims]  # (..., T)
-        return Totals(
-            elements @ self.positions, outputs @ self.out_positions, elements.sum(-1)
+    def _sizes(self, removed: np.ndarray) -> np.ndarray:
+        """Sizes of all tensors without the ``removed`` units, (T, D)."""
+        sizes = self.sizes.copy()
+        gone = np.asarray(removed)[self.group_of, None] * self.removal
+        np.subtract.at(sizes, self.tensor_of, gone)
+        return sizes
+
+    def _costs(self, sizes: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+        """MACs, memory and parameters of the tensors ``rows`` of ``sizes``, (3, R)."""
+        elements = sizes.prod(1)  # (R,)
+        outputs = np.take_along_axis(sizes, self.out_dims[rows, None], 1)[:, 0]
+        return np.stack(
+            [
+                elements * self.positions[rows],
+                outputs * self.out_positions[rows],
+                elements,
+            ]
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -15,7 +15,8 @@ from mmgfp.errors import ConfigError
 from mmgfp.tracing import NO_LABEL, Trace
 
 #: What a member is to its unit: made by the layer, read by it, or taken along.
-Role = Literal['out', 'in', 'with']
+#: A module's attribute that counts the unit among its channels is a member, too.
+Role = Literal['out', 'in', 'with', 'attribute']
 
 #: Modules that count as layers (paper section 3.1: "only Conv/FC layers matter").
 LAYER_TYPES = (nn.modules.conv._ConvNd, nn.Linear)
@@ -26,11 +27,12 @@ class Member:
     """One dimension of one tensor that loses a slice with every unit.
 
     Attributes:
-        name: Name of the parameter or buffer.
-        dim: Its dimension.
+        name: Name of the parameter or buffer, or of a module's attribute.
+        dim: Its dimension; 0 for an attribute.
         index: Which entries belong to each unit, shape (units, entries per unit).
         role: ``'out'`` for a layer's output dimension, ``'in'`` for its input
-            dimension, ``'with'`` for norms, biases and element-wise parameters.
+            dimension, ``'with'`` for norms, biases and element-wise parameters,
+            ``'attribute'`` for a number of channels.
     """
 
     name: str
@@ -125,7 +127,8 @@ def build_groups(
     model: nn.Module,
     trace: Trace,
     keep: Sequence[str] = (),
-    frozen_layers: dict[str, str] | None = None,
+    unread: Mapping[str, str] | None = None,
+    frozen_groups: Iterable[tuple[ChannelGroup, str]] = (),
 ) -> Grouping:
     """Collect the units of a traced model into groups.
 
@@ -134,18 +137,28 @@ def build_groups(
         trace: What tracing found.
         keep: Names or glob patterns of layers that stay as they are, on their input
             and on their output side.
-        frozen_layers: More layers to leave alone, with the reason.
+        unread: Weights of layers whose inputs are to be left alone, with the reason.
+        frozen_groups: Groups found before on the same trace that are to be left
+            alone, with the reason.
 
     Raises:
         ConfigError: A pattern of ``keep`` matches no layer.
     """
     _freeze_named(model, trace, _kept_layers(model, trace, keep))
-    _freeze_named(model, trace, frozen_layers or {})
     table = trace.table
+    for call in trace.calls:
+        if unread and call.weight in unread:
+            layer, reason = module_of(call.weight), unread[call.weight]
+            table.freeze(call.inputs, f'read by {layer}: {reason}')
+    for group, reason in frozen_groups:
+        member = group.members[0]  # the others are equated with it
+        table.freeze(table.vectors[member.name, member.dim][member.index], reason)
     components = table.components()
     reasons = table.frozen(components)
     produced, consumed = table.produced(), table.consumed()
     prunable = _members_of(components, produced) & _members_of(components, consumed)
+    for component in _whole_dimensions(trace, components):
+        reasons.setdefault(component, ['all its channels are one unit'])
     prunable[list(reasons)] = False
     groups, unit_of = _collect(trace, components, prunable, produced, consumed)
     inputs = {
@@ -163,10 +176,21 @@ def layer_names(model: nn.Module, trace: Trace) -> list[str]:
     return list(dict.fromkeys(found + traced))
 
 
+def _weight_owners(model: nn.Module) -> dict[str, str]:
+    """For every name of a layer, the name under which its weight is traced."""
+    first = {id(p): module_of(n) for n, p in model.named_parameters()}
+    return {
+        n: first.get(id(m.weight), n)
+        for n, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, LAYER_TYPES)
+    }
+
+
 def _kept_layers(model: nn.Module, trace: Trace, keep: Iterable[str]) -> dict[str, str]:
+    owners = {n: n for n in layer_names(model, trace)} | _weight_owners(model)
     kept: dict[str, str] = {}
     for pattern in keep:
-        found = [n for n in layer_names(model, trace) if matches(n, pattern)]
+        found = [owner for n, owner in owners.items() if matches(n, pattern)]
         if not found:
             raise ConfigError(
                 'keep',
@@ -178,7 +202,7 @@ def _kept_layers(model: nn.Module, trace: Trace, keep: Iterable[str]) -> dict[st
     return kept
 
 
-def _freeze_named(model: nn.Module, trace: Trace, layers: dict[str, str]) -> None:
+def _freeze_named(model: nn.Module, trace: Trace, layers: Mapping[str, str]) -> None:
     """Freeze every labelled dimension of the layers' parameters."""
     for (name, _), vector in trace.table.vectors.items():
         if module_of(name) in layers:
@@ -193,6 +217,16 @@ def _members_of(components: np.ndarray, mask: np.ndarray) -> np.ndarray:
     found = np.zeros(components.max(initial=-1) + 1, dtype=bool)
     found[components[mask]] = True
     return found
+
+
+def _whole_dimensions(trace: Trace, components: np.ndarray) -> set[int]:
+    """Components that hold all of a tensor dimension, of which nothing would stay."""
+    firsts = set()
+    for vector in trace.table.vectors.values():
+        own = components[vector.numpy()]
+        if (own == own[0]).all():
+            firsts.add(int(own[0]))
+    return firsts
 
 
 def _units_of_labels(
@@ -214,14 +248,13 @@ def _collect(
     """Groups, and the unit number of each component (-1 where it is not prunable)."""
     signatures: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
     entries: dict[tuple[str, int], dict[int, np.ndarray]] = {}
-    for (name, dim), vector in trace.table.vectors.items():
-        own = components[vector.numpy()]
+    for (name, dim), own in _labelled_dimensions(trace, components):
         order = np.argsort(own, kind='stable')
         found, starts = np.unique(own[order], return_index=True)
         parts = np.split(order, starts[1:])
         entries[name, dim] = {}
         for component, index in zip(found.tolist(), parts, strict=True):
-            if prunable[component]:
+            if component >= 0 and prunable[component]:
                 entries[name, dim][component] = index
                 signatures[component].append((name, dim, len(index)))
     alike: dict[tuple[tuple[str, int, int], ...], list[int]] = defaultdict(list)
@@ -234,10 +267,11 @@ def _collect(
         units.sort(key=lambda c: int(entries[key[0][:2]][c][0]))
         members = []
         for name, dim, _ in key:
-            first = int(trace.table.vectors[name, dim][0])
-            role: Role = (
-                'out' if produced[first] else 'in' if consumed[first] else 'with'
-            )
+            role: Role = 'attribute'
+            if name not in trace.widths:
+                first = int(trace.table.vectors[name, dim][0])
+                made, read = produced[first], consumed[first]
+                role = 'out' if made else 'in' if read else 'with'
             index = np.stack([entries[name, dim][c] for c in units])
             members.append(Member(name, dim, index, role))
         makers = [m.name for m in members if m.role == 'out']
@@ -245,6 +279,21 @@ def _collect(
         unit_of[units] = np.arange(count, count + len(units))
         count += len(units)
     return groups, unit_of
+
+
+def _labelled_dimensions(
+    trace: Trace, components: np.ndarray
+) -> Iterator[tuple[tuple[str, int], np.ndarray]]:
+    """Components along each dimension of each tensor, then of each attribute."""
+    for key, vector in trace.table.vectors.items():
+        yield key, components[vector.numpy()]
+    for name, vectors in trace.widths.items():
+        found = []
+        for labels in (vector.numpy() for vector in vectors):
+            found.append(np.where(labels == NO_LABEL, -1, components[labels]))
+        # Tensors that may come to differ in width have no width in common.
+        if all(np.array_equal(own, found[0]) for own in found):
+            yield (name, 0), found[0]
 
 
 def _frozen_layers(
@@ -261,15 +310,16 @@ def _frozen_layers(
         if produced[vector.numpy()].all():
             outputs[module_of(name)] = components[vector.numpy()]
     traced = {module_of(call.weight) for call in trace.calls}
+    owners = _weight_owners(model)
     frozen = []
     for layer in layer_names(model, trace):
-        if layer not in traced:
-            weight = model.get_parameter(f'{layer}.weight')
-            reason, stay = 'took no part in the loss', len(weight)
-        elif layer not in outputs:
-            reason, stay = 'its output channels carry no labels', 1
+        owner = owners.get(layer, layer)
+        if owner not in traced:
+            reason, stay = 'took no part in the loss', _width(model, layer)
+        elif owner not in outputs:
+            reason, stay = 'its output channels carry no labels', _width(model, layer)
         else:
-            left = outputs[layer][~prunable[outputs[layer]]]
+            left = outputs[owner][~prunable[outputs[owner]]]
             if not left.size:
                 continue
             found = dict.fromkeys(r for c in left for r in reasons.get(int(c), ()))
@@ -277,3 +327,10 @@ def _frozen_layers(
             stay = int(left.size)
         frozen.append(FrozenLayer(layer, reason, stay))
     return frozen
+
+
+def _width(model: nn.Module, layer: str) -> int:
+    """Output channels of a layer."""
+    module: Any = model.get_submodule(layer)
+    features: int = getattr(module, 'out_features', 1)
+    return getattr(module, 'out_channels', features)

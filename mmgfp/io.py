@@ -42,6 +42,11 @@ class _Harmless:
             )
             return super().find_class(module, name) if known else _StandIn
 
+    @classmethod
+    def load(cls, file: Any, **kwargs: Any) -> Any:
+        """What `pickle.load` does; torch calls it for files of its old format."""
+        return cls.Unpickler(file, **kwargs).load()
+
 
 _WEIGHT_NAMES = {
     ('collections', 'OrderedDict'),

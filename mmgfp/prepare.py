@@ -14,20 +14,16 @@ from mmgfp.errors import ConfigError
 VARIABLES = ('data_root', 'pretrained', 'pruned')
 
 
-def prepare_config(
-    cfg: Config, options: Mapping[str, Any] | None, splits: Iterable[str]
-) -> None:
-    """Spreads overridden variables, completes dataloaders, looks for the data.
+def prepare_config(cfg: Config, splits: Iterable[str]) -> None:
+    """Completes dataloaders and looks for the data.
 
     Args:
-        cfg: The config with `options` merged in; changed in place.
-        options: The command line's `--cfg-options`.
+        cfg: The config; changed in place.
         splits: Which of `train`, `val` and `test` will be used.
 
     Raises:
         ConfigError: If a dataset is missing on disk.
     """
-    spread_variables(cfg, options)
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_dataloaders(cfg)
     check_data(cfg, splits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mmgfp.costs import CostTable, LayerWork, Totals
 from mmgfp.errors import ConfigError, TraceError
-from mmgfp.fisher import FisherTap, unit_gradients
-from mmgfp.groups import Grouping, build_groups, module_of
+from mmgfp.fisher import FisherTap, unit_gradients, untapped, weight_owners
+from mmgfp.groups import Grouping, build_groups
 from mmgfp.masking import ColumnMask
 from mmgfp.recording import (
     Forward,
@@ -25,14 +25,17 @@ from mmgfp.recording import (
     undisturbed,
 )
 from mmgfp.selection import NORMALIZATIONS, Limits, Target, select_units
-from mmgfp.structure import PruneStructure
-from mmgfp.surgery import compact
-from mmgfp.tracing import trace_loss
-from mmgfp.verify import find_disagreements
+from mmgfp.structure import PruneStructure, shapes_of
+from mmgfp.surgery import compact, has_attribute_rule
+from mmgfp.tracing import judge_rows, trace_loss, watch_rows, watch_widths
+from mmgfp.verify import Disagreement, find_disagreements
 
 logger = logging.getLogger('mmgfp')
 
 LossFunction = Callable[[nn.Module], Tensor]
+
+#: Why a group is frozen that failed the proof; the difference follows.
+DISPROVED = 'masked and compact disagree'
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,14 @@ class GroupFisherPruner:
         keep: Sequence[str] = (),
         strict: bool = False,
     ) -> None:
-        targets = [target] if isinstance(target, Mapping) else list(target)
+        targets = list(target) if isinstance(target, list | tuple) else [target]
         self.targets = [Target.parse(t) for t in targets]
         _check('target', bool(self.targets), 'at least one target', target)
         _check_count('interval', interval)
         _check_count('units_per_step', units_per_step)
         _check_count('min_channels', min_channels)
-        _check('max_ratio', 0 < max_ratio <= 1, 'a number in (0, 1]', max_ratio)
+        fine = isinstance(max_ratio, int | float) and 0 < max_ratio <= 1
+        _check('max_ratio', fine, 'a number in (0, 1]', max_ratio)
         _check(
             'normalize',
             normalize in NORMALIZATIONS,
@@ -101,7 +105,7 @@ class GroupFisherPruner:
         )
         _check(
             'keep',
-            not isinstance(keep, str) and all(isinstance(k, str) for k in keep),
+            isinstance(keep, list | tuple) and all(isinstance(k, str) for k in keep),
             'a list of layer names or patterns',
             keep,
         )
@@ -116,6 +120,7 @@ class GroupFisherPruner:
         self.grouping = Grouping((), (), {})
         self.iteration = 0
         self.reached: list[Target] = []
+        self._warned: set[str] = set()
 
     # -- preparation ---------------------------------------------------------
 
@@ -154,7 +159,7 @@ class GroupFisherPruner:
         parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
         work = {n: w for n, w in work.items() if n in parameters}
         self.costs = CostTable(parameters, work, self.grouping.groups)
-        self.shapes = {n: tuple(t.shape) for n, t in self.model.state_dict().items()}
+        self.shapes = shapes_of(self.model)
         self._start()
         return self.grouping
 
@@ -163,58 +168,42 @@ class GroupFisherPruner:
             undisturbed(self.model),
             all_parameters_require_grad(self.model),
             torch.enable_grad(),
+            watch_rows(self.model) as calls,
+            watch_widths(self.model, has_attribute_rule) as widths,
         ):
-            trace = trace_loss(self.model, loss(self.model), self.strict)
+            trace = trace_loss(self.model, loss(self.model), self.strict, widths)
+        self._rows, self._owners = judge_rows(calls), weight_owners(self.model)
+        weights = [call.weight for call in trace.calls]
+        unread = untapped(weights, self._owners, self._rows)
         for op, layers in trace.unknown_ops.items():
             logger.warning('op %s has no rule; it freezes %s', op, ', '.join(layers))
-        grouping = build_groups(self.model, trace, self.keep, self._untapped(trace))
-        failures = find_disagreements(self.model, grouping, forward)
-        if not failures:
-            return grouping
+        disproved: list[Disagreement] = []
+        while True:
+            reasons = [(d.group, f'{DISPROVED}: {d.reason}') for d in disproved]
+            grouping = build_groups(self.model, trace, self.keep, unread, reasons)
+            failures = find_disagreements(self.model, grouping, forward)
+            if not failures:
+                return grouping
+            self._report(failures)
+            disproved += failures
+
+    def _report(self, failures: Sequence[Disagreement]) -> None:
         for failure in failures:
             members = ', '.join(f'{m.name}[{m.dim}]' for m in failure.group.members)
             logger.warning(
-                'group %s is left alone, since masked and compact model disagree (%s); '
-                'its members: %s',
+                'group %s is left alone, since %s (%s); its members: %s',
                 failure.group.name,
+                DISPROVED,
                 failure.reason,
                 members,
             )
-        names = [f.group.name for f in failures]
         if self.strict:
             raise TraceError(
-                f'groups {", ".join(names)}',
+                f'groups {", ".join(f.group.name for f in failures)}',
                 'equal outputs of the masked and the compact model',
                 failures[0].reason,
                 'name these layers in keep, or leave strict off to freeze them',
             )
-        frozen = {
-            f.group.name: f'masked and compact disagree: {f.reason}' for f in failures
-        }
-        grouping = build_groups(
-            self.model, trace, self.keep, self._untapped(trace) | frozen
-        )
-        still = find_disagreements(self.model, grouping, forward)
-        if still:
-            raise TraceError(
-                f'groups {", ".join(f.group.name for f in still)}',
-                'equal outputs after freezing what disagreed',
-                still[0].reason,
-                'name these layers in keep',
-            )
-        return grouping
-
-    def _untapped(self, trace: Any) -> dict[str, str]:
-        """Layers whose inputs cannot be watched, with the reason."""
-        modules = dict(self.model.named_modules())
-        reasons = {}
-        for call in trace.calls:
-            name = module_of(call.weight)
-            if call.weight != f'{name}.weight' or not callable(
-                getattr(modules[name], 'forward', None)
-            ):
-                reasons[name] = 'its input cannot be watched for Fisher statistics'
-        return reasons
 
     def _start(self) -> None:
         units = self.grouping.units
@@ -222,19 +211,28 @@ class GroupFisherPruner:
         self.importance = np.zeros(units)
         self._group_of = self.grouping.group_of
         self._seen = np.zeros(len(self.grouping.groups), dtype=int)
-        modules = dict(self.model.named_modules())
         self._units = {
-            name: torch.from_numpy(index)
-            for name, index in self.grouping.inputs.items()
+            module: torch.from_numpy(index)
+            for weight, index in self.grouping.inputs.items()
+            for module in self._owners.get(weight, ())
             if (index >= 0).any()
         }
-        self.tap = FisherTap({n: modules[module_of(n)] for n in self._units})
+        self.tap = self._new_tap()
         self.tap.attach()
         self.mask = ColumnMask(self.model, self.grouping.groups)
-        widths = [g.members[0].width for g in self.grouping.groups]
+        widths = [
+            next(m.width for m in g.members if m.role == 'out')
+            for g in self.grouping.groups
+        ]
         sizes = np.array([g.units for g in self.grouping.groups])
         least = -(-self.min_channels // np.array(widths))
         self.limits = Limits.of(sizes, least, self.max_ratio)
+
+    def _new_tap(self) -> FisherTap:
+        modules = dict(self.model.named_modules())
+        layers = {name: modules[name] for name in self._units}
+        first = [modules[name] for name in self._rows.first]
+        return FisherTap(layers, self._rows, first)
 
     # -- state ---------------------------------------------------------------
 
@@ -308,9 +306,10 @@ class GroupFisherPruner:
                 'resume with the configuration that the run was started with',
             )
         self.iteration = int(state['iteration'])
-        self.alive = state['alive'].numpy().copy()
-        self.importance = state['importance'].numpy().copy()
-        self._seen = state['seen'].numpy().copy()
+        # A runner may have loaded the checkpoint onto a GPU.
+        self.alive = state['alive'].cpu().numpy().copy()
+        self.importance = state['importance'].cpu().numpy().copy()
+        self._seen = state['seen'].cpu().numpy().copy()
         self.reached = [Target.parse(t) for t in state['reached']]
         self.mask.update(self.alive)
 
@@ -335,20 +334,34 @@ class GroupFisherPruner:
         return step
 
     def _accumulate(self) -> None:
-        gradients = self.tap.take()
+        gradients, lost = self.tap.take(), self.tap.take_lost()
+        for layer, reason in lost.items():
+            self._warn_once(
+                f'the inputs of {layer} are not counted in some iterations, since its '
+                f'rows cannot be told to images: {reason}'
+            )
         if not gradients:
             return
         units = unit_gradients(gradients, self._units, len(self.alive))  # (N, U)
-        self.importance += units.square().sum(0).double().cpu().numpy()
-        touched = np.concatenate([self._units[name].numpy() for name in gradients])
-        self._seen[np.unique(self._group_of[touched[touched >= 0]])] += 1
+        importance = units.double().square().sum(0).cpu().numpy()
+        if not np.isfinite(importance).all():
+            return  # an overflow under mixed precision, whose update is skipped too
+        blind = self._groups_read_by(lost)
+        self.importance += np.where(np.isin(self._group_of, blind), 0, importance)
+        self._seen[np.setdiff1d(self._groups_read_by(gradients), blind)] += 1
+
+    def _groups_read_by(self, layers: Iterable[str]) -> np.ndarray:
+        """Numbers of the groups that the layers read."""
+        parts = [self._units[name].numpy() for name in layers]
+        units = np.concatenate([np.empty(0, dtype=int), *parts])
+        return np.unique(self._group_of[units[units >= 0]])
 
     def _prune(self) -> PruneStep:
         importance = self.importance.copy()
         unseen = self._seen == 0
         importance[unseen[self._group_of]] = np.nan
         for g in np.flatnonzero(unseen):
-            _warn_once(
+            self._warn_once(
                 f'group {self.grouping.groups[g].name} got no gradient in '
                 f'{self.interval} iterations and is left alone until it does'
             )
@@ -372,14 +385,10 @@ class GroupFisherPruner:
         self.reached += reached
         return PruneStep(units, totals, reached)
 
-
-_WARNED: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _WARNED:
-        _WARNED.add(message)
-        logger.warning(message)
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
 
 
 def _check(field: str, fine: bool, expected: str, got: object) -> None:

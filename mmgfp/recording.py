@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,10 @@ Forward = Callable[[nn.Module], Any]
 
 @torch.no_grad()
 def record_work(
-    model: nn.Module, forward: Forward, images: int
+    model: nn.Module,
+    forward: Forward,
+    images: int,
+    rows: Mapping[str, int] | None = None,
 ) -> dict[str, LayerWork]:
     """Run ``forward`` once and count the positions that each layer works on.
 
@@ -27,21 +30,35 @@ def record_work(
         model: The module; Conv and FC layers inside it are watched.
         forward: Calls the module.
         images: Number of images in that call; results are for one.
+        rows: Rows per image to count, by the name of a module, for the layers inside
+            that work on anything but images, such as RoIs, however many of them the
+            call gives.
 
     Returns:
         dict: Work by the name of the layer's weight; layers that did not run are
         left out.
     """
     work: dict[str, LayerWork] = {}
+    fixed = rows or {}
+
+    def share(name: str, seen: int) -> float:
+        """The part of a call on ``seen`` rows that counts for one image."""
+        found = [n for part, n in fixed.items() if name.startswith(f'{part}.')]
+        return found[0] / seen if found and seen not in (0, images) else 1 / images
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            out_dim, positions = _positions(module, args[0], output)
-            out_positions = output.numel() / _out_channels(module)
+        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            out_dim = 1 if getattr(module, 'transposed', False) else 0
+            out_positions = output.numel() / module.weight.shape[out_dim]
+            # A transposed convolution uses each weight once per input position.
+            positions = (
+                args[0].numel() / module.in_channels if out_dim else out_positions
+            )
             before = work.get(name, LayerWork(0.0, 0.0))
+            part = share(name, len(args[0]))
             work[name] = LayerWork(
-                before.macs_positions + positions / images,
-                before.out_positions + out_positions / images,
+                before.macs_positions + positions * part,
+                before.out_positions + out_positions * part,
                 out_dim,
             )
 
@@ -59,17 +76,6 @@ def record_work(
         for handle in handles:
             handle.remove()
     return work
-
-
-def _out_channels(module: Any) -> int:
-    return module.out_features if isinstance(module, nn.Linear) else module.out_channels
-
-
-def _positions(module: Any, x: Tensor, output: Tensor) -> tuple[int, float]:
-    """The weight's output dimension, and how often each weight element is used."""
-    if getattr(module, 'transposed', False):
-        return 1, x.numel() / module.in_channels
-    return 0, output.numel() / _out_channels(module)
 
 
 @contextmanager

@@ -39,9 +39,13 @@ def _cpu_name() -> str:
 
 
 def main_metric(metrics: Mapping[str, float]) -> tuple[str, float]:
-    """Picks a test's headline: COCO's mAP or top-1 accuracy, both in percent."""
-    if 'coco/bbox_mAP' in metrics:
-        return 'mAP', metrics['coco/bbox_mAP'] * 100
+    """Picks a test's headline: COCO's mAP or top-1 accuracy, both in percent.
+
+    No metrics at all, which is what COCO's evaluation gives for a model that
+    detects nothing, count as an mAP of 0.
+    """
+    if not metrics or 'coco/bbox_mAP' in metrics:
+        return 'mAP', metrics.get('coco/bbox_mAP', 0.0) * 100
     if 'accuracy/top1' in metrics:
         return 'top-1', metrics['accuracy/top1']
     return next(iter(metrics.items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Target:
     ratio: float
 
     @classmethod
-    def parse(cls, raw: Mapping[str, float]) -> Target:
+    def parse(cls, raw: Any) -> Target:
         """Read ``dict(flops=0.5)``.
 
         Raises:
@@ -76,14 +77,11 @@ class Limits:
         return cls(np.maximum(np.minimum(min_units, units), np.maximum(by_ratio, 1)))
 
 
-def normalized(
-    importance: np.ndarray, group_of: np.ndarray, savings: Totals, normalize: str
-) -> np.ndarray:
-    """Importance per cost that a unit's removal saves (paper, section 3.3), (U,)."""
+def normalized(importance: np.ndarray, savings: Totals, normalize: str) -> np.ndarray:
+    """Importance per cost that a removal saves (paper, section 3.3), (G,)."""
     if normalize == 'none':
         return importance
-    cost = np.asarray(savings[normalize])
-    return importance / np.maximum(cost, 1e-30)[group_of]
+    return importance / np.maximum(savings[normalize], 1e-30)
 
 
 def select_units(
@@ -117,19 +115,34 @@ def select_units(
         or the limits say so.
     """
     groups = len(limits.least)
-    candidate = alive & ~np.isnan(importance)
     left = np.bincount(group_of[alive], minlength=groups)
     removed = np.bincount(group_of, minlength=groups) - left
+    # Units of a group save the same, so only the least of each group can be next.
+    queues = _queues(importance, group_of, alive & ~np.isnan(importance), groups)
+
+    def least(g: int) -> float:
+        closed = not queues[g] or left[g] <= limits.least[g]
+        return np.inf if closed else importance[queues[g][-1]]
+
+    heads = np.array([least(g) for g in range(groups)])  # (G,)
     picked: list[int] = []
-    while len(picked) < count and not (picked and done(costs.totals(removed))):
-        open_groups = left > limits.least
-        scores = normalized(importance, group_of, costs.savings(removed), normalize)
-        scores = np.where(candidate & open_groups[group_of], scores, np.inf)
-        unit = int(scores.argmin())
-        if not np.isfinite(scores[unit]):
+    while len(picked) < count and not done(costs.totals(removed)):
+        scores = normalized(heads, costs.savings(removed), normalize)
+        g = int(scores.argmin())
+        if not np.isfinite(scores[g]):
             break
-        picked.append(unit)
-        candidate[unit] = False
-        left[group_of[unit]] -= 1
-        removed[group_of[unit]] += 1
+        picked.append(queues[g].pop())
+        left[g] -= 1
+        removed[g] += 1
+        heads[g] = least(g)
     return np.array(picked, dtype=int)
+
+
+def _queues(
+    importance: np.ndarray, group_of: np.ndarray, candidate: np.ndarray, groups: int
+) -> list[list[int]]:
+    """Candidates by group; the least important comes last, of equal ones the first."""
+    units = np.flatnonzero(candidate)
+    units = units[np.lexsort((importance[units], group_of[units]))]
+    ends = np.searchsorted(group_of[units], np.arange(1, groups))
+    return [part[::-1].tolist() for part in np.split(units, ends)]

@@ -15,6 +15,7 @@ from torch import nn
 from mmgfp.errors import StructureError
 from mmgfp.groups import ChannelGroup
 from mmgfp.io import atomic_write, load_weights_only
+from mmgfp.tracing import width_attributes
 
 #: The key under which a checkpoint holds its structure.
 STRUCTURE_KEY = 'prune_structure'
@@ -28,10 +29,13 @@ class PruneStructure:
     Attributes:
         sizes: Original shape by tensor name, for each tensor that shrinks.
         kept: Kept indices, ascending, by tensor name and dimension.
+        attributes: Numbers of channels that modules repeat in an attribute, by its
+            name, such as ``roi_head.bbox_roi_extractor.out_channels``.
     """
 
     sizes: dict[str, list[int]] = field(default_factory=dict)
     kept: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    attributes: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -40,7 +44,16 @@ class PruneStructure:
         alive: np.ndarray,
         shapes: Mapping[str, Sequence[int]],
     ) -> PruneStructure:
-        """The structure that is left when only the units ``alive``, (U,), stay."""
+        """The structure that is left when only the units ``alive``, (U,), stay.
+
+        Args:
+            groups: The groups of the units.
+            alive: Units that stay, (U,).
+            shapes: What `shapes_of` says of the model.
+        """
+        attributes = {
+            m.name for g in groups for m in g.members if m.role == 'attribute'
+        }
         dropped: dict[tuple[str, int], list[np.ndarray]] = {}
         start = 0
         for group in groups:
@@ -53,6 +66,9 @@ class PruneStructure:
         structure = cls()
         for (name, dim), parts in sorted(dropped.items()):
             left = np.setdiff1d(np.arange(shapes[name][dim]), np.concatenate(parts))
+            if name in attributes:
+                structure.attributes[name] = len(left)
+                continue
             structure.sizes[name] = list(shapes[name])
             structure.kept.setdefault(name, {})[dim] = left.tolist()
         return structure
@@ -73,15 +89,19 @@ class PruneStructure:
             }
             for name, dims in self.kept.items()
         }
-        return {'version': VERSION, 'tensors': tensors}
+        return {
+            'version': VERSION,
+            'tensors': tensors,
+            'attributes': dict(self.attributes),
+        }
 
     @classmethod
     def from_dict(cls, raw: Any, source: str = 'structure') -> PruneStructure:
         """Read and validate what `to_dict` wrote.
 
         Raises:
-            StructureError: Another version, or indices that are not ascending and
-                within the tensor's size.
+            StructureError: Another version, indices that are not ascending and
+                within the tensor's size, or attributes that are no positive numbers.
         """
         remedy = 'use the file that a mmgfp pruning run or tools/deploy_pruned.py wrote'
         version = raw.get('version') if isinstance(raw, Mapping) else None
@@ -97,14 +117,20 @@ class PruneStructure:
                     int(dim): [int(i) for i in kept]
                     for dim, kept in entry['kept'].items()
                 }
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            structure.attributes.update(raw.get('attributes', {}))
+        except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError) as e:
             raise StructureError(
-                source, 'tensors with shape and kept', repr(error), remedy
+                source, 'tensors with shape and kept', repr(e), remedy
             ) from None
         structure._validate(source, remedy)
         return structure
 
     def _validate(self, source: str, remedy: str) -> None:
+        for name, width in self.attributes.items():
+            if type(width) is not int or width < 1:
+                raise StructureError(
+                    f'{source}: {name}', 'a number of channels', repr(width), remedy
+                )
         for name, dims in self.kept.items():
             shape = self.sizes[name]
             for dim, kept in dims.items():
@@ -129,7 +155,7 @@ class PruneStructure:
         if path.suffix == '.json':
             try:
                 raw = json.loads(path.read_text())
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise StructureError(
                     str(path), 'a readable JSON file', str(error), 'check the path'
                 ) from None
@@ -154,8 +180,18 @@ class PruneStructure:
         """Check that ``model`` is what this structure was made from.
 
         Raises:
-            StructureError: A tensor is missing or of another shape.
+            StructureError: A tensor is missing or of another shape, or an attribute
+                is missing or smaller already.
         """
+        for name, width in self.attributes.items():
+            value = _attribute(model, name)
+            if type(value) is not int or value < width:
+                raise StructureError(
+                    f'{source}: {name}',
+                    f'a number of at least {width}',
+                    repr(value),
+                    'use it with the architecture that was pruned',
+                )
         tensors: dict[str, torch.Tensor] = {
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
@@ -169,3 +205,19 @@ class PruneStructure:
                     str(got),
                     'use it with the architecture that was pruned',
                 )
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by name, and of all attributes that count channels."""
+    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    for name, module in model.named_modules():
+        for attribute, width in width_attributes(module).items():
+            shapes[f'{name}.{attribute}'] = (width,)
+    return shapes
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    """A module's attribute, or None if there is no such module or attribute."""
+    module, _, attribute = name.rpartition('.')
+    owner = dict(model.named_modules()).get(module)
+    return getattr(owner, attribute, None)

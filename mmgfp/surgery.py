@@ -35,11 +35,15 @@ def compact(model: nn.Module, structure: PruneStructure) -> nn.Module:
         smaller = _shrunk(tensor, kept)
         done.add(id(smaller))
         for module, key in owners[id(tensor)]:
+            _count_groups(module, key, kept)
             setattr(module, key, smaller)
             touched[id(module)] = module
-    for module in model.modules():
+    for module in reversed(list(model.modules())):  # blocks after their layers
         if id(module) in touched or _wraps(module, touched):
             fix_attributes(module)
+    for name, width in structure.attributes.items():
+        module_name, _, attribute = name.rpartition('.')
+        setattr(model.get_submodule(module_name), attribute, width)
     return model
 
 
@@ -62,11 +66,18 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return owners
 
 
+def _count_groups(module: Any, key: str, kept: dict[int, list[int]]) -> None:
+    """Let a group convolution know how many of its conv groups keep outputs."""
+    if key == 'weight' and 0 in kept and _convolves(module) and module.groups > 1:
+        width = len(module.weight) // module.groups
+        module.groups = len({i // width for i in kept[0]})
+
+
 def _wraps(module: nn.Module, touched: dict[int, nn.Module]) -> bool:
-    """A block such as mmcv's ConvModule that repeats its convolution's attributes."""
-    return isinstance(getattr(module, 'conv', None), nn.Module) and (
-        id(module.conv) in touched
-    )
+    """A block that repeats attributes of its ``conv`` or its list of ``convs``."""
+    convs = getattr(module, 'convs', None)
+    parts = list(convs) if isinstance(convs, nn.ModuleList) else []
+    return any(id(part) in touched for part in [getattr(module, 'conv', None), *parts])
 
 
 Fixer = Callable[[Any], None]
@@ -84,6 +95,11 @@ def register_attributes(
         return fixer
 
     return register
+
+
+def has_attribute_rule(module: nn.Module) -> bool:
+    """Whether the module's attributes follow from its own tensors."""
+    return any(applies(module) for applies, _ in ATTRIBUTE_RULES)
 
 
 def fix_attributes(module: nn.Module) -> None:
@@ -109,8 +125,6 @@ def _fix_conv(conv: Any) -> None:
         conv.in_channels = weight.shape[0]
         conv.out_channels = weight.shape[1] * conv.groups
         return
-    if conv.groups > 1:
-        conv.groups = weight.shape[0] // (conv.out_channels // conv.groups)
     conv.in_channels = weight.shape[1] * conv.groups
     conv.out_channels = weight.shape[0]
 
@@ -148,5 +162,12 @@ def _fix_prelu(prelu: Any) -> None:
     )
 )
 def _fix_conv_block(block: Any) -> None:
-    block.in_channels = block.conv.in_channels
-    block.out_channels = block.conv.out_channels
+    for name in ('in_channels', 'out_channels', 'groups'):
+        if hasattr(block, name):
+            setattr(block, name, getattr(block.conv, name))
+
+
+@register_attributes(lambda m: hasattr(m, 'width') and hasattr(m, 'convs'))
+def _fix_split_block(block: Any) -> None:
+    """Res2Net splits its channels into parts of ``width``."""
+    block.width = block.convs[0].in_channels

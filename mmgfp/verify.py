@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.masking import ColumnMask
 from mmgfp.recording import Forward, undisturbed
-from mmgfp.structure import PruneStructure
+from mmgfp.structure import PruneStructure, shapes_of
 from mmgfp.surgery import compact
 
 #: Largest difference, relative to the largest output, that still counts as equal.
@@ -35,13 +35,18 @@ class Disagreement:
 
 
 def random_units(
-    groups: Sequence[ChannelGroup], share: float, rng: np.random.Generator
+    groups: Sequence[ChannelGroup],
+    share: float | np.ndarray,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """Keep all but a random ``share`` of each group's units, (U,); one always stays."""
+    """Keep all but a random ``share`` of each group's units, (U,); one always stays.
+
+    The share is one number, or one for each group, (G,).
+    """
     parts = []
-    for group in groups:
+    for group, own in zip(groups, np.broadcast_to(share, len(groups)), strict=True):
         alive = np.ones(group.units, dtype=bool)
-        gone = min(max(round(share * group.units), 1), group.units - 1)
+        gone = min(max(round(own * group.units), 1), group.units - 1)
         alive[rng.permutation(group.units)[:gone]] = False
         parts.append(alive)
     return np.concatenate([np.ones(0, dtype=bool), *parts])
@@ -53,8 +58,8 @@ def masked_and_compact(
     """Two copies of ``model``: one masked, one cut down to the units ``alive``."""
     masked, small = copy.deepcopy(model), copy.deepcopy(model)
     ColumnMask(masked, groups).update(alive)
-    shapes = {n: t.shape for n, t in model.state_dict().items()}
-    return masked, compact(small, PruneStructure.of(groups, alive, shapes))
+    structure = PruneStructure.of(groups, alive, shapes_of(model))
+    return masked, compact(small, structure)
 
 
 def difference(a: Any, b: Any) -> float:
@@ -115,7 +120,7 @@ def disagreement(
     except Exception as error:  # whatever the model raises is the answer
         if not outputs:
             raise
-        return f'{type(error).__name__}: {str(error).splitlines()[0]}'
+        return f'{type(error).__name__}: {str(error)}'.splitlines()[0]
     try:
         worst = difference(*outputs)
     except ValueError:
@@ -135,11 +140,15 @@ def find_disagreements(
         seed: Seed of the random units.
     """
     groups = grouping.groups
-    share = random_units(groups, 0.3, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    # Unequal shares, most of all of neighbours: a split in halves must not go well
+    # because both happen to lose as many channels.
+    shares = np.resize([0.1, 0.5], len(groups)) + rng.uniform(0, 0.2, len(groups))
+    kept = random_units(groups, shares, rng)
     group_of = grouping.group_of
 
     def search(members: np.ndarray) -> list[Disagreement]:
-        alive = share | ~np.isin(group_of, members)
+        alive = kept | ~np.isin(group_of, members)
         reason = disagreement(model, groups, alive, forward)
         if reason is None:
             return []

@@ -56,17 +56,18 @@ def test_missing_data_is_said(config, tmp_path):
         r'train_dataloader.dataset: expected data at data/cells/train.json.*data_root'
     )
     with pytest.raises(ConfigError, match=words):
-        prepare_config(cfg, None, ['train', 'val'])
+        prepare_config(cfg, ['train', 'val'])
     (tmp_path / 'train.json').touch()
     options = {'data_root': str(tmp_path)}
     cfg.merge_from_dict(options)
-    prepare_config(cfg, options, ['train', 'val'])
+    spread_variables(cfg, options)
+    prepare_config(cfg, ['train', 'val'])
 
 
 def test_mmpretrain_gets_its_collate_function(config):
     cfg = config()
-    prepare_config(cfg, None, [])
+    prepare_config(cfg, [])
     assert 'collate_fn' not in cfg.train_dataloader
     cfg.default_scope = 'mmpretrain'
-    prepare_config(cfg, None, [])
+    prepare_config(cfg, [])
     assert cfg.train_dataloader.collate_fn.type == 'default_collate'

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 
+import onnxruntime
 import pytest
 import torch
 from mmengine.config import Config
@@ -161,3 +162,17 @@ def test_finetuned_training_checkpoint_is_deployed(pruning_run, tmp_path):
     assert all(
         torch.equal(t, saved['state_dict'][n]) for n, t in model.state_dict().items()
     )
+
+
+def test_export_to_onnx_needs_nothing_of_mmgfp(pruning_run, tmp_path):
+    model = MODELS.build(pruned_config(pruning_run))
+    load_checkpoint(model, str(pruning_run.artifact))
+    network = torch.nn.Sequential(model.backbone, model.neck).eval()
+    image, path = torch.rand(1, 3, 64, 64), tmp_path / 'small.onnx'
+    torch.onnx.export(network, (image,), path, dynamo=False)
+    session = onnxruntime.InferenceSession(path)
+    (name,) = [i.name for i in session.get_inputs()]
+    outputs = session.run(None, {name: image.numpy()})
+    with torch.no_grad():
+        expected = network(image)
+    assert difference([torch.from_numpy(o) for o in outputs], list(expected)) < 1e-4

@@ -42,6 +42,7 @@ def test_table_cells():
         ({'coco/bbox_mAP': 0.365, 'x': 1}, ('mAP', 36.5)),
         ({'accuracy/top1': 76.8}, ('top-1', 76.8)),
         ({'f1': 3.0, 'x': 1}, ('f1', 3.0)),
+        ({}, ('mAP', 0.0)),
     ],
 )
 def test_main_metric(metrics, expected):

@@ -115,7 +115,7 @@ def test_deploy_refuses_and_writes_nothing(run_tool, pruning_run, tmp_path):
     [
         (['/nowhere/config.py'], 'config: expected a config file'),
         (['mmdet::retinanet/no_such.py'], 'config: expected a config file'),
-        ([DEMO, '/nowhere/weights.pth'], 'checkpoint: expected a file'),
+        ([DEMO, '/nowhere/weights.pth'], 'checkpoint: expected a checkpoint file'),
         ([DEMO, '--input-shape', 1, 64, 64], 'input_shape: expected (C, H, W)'),
     ],
 )
@@ -146,3 +146,15 @@ def test_train_misses_its_data_in_one_line(run_tool, tmp_path):
     config = ROOT / 'configs/bccd/retinanet_mobilenetv2_fpn_bccd.py'
     done = run_tool('train.py', config, '--cfg-options', f'data_root={tmp_path}/none/')
     assert f'expected data at {tmp_path}/none/' in error_line(done)
+
+
+def test_train_and_test_refuse_a_truncated_checkpoint(run_tool, pruning_run, tmp_path):
+    cut = tmp_path / 'cut.pth'
+    cut.write_bytes(pruning_run.artifact.read_bytes()[:5000])
+    words = f'{cut}: expected a checkpoint that loads'
+    done = run_tool('test.py', DEMO, cut, '--work-dir', tmp_path / 'work')
+    assert words in error_line(done)
+    options = ('--cfg-options', f'load_from={cut}', f'data_root={tmp_path}/digits/')
+    done = run_tool('train.py', DEMO, '--work-dir', tmp_path / 'work', *options)
+    assert words in error_line(done)
+    assert not (tmp_path / 'work').exists()

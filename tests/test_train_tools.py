@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from mmgfp.cli import run_cli
@@ -44,15 +45,16 @@ test_dataloader = train_dataloader
         (train, ['no.py'], 'config: expected a config file, got no.py'),
         (train, ['mmdet::no/no.py'], 'config: expected a config file, got mmdet::no'),
         (train, ['{tmp}/c.py'], 'train_dataloader.dataset: expected data at no/train'),
-        (tester, ['{tmp}/c.py', 'no.pth'], 'checkpoint: expected a file, got nothing'),
-        (tester, ['{tmp}/c.py', '{tmp}/c.py'], 'test_dataloader.dataset: expected'),
-        (tester, ['{tmp}/c.py', '{tmp}/c.py', '--out', 'x.txt'], 'expected a .pkl'),
+        (tester, ['{tmp}/c.py', 'no.pth'], 'checkpoint: expected a checkpoint file'),
+        (tester, ['{tmp}/c.py', '{tmp}/w.pth'], 'test_dataloader.dataset: expected'),
+        (tester, ['{tmp}/c.py', '{tmp}/w.pth', '--out', 'x.txt'], 'expected a .pkl'),
     ],
 )
 def test_what_is_missing_gets_one_line(
     tool, args, words, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / 'c.py').write_text(CONFIG)
+    torch.save({'state_dict': {}}, tmp_path / 'w.pth')
     with pytest.raises(SystemExit) as stop:
         call(tool, monkeypatch, *(arg.format(tmp=tmp_path) for arg in args))
     assert stop.value.code == 2
@@ -183,5 +185,12 @@ def test_pruned_checkpoint_is_the_last_target_reached(tmp_path):
 def test_input_shape_is_the_hooks():
     config = str(DEMO / 'retinanet_r18_fpn_digits_prune.py')
     assert pipeline.input_shape(config) == (3, 128, 128)
+    override = 'custom_hooks.0.input_shape=(3,64,96)'
+    assert pipeline.input_shape(config, [override]) == (3, 64, 96)
     with pytest.raises(ConfigError, match='FisherPruningHook'):
         pipeline.input_shape(str(DEMO / 'retinanet_r18_fpn_digits.py'))
+
+
+def test_options_are_parsed_like_the_other_tools_do():
+    assert pipeline.parse_options([]) == {}
+    assert pipeline.parse_options(['a.b=1', 'c=x/y.pth']) == {'a.b': 1, 'c': 'x/y.pth'}

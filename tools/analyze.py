@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
@@ -13,13 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mmgfp.analysis import report
-from mmgfp.cli import load_config, run_cli
+from mmgfp.cli import check_checkpoint, load_config, run_cli
 from mmgfp.engine.demo_batch import build_model, demo_batch
 from mmgfp.engine.inputs import BatchCalls
-from mmgfp.errors import ConfigError
 from mmgfp.io import atomic_write
 from mmgfp.pruner import GroupFisherPruner
-from mmgfp.recording import record_work
 
 #: Input sizes at which papers state costs.
 DEFAULT_SHAPES = {'mmdet': (3, 800, 1280), 'mmpretrain': (3, 224, 224)}
@@ -57,11 +54,10 @@ def analyze(
     """
     model = build_model(cfg)
     if checkpoint is not None:
-        if not Path(checkpoint).is_file():
-            raise ConfigError('checkpoint', 'a file', checkpoint, 'check the path')
+        check_checkpoint('checkpoint', checkpoint)
         load_checkpoint(model, checkpoint, map_location='cpu')
     calls = BatchCalls(model, demo_batch(cfg))
-    work = record_work(model, calls.sized_forward(shape), 1)
+    work = calls.work(model, shape)
     pruner = GroupFisherPruner(model, strict=strict)
     pruner.prepare(calls.loss, calls.forward, calls.images, work)
     return report(pruner, work)

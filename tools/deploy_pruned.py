@@ -50,9 +50,9 @@ def summarize(
     """Costs, and median latency in ms at batch 1 on the CPU, before and after."""
     models = {'original': item.original, 'pruned': item.model}
     calls = {name: BatchCalls(m, demo_batch(cfg)) for name, m in models.items()}
-    forwards = {name: c.sized_forward(shape) for name, c in calls.items()}
     rows: dict[str, dict[str, Any]] = {
-        name: costs_of(model, forwards[name]) for name, model in models.items()
+        name: costs_of(model, calls[name].work(model, shape))
+        for name, model in models.items()
     }
     if rounds:
         times = measure_latency(models, torch.rand(1, *shape), rounds, mode='tensor')

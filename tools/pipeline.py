@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import DictAction
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import find_latest_checkpoint, load_checkpoint
 
@@ -108,7 +109,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--latency-rounds',
         type=int,
-        default=20,
+        default=50,
         help='how often each model is timed on the CPU; 0 times nothing',
     )
     return parser.parse_args()
@@ -167,7 +168,8 @@ def pruned_checkpoint(folder: Path, config: str) -> Path:
             str(folder),
             'a checkpoint of the reached target',
             'none',
-            'delete the folder and raise max_iters or units_per_step',
+            'raise max_iters or units_per_step, delete the folder and '
+            f'{folder.parent / "done" / folder.name}.json',
         )
     return max(reached, key=lambda path: path.stat().st_mtime)
 
@@ -189,14 +191,19 @@ def run_stages(args: argparse.Namespace) -> tuple[Pipeline, list[Variant]]:
     rebuild = (f'model.structure={pruned}',)
     folder = train('finetune', args.finetune, [f'load_from={pruned}', *rebuild])
     tuned = last_checkpoint(folder)
-    out = ('--out', str(root / 'deploy'))
+    name = Path(args.finetune).stem
     pipeline.run(
-        'deploy', 'deploy_pruned', args.finetune, str(tuned), *out, options=rebuild
+        'deploy',
+        'deploy_pruned',
+        *(args.finetune, str(tuned), '--out', str(root / 'deploy'), '--name', name),
+        *('--input-shape', *map(str, input_shape(args.prune, args.cfg_options))),
+        options=rebuild,
     )
+    deployed = root / 'deploy' / name
     return pipeline, [
         Variant('baseline', args.baseline, trained, ()),
         Variant('pruned', args.finetune, pruned, rebuild),
-        Variant('fine-tuned', args.finetune, tuned, rebuild),
+        Variant('fine-tuned', f'{deployed}.py', deployed.with_name(f'{name}.pth'), ()),
     ]
 
 
@@ -231,9 +238,16 @@ def measure(
     }
 
 
-def input_shape(config: str) -> tuple[int, ...]:
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """Parses `key=value` overrides as the other tools do."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--options', nargs='*', action=DictAction, default={})
+    return parser.parse_args(['--options', *options]).options
+
+
+def input_shape(config: str, options: Sequence[str] = ()) -> tuple[int, ...]:
     """Reads the input shape (C, H, W) that the pruning hook counts costs at."""
-    for hook in load_config(config, None).get('custom_hooks', []):
+    for hook in load_config(config, parse_options(options)).get('custom_hooks', []):
         if hook.get('type') == 'FisherPruningHook' and 'input_shape' in hook:
             return tuple(hook.input_shape)
     raise ConfigError(
@@ -244,10 +258,9 @@ def input_shape(config: str) -> tuple[int, ...]:
     )
 
 
-def build(variant: Variant) -> torch.nn.Module:
+def build(variant: Variant, options: Sequence[str]) -> torch.nn.Module:
     """Builds a variant's model with its weights, in eval mode."""
-    options = dict(option.split('=', 1) for option in variant.options)
-    cfg = load_config(variant.config, options)
+    cfg = load_config(variant.config, parse_options([*variant.options, *options]))
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = MODELS.build(cfg.model)
     load_checkpoint(model, str(variant.checkpoint), map_location='cpu')
@@ -257,7 +270,7 @@ def build(variant: Variant) -> torch.nn.Module:
 def describe(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Any]:
     """Says how the numbers came about: configs, seed, times, machine."""
     stages = ('baseline', 'prune', 'finetune', 'deploy')
-    cfg = load_config(args.baseline, None)
+    cfg = load_config(args.baseline, parse_options(args.cfg_options))
     return {
         'configs': [args.baseline, args.prune, args.finetune],
         'seed': cfg.get('randomness', {}).get('seed'),
@@ -288,10 +301,10 @@ def draw(original: torch.nn.Module, pruned: Path, path: Path) -> None:
 def main() -> None:
     """Runs every stage, measures, writes the results."""
     args = parse_args()
-    shape = input_shape(args.prune)
+    shape = input_shape(args.prune, args.cfg_options)
     pipeline, variants = run_stages(args)
     rows = [measure(pipeline, variant, shape) for variant in variants]
-    models = {variant.name: build(variant) for variant in variants}
+    models = {variant.name: build(variant, args.cfg_options) for variant in variants}
     if args.latency_rounds:
         add_latency(rows, models, shape, args.latency_rounds)
     facts = {**describe(args, pipeline), 'input_shape': list(shape)}

@@ -13,7 +13,7 @@ from mmengine.evaluator import DumpResults
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmgfp.cli import load_config, run_cli
+from mmgfp.cli import check_checkpoint, load_config, run_cli
 from mmgfp.errors import ConfigError
 from mmgfp.prepare import prepare_config
 
@@ -55,11 +55,7 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: If the checkpoint is missing or `--out` is no pickle file.
     """
-    remote = '://' in args.checkpoint
-    if not remote and not Path(args.checkpoint).is_file():
-        raise ConfigError(
-            'checkpoint', 'a file', f'nothing at {args.checkpoint}', 'check the path'
-        )
+    check_checkpoint('checkpoint', args.checkpoint)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ConfigError('--out', 'a .pkl file', args.out, 'rename it')
 
@@ -110,7 +106,7 @@ def main() -> None:
     args = parse_args()
     check_args(args)
     cfg = load_config(args.config, args.cfg_options)
-    prepare_config(cfg, args.cfg_options, ['test'])
+    prepare_config(cfg, ['test'])
     cfg.launcher = args.launcher
     cfg.load_from = args.checkpoint
     if args.work_dir is not None:

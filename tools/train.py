@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from mmgfp.cli import load_config, run_cli
+from mmgfp.cli import check_checkpoint, load_config, run_cli
 from mmgfp.errors import ConfigError
 from mmgfp.prepare import prepare_config
 
@@ -107,27 +107,11 @@ def apply_resume(cfg: Config, resume: str | None) -> None:
     cfg.load_from = found
 
 
-def check_load_from(cfg: Config) -> None:
-    """Checks that the checkpoint to start from is there.
-
-    Raises:
-        ConfigError: If `load_from` is a local path without a file.
-    """
-    path = cfg.get('load_from')
-    if path and '://' not in path and not Path(path).is_file():
-        raise ConfigError(
-            'load_from',
-            'a checkpoint file',
-            f'nothing at {path}',
-            'run the stage before this one or pass --cfg-options load_from=FILE',
-        )
-
-
 def main() -> None:
     """Builds the runner from the command line and trains."""
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    prepare_config(cfg, args.cfg_options, ('train', 'val'))
+    prepare_config(cfg, ('train', 'val'))
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -138,7 +122,8 @@ def main() -> None:
     if args.auto_scale_lr:
         enable_auto_scale_lr(cfg)
     apply_resume(cfg, args.resume)
-    check_load_from(cfg)
+    if cfg.get('load_from'):
+        check_checkpoint('load_from', cfg.load_from)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.train()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
@@ -25,10 +26,16 @@ def build_model(cfg: Config) -> nn.Module:
         raise ConfigError('config', 'a model', 'none', 'give a model config')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model_cfg = copy.deepcopy(cfg.model)
+    if 'data_preprocessor' in cfg:  # as the runner does
+        model_cfg.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
     for node in _dicts(model_cfg):
         init_cfg = node.get('init_cfg')
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
             node['init_cfg'] = None
+        if 'teacher_ckpt' in node:
+            node['teacher_ckpt'] = None
+        if node.get('type') == 'SyncBN':  # which needs a GPU; weights are the same
+            node['type'] = 'BN'
     return MODELS.build(model_cfg).train()
 
 
@@ -46,11 +53,10 @@ def demo_batch(
         ConfigError: The config belongs to another library.
     """
     scope = cfg.get('default_scope') or _library(cfg.filename)
-    size = size or _input_size(cfg, scope)
     if scope == 'mmpretrain':
         return _classification_batch(cfg, images, size)
     if scope == 'mmdet':
-        return _detection_batch(cfg, images, size)
+        return _detection_batch(cfg, images, size or _anchored_size(cfg))
     raise ConfigError(
         'default_scope', 'mmdet or mmpretrain', repr(scope), 'give such a config'
     )
@@ -62,56 +68,73 @@ def _library(filename: str | None) -> str | None:
     return next((n for n in ('mmdet', 'mmpretrain') if n in folders), None)
 
 
-def _input_size(cfg: Config, scope: str | None) -> tuple[int, int]:
-    """Size (H, W) of the images that the config's model is made for."""
-    for key in ('input_size', 'img_size'):  # of SSD's anchors, of transformers
-        for node in _dicts(cfg.model):
-            if isinstance(node.get(key), int):
-                return node[key], node[key]
-    if scope != 'mmpretrain':
-        return 128, 128
-    pipeline = cfg.get('train_pipeline') or cfg.get('test_pipeline') or ()
-    for step in pipeline:
-        for key in ('crop_size', 'scale'):
-            if isinstance(step.get(key), int):
-                return step[key], step[key]
-    return 224, 224
+def _anchored_size(cfg: Config) -> tuple[int, int]:
+    """Size (H, W) that the model's anchors insist on, or a small one."""
+    sizes = [node.get('input_size') for node in _dicts(cfg.model)]
+    side = next((s for s in sizes if isinstance(s, int)), 128)
+    return side, side
 
 
-def _classification_batch(cfg: Config, images: int, size: tuple[int, int]) -> dict:
-    from mmpretrain.structures import DataSample
+def _classification_batch(
+    cfg: Config, images: int, size: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Noise through the config's own pipeline, with views, masks and mixed labels."""
+    from mmengine.dataset import Compose, default_collate
 
-    classes = next((int(n) for n in _values(cfg.model, 'num_classes')), 2)
-    generator = torch.Generator().manual_seed(0)
+    rng = np.random.default_rng(0)
     mean = (cfg.get('data_preprocessor') or {}).get('mean') or (0, 0, 0)
-    shape = (images, len(mean), *size)
-    pixels = torch.randint(0, 256, shape, generator=generator)
-    labels = [i % classes for i in range(images)]
-    samples = [
-        DataSample(metainfo={'img_shape': size}).set_gt_label(label) for label in labels
+    shape = (*(size or (256, 256)), len(mean))
+    classes = next((int(n) for n in _values(cfg.model, 'num_classes')), 2)
+    transform = Compose([{'type': 'PackInputs'}] if size else _transforms(cfg))
+    samples = []
+    for i in range(images):
+        image = rng.integers(0, 256, shape, dtype=np.uint8)
+        sample = {'img': image[..., 0] if len(mean) == 1 else image}
+        sample |= {k: image.shape[:2] for k in ('img_shape', 'ori_shape')}
+        samples.append(transform(sample | {'gt_label': i % classes}))
+    return default_collate(samples)
+
+
+def _transforms(cfg: Config) -> list[dict[str, Any]]:
+    """The pipeline after loading; of testing where there is no training."""
+    for loader in ('train_dataloader', 'test_dataloader', 'val_dataloader'):
+        for node in _dicts(cfg.get(loader) or {}):
+            if node.get('pipeline'):
+                return [s for s in node['pipeline'] if 'Load' not in str(s['type'])]
+    return [
+        {'type': 'Resize', 'scale': (224, 224)},
+        {'type': 'PackInputs'},
     ]
-    return {'inputs': pixels.to(torch.uint8), 'data_samples': samples}
 
 
 def _detection_batch(cfg: Config, images: int, size: tuple[int, int]) -> dict:
     from mmdet.testing import demo_mm_inputs
 
     classes = min((int(n) for n in _values(cfg.model, 'num_classes')), default=2)
-    kinds = {node.get('type') for node in _dicts(cfg)}
+    panoptic = any('Panoptic' in str(node.get('type')) for node in _dicts(cfg))
     batch = demo_mm_inputs(
         images,
         [[3, *size]] * images,
         num_items=[3] * images,
-        num_classes=max(classes - 1, 1),
+        num_classes=2,
         use_box_type=True,
-        with_mask=any('mask_head' in node for node in _dicts(cfg.model)),
-        with_semantic=any('Semantic' in str(k) or 'Panoptic' in str(k) for k in kinds),
+        with_mask=panoptic or _asks_for(cfg, 'with_mask'),
+        with_semantic=panoptic or _asks_for(cfg, 'with_seg'),
     )
     for sample in batch['data_samples']:
         boxes = sample.gt_instances.bboxes.tensor
+        sample.gt_instances.labels = torch.arange(len(boxes)) % classes
         # Boxes as large as the anchors, so that heads see positive samples.
         boxes[:] = _spread_boxes(len(boxes), size)
+        if 'gt_sem_seg' in sample:
+            stripes = torch.arange(size[1]).expand(1, *size) % classes
+            sample.gt_sem_seg.sem_seg = stripes.to(torch.uint8)
     return batch
+
+
+def _asks_for(cfg: Config, annotation: str) -> bool:
+    """Whether the config loads this kind of annotation."""
+    return any(node.get(annotation) is True for node in _dicts(cfg))
 
 
 def _spread_boxes(count: int, size: tuple[int, int]) -> torch.Tensor:

@@ -19,7 +19,6 @@ from mmgfp.engine.inputs import BatchCalls
 from mmgfp.engine.registry import PRUNERS
 from mmgfp.errors import ConfigError
 from mmgfp.pruner import GroupFisherPruner, PruneStep
-from mmgfp.recording import record_work
 from mmgfp.selection import Target
 
 #: The key under which training checkpoints hold the state of pruning.
@@ -110,9 +109,7 @@ class FisherPruningHook(Hook):
         model = _unwrapped(runner.model)
         pruner = PRUNERS.build({**self.config, 'model': model})
         calls = BatchCalls(model, data_batch)
-        work = None
-        if self.input_shape is not None:
-            work = record_work(model, calls.sized_forward(self.input_shape), 1)
+        work = calls.work(model, self.input_shape)
         grouping = pruner.prepare(calls.loss, calls.forward, calls.images, work)
         self.pruner = pruner
         shape = self.input_shape or calls.size

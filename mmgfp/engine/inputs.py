@@ -7,9 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmgfp.costs import LayerWork
+from mmgfp.engine.two_stage import fixed_proposals, rois_per_image
 from mmgfp.errors import ConfigError
+from mmgfp.recording import record_work
 
 
 class BatchCalls:
@@ -23,17 +27,70 @@ class BatchCalls:
     def __init__(self, model: Any, data_batch: Any) -> None:
         self.data = model.data_preprocessor(copy.deepcopy(data_batch), True)
         inputs = self.data['inputs']
-        self.images = len(inputs)
+        views = inputs if isinstance(inputs, list | tuple) else [inputs]
+        self.images = len(views[0])
         self.size = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else None
+        self._mode: str | None = None
 
     def loss(self, model: Any) -> Tensor:
         """The training loss, a scalar."""
         losses = model(**copy.deepcopy(self.data), mode='loss')
         return model.parse_losses(losses)[0]
 
+    def steady_loss(self, model: Any) -> Tensor:
+        """The training loss on made-up proposals, by which models can be compared."""
+        with fixed_proposals(model):
+            return self.loss(model)
+
     def forward(self, model: nn.Module) -> Any:
-        """All raw outputs of inference, before post-processing."""
-        return model(**copy.deepcopy(self.data), mode='tensor')
+        """All outputs of inference, before post-processing where that is possible.
+
+        Two-stage detectors work on made-up proposals, which do not jump; what the RPN
+        gives belongs to the outputs.
+        """
+        return self._outputs(model, self.data)
+
+    def work(
+        self, model: nn.Module, shape: tuple[int, ...] | None = None
+    ) -> dict[str, LayerWork]:
+        """What each layer works on for one image; see `rois_per_image` for RoIs.
+
+        Args:
+            model: The model; it is left as it is.
+            shape: Size (C, H, W) of the image; that of the batch by default.
+        """
+        rois = rois_per_image(model)
+        if shape is None:
+            return record_work(model, self.forward, self.images, rois)
+        return record_work(model, self.sized_forward(shape), 1, rois)
+
+    def _outputs(self, model: nn.Module, data: dict) -> Any:
+        """Raw outputs; results where the model's own code cannot give those.
+
+        The first call, which comes before anything is cut, decides for all.
+        """
+        inputs = data['inputs']
+        if isinstance(inputs, list | tuple):  # several views of the same images
+            data = {**data, 'inputs': inputs[0]}
+        with fixed_proposals(model) as proposals:
+            outputs = self._raw(model, data)
+        return (outputs, proposals) if proposals else outputs
+
+    def _raw(self, model: nn.Module, data: dict) -> Any:
+        if self._mode is None:
+            try:
+                outputs = model(**copy.deepcopy(data), mode='tensor')
+            except Exception as error:
+                print_log(
+                    f"{type(model).__name__} fails in mode='tensor' ({error}): its "
+                    f"outputs are compared in mode='predict'",
+                    'current',
+                )
+                self._mode = 'predict'
+            else:
+                self._mode = 'tensor'
+                return outputs
+        return model(**copy.deepcopy(data), mode=self._mode)
 
     def sized_forward(self, shape: tuple[int, ...]) -> Callable[[nn.Module], Any]:
         """A call on one image of ``shape`` (C, H, W), to count costs with.
@@ -56,7 +113,7 @@ class BatchCalls:
 
         def forward(model: nn.Module) -> Any:
             with torch.no_grad():
-                return model.eval()(**copy.deepcopy(data), mode='tensor')
+                return self._outputs(model.eval(), data)
 
         return forward
 

@@ -1,17 +1,26 @@
 """Which channels are coupled, read off the autograd graph of a real loss."""
 
 from mmgfp.tracing.labels import NO_LABEL
+from mmgfp.tracing.row_rules import ROW_RULES, register_row_rule
+from mmgfp.tracing.rows import judge_rows, watch_rows
 from mmgfp.tracing.rules import RULES, register_rule
 from mmgfp.tracing.tracer import Trace, trace_loss
 from mmgfp.tracing.value import Context, LayerCall, Value
+from mmgfp.tracing.widths import watch_widths, width_attributes
 
 __all__ = [
     'NO_LABEL',
+    'ROW_RULES',
     'RULES',
     'Context',
     'LayerCall',
     'Trace',
     'Value',
+    'judge_rows',
+    'register_row_rule',
     'register_rule',
     'trace_loss',
+    'watch_rows',
+    'watch_widths',
+    'width_attributes',
 ]

@@ -70,12 +70,10 @@ def _postorder(root: Node) -> tuple[list[Node], dict[Node, Edges]]:
         elif node not in edges:
             edges[node] = node.next_functions
             stack.append((node, True))
-            # The first operand, which is the activation, comes off the stack first.
-            stack += [
-                (n, False)
-                for n, _ in reversed(edges[node])
-                if n is not None and n not in edges
-            ]
+            operands = [n for n, _ in edges[node] if n is not None and n not in edges]
+            # The activation comes off the stack first, parameters after it.
+            operands.sort(key=lambda n: hasattr(n, 'variable'))
+            stack += [(n, False) for n in reversed(operands)]
     return nodes, edges
 
 
@@ -93,7 +91,10 @@ def _from_parameters(nodes: list[Node], edges: dict[Node, Edges]) -> set[Node]:
 
 def _times_zero(node: Node) -> bool:
     """A product with the number 0, with which a loss touches what it does not use."""
-    if op_name(node) != 'Mul' or any(n is not None for n, _ in node.next_functions[1:]):
+    if op_name(node) != 'Mul':
         return False
-    factor = node._saved_other
+    (left, _), (right, _) = node.next_functions
+    if left is not None and right is not None:
+        return False
+    factor = node._saved_other if right is None else node._saved_self
     return factor is not None and factor.dim() == 0 and float(factor) == 0.0

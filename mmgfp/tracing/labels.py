@@ -41,9 +41,11 @@ class LabelTable:
             self.size += size
         return self.vectors[key]
 
-    def owner(self, label: int) -> tuple[str, int]:
-        """The (tensor name, dimension) for which ``label`` was handed out."""
-        return self._owners[int(np.searchsorted(self._starts, label, 'right')) - 1]
+    def owners(self, labels: Tensor) -> list[str]:
+        """Names of the tensors for which ``labels`` were handed out, in order."""
+        flat = _flat(labels)
+        starts = np.searchsorted(self._starts, flat[flat != NO_LABEL], 'right') - 1
+        return [self._owners[i][0] for i in np.unique(starts)]
 
     def equate(self, a: Tensor, b: Tensor) -> None:
         """Let the elements of ``a`` and ``b`` (broadcast together) live and die alike.

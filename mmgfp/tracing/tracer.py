@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor, nn
 
 from mmgfp.errors import TraceError
@@ -12,6 +13,7 @@ from mmgfp.tracing.graph import Graph, Node, read_graph
 from mmgfp.tracing.labels import LabelTable
 from mmgfp.tracing.rules import RULES
 from mmgfp.tracing.value import Context, LayerCall, Value, op_name
+from mmgfp.tracing.widths import Outputs, width_labels
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,30 @@ class Trace:
         calls: Calls of layers, in order.
         shapes: Shapes of the parameters and buffers that were met, by name.
         unknown_ops: Ops without a rule, with the layers whose outputs they froze.
+        widths: Labels of the channels that a module's attribute counts, (C,) for
+            each tensor that has them, by the attribute's name.
     """
 
     table: LabelTable
     calls: list[LayerCall]
     shapes: dict[str, tuple[int, ...]]
     unknown_ops: dict[str, list[str]] = field(default_factory=dict)
+    widths: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
-def trace_loss(model: nn.Module, loss: Tensor, strict: bool = False) -> Trace:
+def trace_loss(
+    model: nn.Module,
+    loss: Tensor,
+    strict: bool = False,
+    widths: Mapping[str, Outputs] | None = None,
+) -> Trace:
     """Label every parameter dimension that takes part in ``loss``.
 
     Args:
         model: The module whose parameters and buffers get labels.
         loss: A scalar with its autograd graph, computed from a real batch.
         strict: Raise at an op without a rule instead of freezing what it reads.
+        widths: What `watch_widths` collected while the loss was computed.
 
     Raises:
         TraceError: The loss has no graph, or an op has no rule under ``strict``.
@@ -49,22 +60,46 @@ def trace_loss(model: nn.Module, loss: Tensor, strict: bool = False) -> Trace:
             'one without',
             'compute it with gradients enabled and from parameters that require them',
         )
-    return _Tracer(model, strict).run(read_graph(loss))
+    graph = read_graph(loss)
+    trace = _Tracer(model, strict).run(graph, widths or {})
+    narrowed = _inseparable(trace)
+    if not narrowed:
+        return trace
+    return _Tracer(model, strict, narrowed).run(graph, widths or {})
+
+
+def _inseparable(trace: Trace) -> frozenset[str]:
+    """Weights of group convs whose conv groups could only go all together.
+
+    That is so where a network joins them again, as split attention does.
+    """
+    components = trace.table.components()
+    found = set()
+    for call in trace.calls:
+        if call.groups > 1 and not call.transposed and trace.shapes[call.weight][1] > 1:
+            rows = trace.table.vectors.get((call.weight, 0))
+            if rows is not None and len(np.unique(components[rows.numpy()])) == 1:
+                found.add(call.weight)
+    return frozenset(found)
 
 
 class _Tracer:
     """Evaluates rules over the graph, operands first."""
 
-    def __init__(self, model: nn.Module, strict: bool) -> None:
+    def __init__(
+        self, model: nn.Module, strict: bool, narrowed: frozenset[str] = frozenset()
+    ) -> None:
+        self.model = model
         self.table = LabelTable()
         self.calls: list[LayerCall] = []
         self.unknown: dict[str, list[str]] = {}
         self.strict = strict
+        self.narrowed = narrowed
         self.parameters = {id(p): n for n, p in model.named_parameters()}
         self.buffers = {b.data_ptr(): n for n, b in model.named_buffers() if b.numel()}
         self.shapes = {n: tuple(t.shape) for n, t in _tensors(model).items()}
 
-    def run(self, graph: Graph) -> Trace:
+    def run(self, graph: Graph, widths: Mapping[str, Outputs]) -> Trace:
         values: dict[Node, list[Value]] = {}
         for node in graph.nodes:
             operands = [
@@ -78,13 +113,14 @@ class _Tracer:
                     self._freeze_outputs(operands)
                 shapes = [tuple(m.shape) for m in node._input_metadata]
                 values[node] = [Value(s) for s in shapes]
-        return Trace(self.table, self.calls, self.shapes, self.unknown)
+        followed = width_labels(self.model, widths, values)
+        return Trace(self.table, self.calls, self.shapes, self.unknown, followed)
 
     def _evaluate(self, node: Node, operands: list[Value | None]) -> list[Value]:
         if hasattr(node, 'variable'):
             return [self._leaf(node.variable)]
         shapes = [tuple(m.shape) for m in node._input_metadata]
-        ctx = Context(self.table, node, shapes, self.buffers, self.calls)
+        ctx = Context(self.table, node, shapes, self.buffers, self.calls, self.narrowed)
         rule = RULES.get(op_name(node))
         if rule is None:
             self._freeze_unknown(op_name(node), operands)
@@ -121,9 +157,8 @@ class _Tracer:
         layers = self.unknown.setdefault(op, [])
         for plane in planes:
             self.table.freeze(plane, f'read by {op}, an op without a rule')
-            layer = self.table.owner(int(plane.max()))[0].rpartition('.')[0]
-            if layer not in layers:
-                layers.append(layer)
+            found = [name.rpartition('.')[0] for name in self.table.owners(plane)]
+            layers += [layer for layer in found if layer not in layers]
         if self.strict and planes:
             raise TraceError(
                 f'op {op} after {", ".join(layers)}',

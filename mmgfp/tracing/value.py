@@ -60,6 +60,7 @@ class Context:
         out_shapes: Shapes of the op's outputs.
         buffers: Buffer names by data pointer.
         calls: Layer calls found so far; layer rules append to it.
+        narrowed: Weights of group convs whose conv groups all stay and narrow.
     """
 
     table: LabelTable
@@ -67,6 +68,7 @@ class Context:
     out_shapes: list[Shape]
     buffers: dict[int, str]
     calls: list[LayerCall] = field(default_factory=list)
+    narrowed: frozenset[str] = frozenset()
 
     @property
     def op(self) -> str:
@@ -102,6 +104,20 @@ class Context:
         shape = self.shape if shape is None else shape
         return Value(shape, tuple(kept), like.from_parameters)
 
+    def known(self, value: Value | None) -> Value:
+        """The operand of a shape op; one that is not in the graph has no labels."""
+        return value if value is not None else Value(self.shape)
+
+    def merge(self, plane: Tensor, dim: int) -> Tensor:
+        """Equate all elements along ``dim``; return one slice of size 1 there.
+
+        What stands beside an element without a label stays, as that one does.
+        """
+        merged = self.table.merge(plane, dim)
+        fixed = (plane == NO_LABEL).any(dim, keepdim=True) & (merged != NO_LABEL)
+        self.freeze(merged[fixed], 'tied to channels of fixed width by')
+        return merged
+
     def freeze(self, labels: Tensor, what: str) -> None:
         """Freeze ``labels``; the reason names ``what`` happens and the op."""
         self.table.freeze(labels, f'{what} {self.op}')
@@ -128,7 +144,8 @@ def signed(number: Any) -> Any:
 
 def op_name(node: Any) -> str:
     """Name of an autograd node's op: ``AddmmBackward0`` and its like give ``Addmm``."""
-    return node.name().rsplit('::', 1)[-1].rstrip('0123456789').removesuffix('Backward')
+    name = node.name().rsplit('::', 1)[-1].rstrip('>0123456789')
+    return name.removesuffix('Backward')
 
 
 def reshape_plane(plane: Tensor, source: Shape, target: Shape) -> Tensor:
@@ -139,7 +156,7 @@ def reshape_plane(plane: Tensor, source: Shape, target: Shape) -> Tensor:
     """
     expanded: list[int] = []
     result: list[int] = []
-    for ins, outs in _blocks(source, target):
+    for ins, outs in blocks(source, target):
         if all(plane.shape[d] == 1 for d in ins):
             expanded += [1] * len(ins)
             result += [1] * len(outs)
@@ -149,9 +166,9 @@ def reshape_plane(plane: Tensor, source: Shape, target: Shape) -> Tensor:
     return plane.expand(expanded).reshape(result)
 
 
-def _blocks(source: Shape, target: Shape) -> list[tuple[range, range]]:
+def blocks(source: Shape, target: Shape) -> list[tuple[range, range]]:
     """Smallest runs of dimensions of equal product in both shapes."""
-    blocks = []
+    runs = []
     i = j = 0
     while i < len(source) or j < len(target):
         i0, j0 = i, j
@@ -164,8 +181,8 @@ def _blocks(source: Shape, target: Shape) -> list[tuple[range, range]]:
             else:  # a zero-sized dimension leaves no other factorisation
                 i, j = len(source), len(target)
                 break
-        blocks.append((range(i0, i), range(j0, j)))
-    return blocks
+        runs.append((range(i0, i), range(j0, j)))
+    return runs
 
 
 def fill_unlabelled(plane: Tensor, other: Tensor) -> Tensor:

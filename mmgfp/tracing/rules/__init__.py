@@ -6,7 +6,25 @@ operand needs no gradient, such as an image or a constant) and returns the resul
 decorated with `register_rule`, in the module that its kind belongs to.
 """
 
-from mmgfp.tracing.rules import arithmetic, layers, reductions, shapes
+from mmgfp.tracing.rules import (
+    arithmetic,
+    layers,
+    parts,
+    positions,
+    products,
+    reductions,
+    shapes,
+)
 from mmgfp.tracing.rules.registry import RULES, register_rule
 
-__all__ = ['RULES', 'arithmetic', 'layers', 'reductions', 'register_rule', 'shapes']
+__all__ = [
+    'RULES',
+    'arithmetic',
+    'layers',
+    'parts',
+    'positions',
+    'products',
+    'reductions',
+    'register_rule',
+    'shapes',
+]

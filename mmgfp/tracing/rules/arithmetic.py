@@ -24,13 +24,12 @@ def _align(plane: Tensor, rank: int) -> Tensor:
 @register_rule(
     'Add', 'Sub', 'Rsub', 'Mul', 'Div', 'Maximum', 'Minimum', 'Where', 'Pow',
     'Lerp', 'Addcmul', 'Addcdiv', 'Atan2', 'Fmod', 'Remainder', 'Relu', 'Sigmoid',
-    'Tanh', 'Silu', 'Mish', 'Gelu', 'Elu', 'Selu', 'Celu', 'LeakyRelu', 'Hardtanh',
+    'Tanh', 'Silu', 'Mish', 'Gelu', 'Elu', 'Celu', 'LeakyRelu', 'Hardtanh',
     'Hardswish', 'Hardsigmoid', 'Softplus', 'LogSigmoid', 'Clamp', 'ClampMin',
     'ClampMax', 'Exp', 'Log', 'Log1P', 'Sqrt', 'Rsqrt', 'Reciprocal', 'Neg', 'Abs',
     'Sin', 'Cos', 'Erf', 'Threshold', 'RreluWithNoise', 'Clone', 'ToCopy',
-    'Contiguous', 'Alias', 'ViewAs', 'Dropout', 'NativeDropout', 'FusedDropout',
-    'MaskedFill', 'PreluKernel', 'NanToNum', 'Expand', 'SigmoidFunction',
-    'Square', 'Fill', 'ErrorFunction', 'SwishImplementation', 'Expm1', 'Tan',
+    'Alias', 'NativeDropout', 'MaskedFill', 'PreluKernel', 'NanToNum', 'Expand',
+    'Fill', 'Expm1', 'Tan',
 )  # fmt: skip
 def elementwise(ctx: Context, operands: Operands) -> Value:
     """Results live where all operands live: equate operands, broadcast together."""
@@ -87,7 +86,10 @@ def resample(ctx: Context, operands: Operands) -> Value:
     return _resampled(ctx, operands[0], mixed_from=2)
 
 
-@register_rule('RoIAlignFunction', 'RoIPoolFunction', 'RoiAlign')
+@register_rule(
+    'RoIAlignFunction', 'RoIPoolFunction',  # mmcv
+    'ROIAlignFunction', 'ROIPoolFunction',  # torchvision
+)  # fmt: skip
 def roi_pool(ctx: Context, operands: Operands) -> Value:
     """Channels pass; images become RoIs."""
     return _resampled(ctx, operands[0], mixed_from=2, mixed_batch=True)
@@ -107,7 +109,10 @@ def _resampled(
     )
 
 
-@register_rule('NativeBatchNorm', 'CudnnBatchNorm', 'MiopenBatchNorm', 'SyncBatchNorm')
+@register_rule(
+    'NativeBatchNorm', 'CudnnBatchNorm', 'MiopenBatchNorm',
+    'SyncBatchNorm', 'SyncBatchNormFunction',  # torch, mmcv
+)  # fmt: skip
 def batch_norm(ctx: Context, operands: Operands) -> Value:
     """Channels pass and take weight, bias and running statistics with them."""
     return _normalised(ctx, operands, groups=None)
@@ -147,9 +152,13 @@ def _equate_rows(ctx: Context, labels: Tensor) -> None:
 def _norm_vectors(ctx: Context, affine: Operands, channels: int) -> list[Tensor]:
     """Labels of a norm layer's weight, bias and buffers, each of shape (C,)."""
     vectors = [p.reshape(-1) for v in affine if v is not None for p in v.planes]
+    # Synchronised norms do not save their buffers, which stand beside the weight.
+    module = ctx.table.owners(vectors[0])[0].rpartition('.')[0] if vectors else ''
     for name in ('running_mean', 'running_var'):
         buffer = getattr(ctx.node, f'_saved_{name}', None)
-        key = ctx.buffers.get(buffer.data_ptr()) if buffer is not None else None
-        if key is not None and channels > 1:
+        key = f'{module}.{name}'
+        if buffer is not None:
+            key = ctx.buffers.get(buffer.data_ptr(), '')
+        if key in ctx.buffers.values() and channels > 1:
             vectors.append(ctx.table.vector(key, 0, channels))
     return [v for v in vectors if v.numel() == channels]

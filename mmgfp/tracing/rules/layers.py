@@ -14,6 +14,8 @@ LAYER_OPS: dict[str, tuple[int, int]] = {
     'Convolution': (0, 1),
     'Addmm': (1, 2),
     'Mm': (0, 1),
+    'DeformConv2dFunction': (0, 2),
+    'ModulatedDeformConv2dFunction': (0, 3),
 }
 
 
@@ -22,6 +24,31 @@ def convolution(ctx: Context, operands: Operands) -> Value:
     """New labels on the output channels; input channels meet the weight's."""
     value, weight, bias = operands
     transposed, groups = ctx.saved('transposed'), ctx.saved('groups')
+    return _convolve(ctx, (value, weight, bias), transposed, groups)
+
+
+@register_rule('DeformConv2dFunction', 'ModulatedDeformConv2dFunction')
+def deform_convolution(ctx: Context, operands: Operands) -> Value:
+    """A convolution at positions that offsets (and a modulation) decide.
+
+    Operands are input, offset and weight, or input, offset, mask, weight and bias.
+    """
+    modulated = len(operands) > 3
+    value, weight = operands[0], operands[3 if modulated else 2]
+    bias = operands[4] if modulated and len(operands) > 4 else None
+    for moved in operands[1 : 3 if modulated else 2]:
+        ctx.freeze_value(moved, 'read as offsets by')
+    parts = ctx.node.deform_groups
+    if parts > 1 and value is not None:
+        # Each part of the channels has offsets of its own and must stay as wide.
+        for plane in value.planes:
+            if varying(plane) == {1}:
+                ctx.merge(plane.reshape(parts, -1), 0)
+    return _convolve(ctx, (value, weight, bias), False, ctx.node.groups)
+
+
+def _convolve(ctx: Context, operands: Operands, transposed: bool, groups: int) -> Value:
+    value, weight, bias = operands
     if weight is None:
         ctx.freeze_value(value, 'read with a fixed weight by')
         return Value(ctx.shape)
@@ -31,6 +58,8 @@ def convolution(ctx: Context, operands: Operands) -> Value:
     if groups == 1:
         out = _vector(weight, out_dim)
         _read(ctx, labels, _vector(weight, in_dim))
+    elif _name(ctx, weight) in ctx.narrowed:
+        out = _tie_positions(ctx, labels, weight, groups)
     else:
         # The tied dimension is removed in whole conv groups, the other one not.
         tied = _vector(weight, 0)
@@ -105,12 +134,29 @@ def _tie_groups(
     return tied
 
 
+def _tie_positions(
+    ctx: Context, labels: Tensor, weight: Value, groups: int
+) -> Tensor | None:
+    """Keep all conv groups and let each lose the same channels."""
+    out, inputs = _vector(weight, 0), labels.reshape(groups, -1)
+    if out is not None:
+        ctx.merge(out.reshape(groups, -1), 0)
+    _read(ctx, ctx.merge(inputs, 0).reshape(-1), _vector(weight, 1))
+    return out
+
+
+def _name(ctx: Context, weight: Value) -> str | None:
+    """Name of the parameter that a weight is made from."""
+    owned = [p for p in weight.planes if varying(p)]
+    return ctx.table.owners(owned[0])[0] if owned else None
+
+
 def _record(
     ctx: Context, weight: Value, labels: Tensor, transposed: bool, groups: int
 ) -> None:
     owned = [p for p in weight.planes if varying(p)]
     if owned:
-        name = ctx.table.owner(int(owned[0].reshape(-1)[0]))[0]
+        name = ctx.table.owners(owned[0])[0]
         ctx.calls.append(LayerCall(name, labels, transposed, groups))
 
 

@@ -10,7 +10,7 @@ from mmgfp.tracing.value import Context, Value
 
 @register_rule(
     'Sum', 'Mean', 'Amax', 'Amin', 'Max', 'Min', 'Std', 'Var', 'LinalgVectorNorm',
-    'Norm', 'Logsumexp', 'Prod', 'Any', 'VarMean', 'StdMean',
+    'Norm', 'Logsumexp', 'Prod', 'VarMean', 'StdMean',
 )  # fmt: skip
 def reduce(ctx: Context, operands: Operands) -> list[Value]:
     """Dimensions that carry labels cannot be reduced; the others vanish."""

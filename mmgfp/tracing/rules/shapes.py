@@ -10,29 +10,47 @@ from torch.nn import functional as F
 
 from mmgfp.tracing.labels import NO_LABEL, relax, varying
 from mmgfp.tracing.rules.registry import Operands, register_rule
-from mmgfp.tracing.value import Context, Value, reshape_plane
+from mmgfp.tracing.value import Context, Shape, Value, blocks, reshape_plane
 
 
-@register_rule('View', 'UnsafeView', 'ReshapeAlias', 'Reshape')
+@register_rule('View', 'UnsafeView', 'ReshapeAlias')
 def view(ctx: Context, operands: Operands) -> Value:
     """Join and split dimensions."""
-    value = _known(ctx, operands[0])
-    planes = [reshape_plane(p, value.shape, ctx.shape) for p in value.planes]
+    value = ctx.known(operands[0])
+    planes = []
+    for plane in value.planes:
+        result = relax(reshape_plane(plane, value.shape, ctx.shape))
+        if len(value.shape) > 2:
+            result = _keep_rows(ctx, value.shape, plane, result)
+        planes.append(result)
     return ctx.value(planes, like=value)
+
+
+def _keep_rows(ctx: Context, source: Shape, plane: Tensor, result: Tensor) -> Tensor:
+    """Keep a split of C into (groups, C / groups) possible with fewer channels.
+
+    The number of groups is fixed, so that one channel of each goes at a time.
+    """
+    for ins, outs in blocks(source, ctx.shape):
+        split = [d for d in outs if d in varying(result)]
+        if len(split) > len(varying(plane) & set(ins)):
+            for dim in split[:-1]:
+                result = ctx.merge(result, dim)
+    return result
 
 
 @register_rule('Permute')
 def permute(ctx: Context, operands: Operands) -> Value:
     """Reorder dimensions."""
-    value = _known(ctx, operands[0])
+    value = ctx.known(operands[0])
     dims = ctx.saved('dims')
     return ctx.value([p.permute(dims) for p in value.planes], like=value)
 
 
-@register_rule('Transpose', 'Swapaxes')
+@register_rule('Transpose')
 def transpose(ctx: Context, operands: Operands) -> Value:
     """Swap two dimensions."""
-    value = _known(ctx, operands[0])
+    value = ctx.known(operands[0])
     dims = ctx.saved('dim0'), ctx.saved('dim1')
     return ctx.value([p.transpose(*dims) for p in value.planes], like=value)
 
@@ -40,14 +58,14 @@ def transpose(ctx: Context, operands: Operands) -> Value:
 @register_rule('T')
 def matrix_transpose(ctx: Context, operands: Operands) -> Value:
     """Swap the dimensions of a matrix."""
-    value = _known(ctx, operands[0])
+    value = ctx.known(operands[0])
     return ctx.value([p.t() for p in value.planes], like=value)
 
 
 @register_rule('Unsqueeze')
 def unsqueeze(ctx: Context, operands: Operands) -> Value:
     """Add a dimension of size 1."""
-    value = _known(ctx, operands[0])
+    value = ctx.known(operands[0])
     dim = ctx.saved('dim')
     return ctx.value([p.unsqueeze(dim) for p in value.planes], like=value)
 
@@ -55,80 +73,23 @@ def unsqueeze(ctx: Context, operands: Operands) -> Value:
 @register_rule('Squeeze')
 def squeeze(ctx: Context, operands: Operands) -> Value:
     """Drop dimensions of size 1; which ones follows from the shapes."""
-    value = _known(ctx, operands[0])
+    value = ctx.known(operands[0])
     planes = [reshape_plane(p, value.shape, ctx.shape) for p in value.planes]
     return ctx.value(planes, like=value)
-
-
-@register_rule('Slice')
-def slice_(ctx: Context, operands: Operands) -> Value:
-    """Take a range along one dimension."""
-    value = _known(ctx, operands[0])
-    dim, size = ctx.saved('dim'), value.shape[ctx.saved('dim')]
-    # The largest integer stands for an open end.
-    window = slice(ctx.saved('start'), min(ctx.saved('end'), size), ctx.saved('step'))
-    index = torch.arange(size)[window]
-    return ctx.value([_take(p, dim, index) for p in value.planes], like=value)
-
-
-@register_rule('Select')
-def select(ctx: Context, operands: Operands) -> Value:
-    """Take one index of a dimension and drop it."""
-    value = _known(ctx, operands[0])
-    dim, index = ctx.saved('dim'), torch.tensor([ctx.saved('index')])
-    index = index % max(value.shape[dim], 1)
-    planes = [_take(p, dim, index).squeeze(dim) for p in value.planes]
-    return ctx.value(planes, like=value)
-
-
-@register_rule('Split', 'SplitWithSizes', 'Chunk')
-def split(ctx: Context, operands: Operands) -> list[Value]:
-    """Cut one dimension into several results."""
-    value = _known(ctx, operands[0])
-    (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(value.shape))
-    sizes = [shape[dim] for shape in ctx.out_shapes]
-    indices = torch.arange(value.shape[dim]).split(sizes)
-    return [
-        ctx.value([_take(p, dim, i) for p in value.planes], like=value, shape=shape)
-        for i, shape in zip(indices, ctx.out_shapes, strict=True)
-    ]
-
-
-@register_rule('Unbind')
-def unbind(ctx: Context, operands: Operands) -> list[Value]:
-    """Cut one dimension into its elements."""
-    value = _known(ctx, operands[0])
-    (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(value.shape))
-    return [
-        ctx.value(
-            [_take(p, dim, torch.tensor([i])).squeeze(dim) for p in value.planes],
-            like=value,
-            shape=shape,
-        )
-        for i, shape in enumerate(ctx.out_shapes)
-    ]
 
 
 @register_rule('Flip')
 def flip(ctx: Context, operands: Operands) -> Value:
     """Reverse dimensions."""
-    value = _known(ctx, operands[0])
+    value = ctx.known(operands[0])
     dims = ctx.saved('dims')
     return ctx.value([p.flip(dims) for p in value.planes], like=value)
-
-
-@register_rule('IndexSelect')
-def index_select(ctx: Context, operands: Operands) -> Value:
-    """Take listed indices of one dimension."""
-    value = _known(ctx, operands[0])
-    dim, index = ctx.saved('dim'), ctx.saved('index').cpu()
-    return ctx.value([_take(p, dim, index) for p in value.planes], like=value)
 
 
 @register_rule('Repeat')
 def repeat(ctx: Context, operands: Operands) -> Value:
     """Tile dimensions."""
-    value = _known(ctx, operands[0])
+    value = ctx.known(operands[0])
     repeats = ctx.saved('repeats')
     planes = []
     for plane in value.planes:
@@ -141,7 +102,7 @@ def repeat(ctx: Context, operands: Operands) -> Value:
 @register_rule('ConstantPadNd')
 def constant_pad(ctx: Context, operands: Operands) -> Value:
     """Surround with elements that no layer makes."""
-    value = _known(ctx, operands[0])
+    value = ctx.known(operands[0])
     pad = ctx.saved('pad')
     planes = []
     for plane in value.planes:
@@ -156,15 +117,16 @@ def constant_pad(ctx: Context, operands: Operands) -> Value:
 @register_rule('Index')
 def index(ctx: Context, operands: Operands) -> Value:
     """Advanced indexing, ``x[indices]``."""
-    value = _known(ctx, operands[0])
+    value = ctx.known(operands[0])
     indices = _cpu_indices(ctx)
+    dims = _indexed_dims(indices)
     planes = []
     for plane in value.planes:
+        if not varying(plane) & dims:  # which elements are taken, if any, is no matter
+            planes.append(plane[_first_elements(indices)])
+            continue
         # Indexed dimensions are written out, the others stay as they are.
-        sizes = [
-            size if d in _indexed_dims(indices) else plane.shape[d]
-            for d, size in enumerate(value.shape)
-        ]
+        sizes = [s if d in dims else plane.shape[d] for d, s in enumerate(value.shape)]
         result = plane.expand(sizes)[indices]
         planes.append(relax(result) if result.numel() else result)
     return ctx.value([p for p in planes if p.numel()], like=value)
@@ -267,22 +229,25 @@ def _cat_values(ctx: Context, operands: Operands) -> list[Value] | None:
     return [Value(tuple(shape)) if v is None else v for v in operands]
 
 
-def _known(ctx: Context, value: Value | None) -> Value:
-    """A shape op of one operand that is not in the graph has no labels."""
-    return value if value is not None else Value(ctx.shape)
-
-
-def _take(plane: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Index one dimension, unless the labels do not depend on it."""
-    return plane if plane.shape[dim] == 1 else plane.index_select(dim, index)
-
-
 def _with(plane: Tensor, dim: int, size: int) -> Tensor:
     return plane.narrow(dim, 0, size)
 
 
 def _cpu_indices(ctx: Context) -> tuple[Tensor | slice, ...]:
     return tuple(slice(None) if i is None else i.cpu() for i in ctx.node._saved_indices)
+
+
+def _first_elements(indices: Sequence[Tensor | slice]) -> tuple[Tensor | slice, ...]:
+    """Indices of the same rank that take one element."""
+    first: list[Tensor | slice] = []
+    for i in indices:
+        if isinstance(i, slice):
+            first.append(i)
+        elif i.dtype == torch.bool:
+            first += [torch.zeros(1, dtype=torch.int64)] * i.dim()
+        else:
+            first.append(torch.zeros((1,) * i.dim(), dtype=torch.int64))
+    return tuple(first)
 
 
 def _indexed_dims(indices: tuple[Tensor | slice, ...]) -> set[int]:

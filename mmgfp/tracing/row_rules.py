@@ -1,0 +1,285 @@
+"""Row rules: how each op hands the images of its rows from operands to results.
+
+A row is an index of the first dimension. Ops that move rows are replayed on the
+numbers of the images. All other ops hand on the rows of their operands as long as
+their number stays. To add an op, or another source of rows beside RoI pooling, write
+one function decorated with `register_row_rule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mmgfp.tracing.rules.layers import LAYER_OPS
+from mmgfp.tracing.value import Context
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Images that the rows R of a tensor belong to.
+
+    Attributes:
+        images: Number of images N.
+        index: Number of each row's image, (R,), -1 for none; or None where the rows
+            are the images, in order.
+        pooled: The rows are RoIs, or were made from RoIs.
+    """
+
+    images: int
+    index: Tensor | None = None
+    pooled: bool = False
+
+    def __len__(self) -> int:
+        return self.images if self.index is None else len(self.index)
+
+    def moved(self, index: Tensor) -> Rows:
+        """Other rows of the same images."""
+        return replace(self, index=index)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Rows that cannot be told to images, and why."""
+
+    reason: str
+
+
+#: None where a tensor holds no rows of images, such as a parameter.
+Found = Rows | Lost | None
+RowRule = Callable[[Context, Sequence[Found]], 'Found | list[Found]']
+
+ROW_RULES: dict[str, RowRule] = {}
+
+
+def register_row_rule(*ops: str) -> Callable[[RowRule], RowRule]:
+    """Register a function as the row rule of ``ops``.
+
+    Args:
+        ops: Names of autograd nodes without ``Backward`` and digits.
+
+    Raises:
+        KeyError: An op has a rule already.
+    """
+
+    def register(rule: RowRule) -> RowRule:
+        for op in ops:
+            if op in ROW_RULES:
+                raise KeyError(f'op {op!r} has a row rule already; change that one')
+            ROW_RULES[op] = rule
+        return rule
+
+    return register
+
+
+def _dense(ctx: Context, rows: Rows) -> Tensor:
+    """The image of each row, (R,), written out."""
+    if rows.index is not None:
+        return rows.index
+    return torch.arange(rows.images, device=ctx.node._input_metadata[0].device)
+
+
+def same(ctx: Context, operands: Sequence[Found]) -> Found:
+    """Rows keep their places, as in all ops that do not say otherwise."""
+    found = [o for o in operands if o is not None]
+    if not found:
+        return None
+    fitting = [o for o in found if isinstance(o, Rows) and len(o) == _count(ctx)]
+    if not fitting:
+        lost = [o for o in found if isinstance(o, Lost)]
+        return lost[0] if lost else Lost(f'rows are joined or split by {ctx.op}')
+    first = next((o for o in fitting if o.index is not None), fitting[0])
+    for other in fitting:
+        if other.index is not first.index and not torch.equal(
+            _dense(ctx, first), _dense(ctx, other)
+        ):
+            return Lost(f'rows of different images are combined by {ctx.op}')
+    return first
+
+
+def _count(ctx: Context) -> int:
+    return ctx.shape[0] if ctx.shape else -1
+
+
+def _dims(ctx: Context, *names: str) -> tuple[int, ...]:
+    """Saved dimensions of the first operand, counted from the front."""
+    dims: list[int] = []
+    for name in names:
+        value = getattr(ctx.node, f'_saved_{name}', None)
+        dims += value if isinstance(value, tuple) else () if value is None else [value]
+    node, output = next(e for e in ctx.node.next_functions if e[0] is not None)
+    return ctx.signed_dims(dims, len(node._input_metadata[output].shape))
+
+
+@register_row_rule(
+    *LAYER_OPS, 'NativeBatchNorm', 'CudnnBatchNorm', 'MiopenBatchNorm',
+    'SyncBatchNorm', 'SyncBatchNormFunction', 'NativeGroupNorm', 'NativeLayerNorm',
+)  # fmt: skip
+def layer(ctx: Context, operands: Sequence[Found]) -> Found:
+    """Only the activation has rows; one that needs no gradient is taken for images."""
+    position = LAYER_OPS.get(ctx.op, (0,))[0]
+    if ctx.node.next_functions[position][0] is not None:
+        return same(ctx, [operands[position]])
+    if len(ctx.shape) == 2:  # rows that a FC layer may have flattened
+        return Lost(f'what {ctx.op} reads needs no gradient')
+    return Rows(_count(ctx))
+
+
+@register_row_rule(
+    'RoIAlignFunction', 'RoIPoolFunction', 'ROIAlignFunction', 'ROIPoolFunction'
+)
+def pool(ctx: Context, operands: Sequence[Found]) -> Found:
+    """The first column of the RoIs (R, 5) is the row of the features it lies in."""
+    features = operands[0]
+    if not isinstance(features, Rows):
+        return features
+    shape = (_count(ctx), 5)
+    for saved in getattr(ctx.node, 'saved_tensors', ()):
+        if saved.shape == shape:
+            index = _dense(ctx, features)[saved[:, 0].long()]
+            return Rows(features.images, index, pooled=True)
+    return Lost(f'{ctx.op} does not show which image a RoI lies in')
+
+
+@register_row_rule('View', 'UnsafeView', 'ReshapeAlias', 'Squeeze', 'Unsqueeze')
+def view(ctx: Context, operands: Sequence[Found]) -> Found:
+    """A row is cut into equal parts, or parts of one image are joined."""
+    (rows,) = operands
+    if not isinstance(rows, Rows) or len(rows) == _count(ctx):
+        return rows
+    before, after = len(rows), _count(ctx)
+    index = _dense(ctx, rows)
+    if before and after % before == 0:
+        return rows.moved(index.repeat_interleave(after // before))
+    if after > 0 and before % after == 0:
+        parts = index.reshape(after, -1)  # (R', R / R')
+        if bool((parts == parts[:, :1]).all()):
+            return rows.moved(parts[:, 0])
+    return Lost(f'rows of several images are joined by {ctx.op}')
+
+
+@register_row_rule('Permute', 'Transpose', 'T')
+def permute(ctx: Context, operands: Sequence[Found]) -> Found:
+    """Rows must stay the first dimension."""
+    moved = ctx.op == 'T' or 0 in _dims(ctx, 'dim0', 'dim1')
+    if ctx.op == 'Permute':
+        moved = _dims(ctx, 'dims')[0] != 0
+    return _unless(moved, ctx, operands)
+
+
+@register_row_rule('Index', 'IndexSelect', 'Slice', 'Flip', 'Repeat')
+def pick(ctx: Context, operands: Sequence[Found]) -> Found:
+    """The op is done to the numbers of the images."""
+    rows = operands[0]
+    if not isinstance(rows, Rows):
+        return rows
+    picked = _picked(ctx, _dense(ctx, rows))
+    if picked is None:
+        return same(ctx, operands)
+    if picked.dim() != 1 or len(picked) != _count(ctx):
+        return Lost(f'rows are moved by {ctx.op}')
+    return rows.moved(picked)
+
+
+def _picked(ctx: Context, index: Tensor) -> Tensor | None:
+    """What the op does to the first dimension; None if nothing."""
+    if ctx.op == 'Index':
+        chosen = ctx.node._saved_indices[0]
+        return None if chosen is None else _at(index, chosen)
+    if ctx.op == 'Repeat':
+        return index.repeat(ctx.saved('repeats')[0])
+    if 0 not in _dims(ctx, 'dim', 'dims'):
+        return None
+    if ctx.op == 'Flip':
+        return index.flip(0)
+    if ctx.op == 'IndexSelect':
+        return index[ctx.saved('index')]
+    end = min(ctx.saved('end'), len(index))  # the largest integer is an open end
+    return index[ctx.saved('start') : end : ctx.saved('step')]
+
+
+def _at(index: Tensor, chosen: Tensor) -> Tensor:
+    """``index[chosen]``; a mask of several dimensions leaves nothing."""
+    if chosen.dtype in (torch.bool, torch.uint8):
+        return index[chosen.bool()] if chosen.dim() == 1 else index[:0]
+    return index[chosen]
+
+
+@register_row_rule('IndexPut', 'IndexPutImpl')
+def put(ctx: Context, operands: Sequence[Found]) -> Found:
+    """``x[chosen] = values``, as when RoIs are pooled level by level."""
+    base, values = operands[:2]
+    chosen = ctx.node._saved_indices[0]
+    if chosen is None or values is None or isinstance(base, Lost):
+        return same(ctx, operands[:2])
+    if isinstance(values, Lost):
+        return values
+    if base is None:
+        index = torch.full((_count(ctx),), -1, device=_dense(ctx, values).device)
+    else:
+        index = _dense(ctx, base).clone()
+    places = _at(torch.arange(len(index), device=index.device), chosen)
+    if places.shape != (len(values),):
+        return Lost(f'rows are moved by {ctx.op}')
+    index[places] = _dense(ctx, values)
+    return values.moved(index)
+
+
+@register_row_rule('Cat')
+def cat(ctx: Context, operands: Sequence[Found]) -> Found:
+    """Rows may be concatenated."""
+    if _dims(ctx, 'dim') != (0,):
+        return same(ctx, operands)
+    parts = [o for o in operands if isinstance(o, Rows)]
+    if len(parts) != len(operands) or len({o.images for o in parts}) > 1:
+        return Lost('rows are concatenated with others by Cat')
+    index = torch.cat([_dense(ctx, o) for o in parts])
+    return Rows(parts[0].images, index, any(o.pooled for o in parts))
+
+
+@register_row_rule('Split', 'SplitWithSizes')
+def split(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
+    """Rows may be dealt out to several results."""
+    (rows,) = operands
+    if _dims(ctx, 'dim') != (0,) or not isinstance(rows, Rows):
+        return same(ctx, operands)
+    sizes = [shape[0] for shape in ctx.out_shapes]
+    return [rows.moved(part) for part in _dense(ctx, rows).split(sizes)]
+
+
+@register_row_rule(
+    'Select', 'Unbind', 'Stack', 'Gather', 'Sort', 'Topk', 'Scatter', 'ScatterAdd',
+    'ScatterReduce', 'IndexAdd', 'Cumsum', 'Cumprod', 'Cummax', 'Cummin', 'Softmax',
+    'LogSoftmax', 'Kthvalue',
+)  # fmt: skip
+def along(ctx: Context, operands: Sequence[Found]) -> Found:
+    """Rows are lost where the op works along them."""
+    return _unless(_dims(ctx, 'dim') == (0,), ctx, operands)
+
+
+@register_row_rule('Roll', 'AsStrided', 'Unfold', 'MaskedSelect')
+def shift(ctx: Context, operands: Sequence[Found]) -> Found:
+    """Rows are lost where they are shifted or interleaved."""
+    dims = _dims(ctx, 'dims')
+    return _unless(not dims or 0 in dims, ctx, operands)
+
+
+@register_row_rule(
+    'Sum', 'Mean', 'Amax', 'Amin', 'Max', 'Min', 'Std', 'Var', 'LinalgVectorNorm',
+    'Norm', 'Logsumexp', 'Prod', 'VarMean', 'StdMean',
+)  # fmt: skip
+def reduce(ctx: Context, operands: Sequence[Found]) -> Found:
+    """What is reduced over the rows belongs to no single image."""
+    dims = _dims(ctx, 'dim')
+    if not dims or 0 in dims:
+        return None
+    return same(ctx, operands[:1])
+
+
+def _unless(moved: bool, ctx: Context, operands: Sequence[Found]) -> Found:
+    if moved and any(o is not None for o in operands):
+        return Lost(f'rows are moved by {ctx.op}')
+    return same(ctx, operands)

@@ -1,0 +1,176 @@
+"""Which image each row of a tensor belongs to, read off its autograd graph.
+
+In the second stage of a detector the rows of a tensor are RoIs, and a pooling op has
+saved which image each of them lies in (paper, section 3.2). Following the graph,
+sampled, shuffled or joined RoIs and windows cut out of images are told exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from mmgfp.tracing.labels import LabelTable
+from mmgfp.tracing.row_rules import ROW_RULES, Found, Lost, Rows, same
+from mmgfp.tracing.value import Context
+
+#: The key under which autograd nodes remember what was found.
+KEY = 'mmgfp_rows'
+_UNUSED = LabelTable()  # rows need no labels
+
+
+def rows_of(x: Tensor) -> Rows | Lost:
+    """The images that the rows of ``x`` belong to.
+
+    Args:
+        x: A tensor with its graph. One that needs no gradient is taken for images.
+    """
+    root: Any = x.grad_fn
+    if root is None:
+        return Rows(len(x))
+    for node in _unknown_below(root):
+        operands = [_known(edge) for edge in node.next_functions]
+        shapes = [tuple(m.shape) for m in node._input_metadata]
+        ctx = Context(_UNUSED, node, shapes, {})
+        result = ROW_RULES.get(ctx.op, same)(ctx, operands)
+        several = isinstance(result, list)
+        node.metadata[KEY] = result if several else [result] * len(shapes)
+    found = root.metadata[KEY][x.output_nr]
+    return Lost('its input depends on no image') if found is None else found
+
+
+def mark_rows(x: Tensor, rows: Rows) -> None:
+    """Let the walks of `rows_of` end at ``x``."""
+    node: Any = x.grad_fn
+    node.metadata[KEY] = [rows]
+
+
+def mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A forward hook for layers that read images themselves: their rows are known."""
+    x = args[0] if args else None
+    if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
+        return
+    if x.grad_fn is None and output.grad_fn is not None and len(output) == len(x):
+        mark_rows(output, Rows(len(x)))
+
+
+def _unknown_below(root: Any) -> Iterator[Any]:
+    """Nodes without an entry on the way down from ``root``, operands first."""
+    stack, opened = [(root, False)], set()
+    while stack:
+        node, done = stack.pop()
+        if done:
+            yield node
+        elif node not in opened and KEY not in node.metadata:
+            opened.add(node)
+            stack.append((node, True))
+            stack += [(n, False) for n, i in node.next_functions if _counts(n, i)]
+
+
+def _counts(node: Any, output: int) -> bool:
+    """Whether an operand can hold rows: it is no constant, leaf or scalar."""
+    return (
+        node is not None
+        and not hasattr(node, 'variable')
+        and len(node._input_metadata[output].shape) > 0
+    )
+
+
+def _known(edge: tuple[Any, int]) -> Found:
+    node, output = edge
+    if hasattr(node, 'variable'):
+        leaf = node.variable
+        images = leaf.dim() > 0 and not isinstance(leaf, nn.Parameter)
+        return Rows(len(leaf)) if images else None
+    return node.metadata[KEY][output] if _counts(node, output) else None
+
+
+@dataclass(frozen=True)
+class LayerCalls:
+    """What was seen of a layer's calls.
+
+    Attributes:
+        rows: The rows of each call; None for a call without any.
+        first: Whether the layer read a tensor that no other layer made.
+    """
+
+    rows: list[Found] = field(default_factory=list)
+    first: list[bool] = field(default_factory=list)
+
+
+@contextmanager
+def watch_rows(model: nn.Module) -> Iterator[dict[str, LayerCalls]]:
+    """Collect the rows that each module with a weight is called with, by its name."""
+    calls: dict[str, LayerCalls] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen = calls.setdefault(name, LayerCalls())
+            x = args[0] if args else None
+            if isinstance(x, Tensor):
+                seen.rows.append(rows_of(x) if len(x) else None)
+                seen.first.append(x.grad_fn is None)
+            else:
+                seen.rows.append(Lost('its input is not its first argument'))
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, 'weight', None), Tensor):
+            handles.append(module.register_forward_pre_hook(watch(name)))
+            handles.append(module.register_forward_hook(mark_output))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class RowUse:
+    """What layers read, by the name of the module.
+
+    Attributes:
+        called: Layers that were called at all.
+        first: Layers that read the images themselves.
+        images: Layers that read one row for each image in all calls.
+        rois: Layers that read RoIs in all calls.
+        lost: Layers of which some rows cannot be told to images, with the reason.
+    """
+
+    called: frozenset[str] = frozenset()
+    first: frozenset[str] = frozenset()
+    images: frozenset[str] = frozenset()
+    rois: frozenset[str] = frozenset()
+    lost: Mapping[str, str] = field(default_factory=dict)
+
+
+def judge_rows(calls: Mapping[str, LayerCalls]) -> RowUse:
+    """Sum up what `watch_rows` saw; the first layer says how many images there are."""
+    found = {n: [r for r in c.rows if r is not None] for n, c in calls.items()}
+    count = next(
+        (r.images for c in found.values() for r in c if isinstance(r, Rows)), 0
+    )
+    lost = {
+        name: r.reason if isinstance(r, Lost) else f'{r.images} images, not {count}'
+        for name, rows in found.items()
+        for r in rows
+        if isinstance(r, Lost) or r.images != count
+    }
+    known = {
+        name: [r for r in rows if isinstance(r, Rows)]
+        for name, rows in found.items()
+        if rows and name not in lost
+    }
+    return RowUse(
+        frozenset(calls),
+        frozenset(n for n, c in calls.items() if any(c.first)),
+        frozenset(n for n, c in known.items() if all(r.index is None for r in c)),
+        frozenset(n for n, c in known.items() if all(r.pooled for r in c)),
+        lost,
+    )

@@ -1,0 +1,153 @@
+"""Ops that move or overwrite elements at positions that data decides."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mmgfp.tracing.labels import varying
+from mmgfp.tracing.rules.registry import Operands, register_rule
+from mmgfp.tracing.value import Context, Value
+
+
+@register_rule('Gather')
+def gather(ctx: Context, operands: Operands) -> Value:
+    """Picks along one dimension; along the others it may cut off an end."""
+    value = operands[0]
+    if value is None:
+        return Value(ctx.shape)
+    (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(value.shape))
+    planes = []
+    for plane in value.planes:
+        if not ctx.mixed(plane, frozenset({dim}), 'picked from by'):
+            for d in varying(plane):
+                plane = plane.narrow(d, 0, ctx.shape[d])
+            planes.append(plane)
+    return ctx.value(planes, like=value)
+
+
+@register_rule('Roll')
+def roll(ctx: Context, operands: Operands) -> Value:
+    """Shift elements around; without dimensions, those of the flattened tensor."""
+    value = operands[0]
+    if value is None:
+        return Value(ctx.shape)
+    dims = ctx.saved('dims') or range(len(ctx.shape))
+    moved = frozenset(ctx.signed_dims(dims, len(ctx.shape)))
+    what = 'shifted along the channels by'
+    planes = [p for p in value.planes if not ctx.mixed(p, moved, what)]
+    return ctx.value(planes, like=value)
+
+
+@register_rule('CopyBackwards')
+def copy(ctx: Context, operands: Operands) -> Value:
+    """``x.copy_(y)``: what was there is overwritten."""
+    value = operands[-1]
+    if value is None:
+        return Value(ctx.shape)
+    return _placed(ctx, value)
+
+
+@register_rule('CopySlices')
+def copy_slices(ctx: Context, operands: Operands) -> Value:
+    """``x[part] = y``: the graph does not say which part was overwritten.
+
+    Where ``y`` has as many channels as ``x``, they are the same ones; elsewhere
+    both stay as they are.
+    """
+    base, *others = operands
+    source = next((v for v in others if v is not None), None)
+    if source is None or not source.planes:
+        ctx.freeze_value(base, 'partly overwritten by')
+        return Value(ctx.shape)
+    result = _placed(ctx, source)
+    if base is None:  # memory that was filled with a constant, such as zeros
+        return result
+    for plane in base.planes:
+        for other in result.planes:
+            if varying(other) == varying(plane):
+                ctx.table.equate(plane, other)
+                break
+        else:
+            ctx.freeze(plane, 'partly overwritten by')
+    if not base.planes:
+        for plane in result.planes:
+            ctx.freeze(plane, 'put into a tensor of fixed width by')
+    return result
+
+
+def _placed(ctx: Context, value: Value) -> Value:
+    """Labels of ``value`` in a tensor of this op's shape, aligned at the end."""
+    rank, planes = len(ctx.shape), []
+    for plane in value.planes:
+        missing = rank - plane.dim()
+        wide = (
+            plane.reshape((1,) * missing + tuple(plane.shape)) if missing >= 0 else None
+        )
+        fits = wide is not None and all(
+            ctx.shape[d] == wide.shape[d] for d in varying(wide)
+        )
+        if wide is not None and fits:
+            planes.append(wide)
+        else:
+            ctx.freeze(plane, 'put at positions that the graph does not show by')
+    return ctx.value(planes, like=Value(ctx.shape))
+
+
+@register_rule('Im2Col')
+def im2col(ctx: Context, operands: Operands) -> Value:
+    """(N, C, H, W) to (N, C k², L): each channel becomes the k² of its window."""
+    return _windows(ctx, operands[0], math.prod(ctx.saved('kernel_size')))
+
+
+@register_rule('PixelUnshuffle')
+def pixel_unshuffle(ctx: Context, operands: Operands) -> Value:
+    """(N, C, H r, W r) to (N, C r², H, W)."""
+    return _windows(ctx, operands[0], ctx.saved('downscale_factor') ** 2)
+
+
+def _windows(ctx: Context, value: Value | None, area: int) -> Value:
+    planes = []
+    for plane in value.planes if value else ():
+        if not ctx.mixed(plane, varying(plane) - {1}, 'positions are mixed by'):
+            labels = plane.reshape(-1).repeat_interleave(area)  # (C k²,)
+            planes.append(_channels(labels, len(ctx.shape)))
+    return ctx.value(planes, like=Value(ctx.shape))
+
+
+@register_rule('Col2Im')
+def col2im(ctx: Context, operands: Operands) -> Value:
+    """(N, C k², L) to (N, C, H, W): the k² of a window make one channel."""
+    value, area = operands[0], math.prod(ctx.saved('kernel_size'))
+    planes = []
+    for plane in value.planes if value else ():
+        if not ctx.mixed(plane, varying(plane) - {1}, 'positions are mixed by'):
+            rows = ctx.table.merge(plane.reshape(-1, area), 1)  # (C, 1)
+            planes.append(_channels(rows, len(ctx.shape)))
+    return ctx.value(planes, like=Value(ctx.shape))
+
+
+def _channels(labels: Tensor, rank: int) -> Tensor:
+    return torch.reshape(labels, (1, -1) + (1,) * (rank - 2))
+
+
+@register_rule('Topk', 'Sort', 'Cummax', 'Cummin', 'Cumprod')
+def ordered(ctx: Context, operands: Operands) -> list[Value]:
+    """Elements along one dimension change places."""
+    value = operands[0]
+    if value is None:
+        return [Value(shape) for shape in ctx.out_shapes]
+    dim = frozenset(ctx.signed_dims((ctx.saved('dim'),), len(value.shape)))
+    what = 'channels are ordered by'
+    planes = [p for p in value.planes if not ctx.mixed(p, dim, what)]
+    return [ctx.value(planes, value, shape) for shape in ctx.out_shapes]
+
+
+@register_rule('Scatter', 'ScatterAdd', 'ScatterReduce', 'IndexAdd', 'MaskedSelect')
+def scatter(ctx: Context, operands: Operands) -> Value:
+    """Elements come from several tensors, as data decides."""
+    for value in operands:
+        ctx.freeze_value(value, 'put at positions that data decides by')
+    return Value(ctx.shape)

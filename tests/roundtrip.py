@@ -1,0 +1,86 @@
+"""A model's way through pruning without a runner: trace, prune, train, reload."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+
+from mmgfp.analysis import coverage
+from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.inputs import BatchCalls
+from mmgfp.groups import Grouping, build_groups
+from mmgfp.recording import all_parameters_require_grad, undisturbed
+from mmgfp.structure import PruneStructure, shapes_of
+from mmgfp.tracing import trace_loss
+from mmgfp.verify import difference, disagreement, masked_and_compact, random_units
+
+
+@dataclass
+class Traced:
+    """A model and what was found in it."""
+
+    cfg: object
+    model: nn.Module
+    calls: BatchCalls
+    grouping: Grouping
+
+    @property
+    def macs(self):
+        """Share of MACs in layers that can shrink."""
+        return coverage(self.model, self.grouping, self.calls.work(self.model))['macs']
+
+    def units(self, layer):
+        """Units of the group in which ``layer`` makes channels."""
+        (units,) = [g.units for g in self.grouping.groups if layer in g.layers('out')]
+        return units
+
+    def reason(self, layer):
+        """Why ``layer`` keeps output channels."""
+        (reason,) = [f.reason for f in self.grouping.frozen if f.layer == layer]
+        return reason
+
+
+def traced(cfg, size):
+    """Build and trace the config's model on images of ``size`` x ``size``."""
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    calls = BatchCalls(model, demo_batch(cfg, 2, (size, size)))
+    with undisturbed(model), all_parameters_require_grad(model):
+        trace = trace_loss(model, calls.loss(model), strict=True)
+    return Traced(cfg, model, calls, build_groups(model, trace))
+
+
+def assert_prunes(found, tmp_path):
+    """30 % go: masked equals compact, in loss too; it trains; a config rebuilds it."""
+    model, calls, groups = found.model, found.calls, found.grouping.groups
+    alive = random_units(groups, 0.3, np.random.default_rng(0))
+    assert disagreement(model, groups, alive, calls.forward) is None
+
+    masked, small = masked_and_compact(model, groups, alive)
+    assert sum(p.numel() for p in small.parameters()) < 0.8 * sum(
+        p.numel() for p in model.parameters()
+    )
+    losses = [seeded_loss(calls, m) for m in (masked, small)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-4)
+    losses[1].backward()
+    torch.optim.SGD(small.parameters(), 1e-4).step()
+    assert seeded_loss(calls, small).isfinite()
+
+    file = tmp_path / 'structure.json'
+    PruneStructure.of(groups, alive, shapes_of(model)).save(file)
+    rebuilt = MODELS.build(
+        {'type': 'PrunedModel', 'architecture': found.cfg.model, 'structure': str(file)}
+    )
+    assert type(rebuilt) is type(model)
+    rebuilt.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        outputs = [calls.forward(m.eval()) for m in (small, rebuilt)]
+    assert difference(*outputs) == 0
+
+
+def seeded_loss(calls, model):
+    torch.manual_seed(0)
+    return calls.loss(model.train())

@@ -1,0 +1,522 @@
+"""The pruner on plain modules: decisions, masks, state, and what it leaves behind."""
+
+import copy
+import io
+import logging
+
+import numpy as np
+import pytest
+import torch
+from reference import mask_fisher
+from torch import nn
+from toys import (
+    TOYS,
+    ConvPair,
+    GroupConv,
+    ResidualPair,
+    SharedHead,
+    TinyDetector,
+    conv,
+    images,
+    square_loss,
+)
+
+from mmgfp import GroupFisherPruner
+from mmgfp.errors import ConfigError, TraceError
+from mmgfp.selection import Target
+
+
+class Run:
+    """A model in double precision with batches, an optimizer and a pruner.
+
+    Args:
+        toy: Builds the model.
+        lr: Learning rate.
+        scale: Factor on the loss while the pruner looks on.
+        options: Arguments of the pruner.
+    """
+
+    def __init__(self, toy=TinyDetector, lr=0.05, scale=1.0, **options):
+        torch.manual_seed(0)
+        self.model = toy().double()
+        self.scale = scale
+        self.iteration = 0
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr, momentum=0.9, weight_decay=0.01
+        )
+        self.pruner = GroupFisherPruner(self.model, **options)
+        self.pruner.prepare(self.loss, self.loss, 2)
+
+    def loss(self, model, iteration=0):
+        shift = 0.1 * iteration  # another batch each time
+        return square_loss(model(images().double() + shift))
+
+    def train(self, iterations):
+        """The results of `step`."""
+        steps = []
+        for _ in range(iterations):
+            self.optimizer.zero_grad()
+            (self.loss(self.model, self.iteration) * self.scale).backward()
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= self.scale
+            self.optimizer.step()
+            steps.append(self.pruner.step())
+            self.iteration += 1
+        return steps
+
+    def train_until(self, finished):
+        """The last result of `step`."""
+        for _ in range(200):
+            (step,) = self.train(1)
+            if finished():
+                return step
+        raise AssertionError('no end after 200 iterations')
+
+
+def picked(steps):
+    """Units by iteration, for comparison."""
+    return [None if s is None else s.units.tolist() for s in steps]
+
+
+# -- decisions ----------------------------------------------------------------
+
+
+def test_prunes_one_unit_after_each_interval():
+    steps = Run(interval=3).train(7)
+    sizes = [None if s is None else len(s.units) for s in steps]
+    assert sizes == [None, None, 1, None, None, 1, None]
+
+
+def test_accumulators_start_anew_after_each_decision():
+    run = Run(interval=2)
+    run.train(1)
+    assert run.pruner.importance.any()
+    run.train(1)
+    assert not run.pruner.importance.any()
+    assert not run.pruner._seen.any()
+
+
+@pytest.mark.parametrize('normalize', ['memory', 'flops', 'none'])
+def test_decision_is_that_of_the_paper(normalize):
+    """Accumulated Fisher information over what the removal saves, the least goes."""
+    run = Run(interval=3, normalize=normalize)
+    groups, pruner = run.pruner.grouping.groups, run.pruner
+    total = np.zeros(pruner.grouping.units)
+    for _ in range(3):
+        pruner.tap.detach()
+        fisher = mask_fisher(run.model, lambda m: run.loss(m, run.iteration), groups, 2)
+        pruner.tap.attach()
+        total += fisher.numpy()
+        (step,) = run.train(1)
+    saved = pruner.costs.savings(np.zeros(len(groups)))
+    cost = np.ones(len(groups)) if normalize == 'none' else saved[normalize]
+    assert step.units.tolist() == [(total / cost[pruner._group_of]).argmin()]
+
+
+@pytest.mark.parametrize('normalize', ['memory', 'flops', 'none'])
+def test_scale_of_the_loss_changes_no_decision(normalize):
+    """As under mixed precision, where it is scaled by 65536."""
+    options = dict(interval=2, units_per_step=3, normalize=normalize)
+    plain, scaled = (Run(scale=s, **options).train(8) for s in (1.0, 65536.0))
+    assert picked(scaled) == picked(plain)
+    assert len(picked(plain)[-1]) == 3
+
+
+def test_overflowed_iterations_do_not_count():
+    run = Run(interval=2)
+    for scale in (float('inf'), 1.0):
+        (run.loss(run.model) * scale).backward()
+        step = run.pruner.step()
+    assert len(step.units) == 1
+    assert np.isfinite(run.pruner.importance).all()
+
+
+def test_pruned_units_stay_pruned():
+    run = Run(interval=1, units_per_step=4)
+    gone = np.concatenate([s.units for s in run.train(5)])
+    assert len(set(gone.tolist())) == len(gone) == (~run.pruner.alive).sum()
+
+
+# -- limits, targets, keep ----------------------------------------------------
+
+
+def test_stops_at_the_target():
+    run = Run(interval=1, target=dict(flops=0.6), units_per_step=2)
+    step = run.train_until(lambda: run.pruner.done)
+    left = run.pruner.totals.macs / run.pruner.full.macs
+    assert left <= 0.6
+    assert step.reached == (Target('flops', 0.6),)
+    # one unit earlier the target was not met
+    run.pruner.alive[step.units[-1]] = True
+    assert run.pruner.totals.macs / run.pruner.full.macs > 0.6
+    run.pruner.alive[step.units[-1]] = False
+    assert run.train(2) == [None, None]
+
+
+def test_several_targets_are_stations():
+    targets = [dict(flops=0.8), dict(memory=0.7), dict(flops=0.5)]
+    run = Run(interval=1, target=targets, units_per_step=100)
+    steps = run.train(4)
+    assert steps[3] is None
+    assert [r for s in steps[:3] for r in s.reached] == run.pruner.reached
+    for step in steps[:3]:
+        for target in step.reached:
+            ratio = step.totals[target.cost] / run.pruner.full[target.cost]
+            assert target.ratio - 0.15 < ratio <= target.ratio
+    assert run.pruner.done
+
+
+@pytest.mark.parametrize(
+    ('options', 'least'),
+    [
+        (dict(min_channels=1), [1]),
+        (dict(min_channels=3), [2]),  # two units of two channels
+        (dict(min_channels=4), [2]),
+        (dict(max_ratio=0.5), [2]),
+        (dict(max_ratio=0.25, min_channels=2), [3]),
+        (dict(min_channels=99), [4]),
+    ],
+)
+def test_limits_count_channels(options, least):
+    run = Run(GroupConv, interval=1, target=dict(flops=0.01), **options)
+    run.train(6)
+    left = run.pruner.grouping.units - run.pruner.removed
+    assert left.tolist() == least
+    assert len(run.train(1)[0].units) == 0
+
+
+@pytest.mark.parametrize(
+    ('keep', 'gone'),
+    [
+        (['stem'], {'stem'}),
+        (['fpn1'], {'lateral1', 'fpn1'}),  # what it reads and what it makes
+        (['*_tower'], {'fpn1', 'cls_tower', 'reg_tower'}),
+        (['stem', 'stage[12]'], {'stem', 'stage1', 'stage2'}),
+    ],
+)
+def test_keep_leaves_layers_alone(keep, gone):
+    every = {g.name for g in Run().pruner.grouping.groups}
+    kept = Run(keep=keep).pruner.grouping
+    assert {g.name for g in kept.groups} == every - gone
+    assert 'kept as configured' in {f.reason for f in kept.frozen}
+
+
+def test_keep_takes_whole_modules():
+    run = Run(TwoBranches, keep=['left'])
+    assert [g.name for g in run.pruner.grouping.groups] == ['right.conv1']
+
+
+def test_keep_must_name_a_layer():
+    words = "keep: expected the name or a pattern of .* layers.*, got 'nothing'; see"
+    with pytest.raises(ConfigError, match=words):
+        Run(keep=['conv1', 'nothing'], toy=ConvPair)
+
+
+@pytest.mark.parametrize(
+    ('options', 'words'),
+    [
+        (
+            dict(interval=0),
+            r'interval: expected a whole number of at least 1, got 0; ch',
+        ),
+        (dict(interval=2.5), r'interval: expected a whole number .*, got 2\.5'),
+        (dict(units_per_step=True), 'units_per_step: expected a whole number'),
+        (dict(min_channels=0), 'min_channels: expected .* of at least 1, got 0'),
+        (dict(max_ratio=0), r'max_ratio: expected a number in \(0, 1\], got 0'),
+        (dict(max_ratio='1'), r"max_ratio: expected a number in \(0, 1\], got '1'"),
+        (dict(normalize='latency'), "normalize: .* memory, flops, none, got 'latency'"),
+        (dict(target=[]), r'target: expected at least one target, got \[\]'),
+        (dict(target=0.5), r'target: .* got 0\.5; give one of .* dict\(flops=0\.5\)'),
+        (dict(target=[dict(flops=2)]), r'target\.flops: .* between 0 and 1, got 2'),
+        (dict(keep='backbone'), "keep: expected a list .*, got 'backbone'"),
+        (dict(keep=None), 'keep: expected a list .*, got None'),
+    ],
+)
+def test_bad_arguments_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        GroupFisherPruner(ConvPair(), **options)
+
+
+class OneLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.only = conv(3, 4)
+        self.unused = conv(3, 4)
+
+    def forward(self, x):
+        return self.only(x)
+
+
+def test_nothing_to_prune_is_an_error_with_reasons():
+    words = (
+        'model: expected at least one group of channels that can be pruned, got none; '
+        'every layer is left alone because: an output: .*; took no part in the loss'
+    )
+    with pytest.raises(TraceError, match=words):
+        Run(OneLayer)
+
+
+# -- groups without a gradient ------------------------------------------------
+
+
+class TwoBranches(nn.Module):
+    """Twice the same; the loss may leave out either."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = ConvPair(), ConvPair()
+
+    def forward(self, x):
+        return self.left(x), self.right(x)
+
+
+def test_group_without_gradient_is_left_alone_and_named_once(caplog):
+    run = Run(TwoBranches, interval=1)
+    with caplog.at_level(logging.WARNING, 'mmgfp'):
+        for _ in range(3):
+            square_loss(run.model(images().double())[0]).backward()
+            run.pruner.step()
+    assert run.pruner.removed.tolist() == [3, 0]
+    warnings = [r.getMessage() for r in caplog.records]
+    assert warnings == [
+        'group right.conv1 got no gradient in 1 iterations and is left alone until it '
+        'does'
+    ]
+    run.train_until(lambda: run.pruner.removed[1] > 0)
+
+
+def test_frozen_stage_is_left_alone():
+    """Inputs that need no gradient have no statistics."""
+
+    def frozen_stem():
+        model = SharedHead()
+        model.stem.requires_grad_(False)
+        return model
+
+    run = Run(frozen_stem, interval=1, units_per_step=9)
+    assert run.pruner.grouping.groups[0].name == 'stem'
+    run.train(2)
+    assert run.pruner.removed[0] == 0
+    assert run.pruner.removed[1:].sum() > 0
+    assert not any(p.requires_grad for p in run.model.stem.parameters())
+
+
+def test_step_without_backward_is_harmless():
+    run = Run(interval=1)
+    assert len(run.pruner.step().units) == 0
+    with torch.no_grad():
+        run.loss(run.model.eval())
+    assert len(run.pruner.step().units) == 0
+    assert run.pruner.alive.all()
+
+
+# -- the compact model --------------------------------------------------------
+
+
+@pytest.mark.parametrize('toy', TOYS)
+def test_masked_and_compact_model_train_alike(toy):
+    run = Run(toy, interval=1, units_per_step=3, target=dict(flops=0.55))
+    run.train_until(lambda: run.pruner.done or run.iteration == 8)
+    assert run.pruner.removed.any()
+    losses = []
+    small = run.pruner.compact()
+    assert type(small) is type(run.model)
+    for model in (run.model, small):
+        optimizer = torch.optim.SGD(
+            model.parameters(), 0.05, momentum=0.9, weight_decay=0.01
+        )
+        losses.append([])
+        for iteration in range(5):
+            optimizer.zero_grad()
+            loss = run.loss(model.train(), iteration)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            run.pruner.mask.apply()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert len(set(losses[0])) == 5
+
+
+def test_compact_is_a_copy_without_hooks():
+    run = Run(interval=1)
+    run.train(3)
+    before = copy.deepcopy(run.model.state_dict())
+    small = run.pruner.compact()
+    assert not any(m._forward_pre_hooks for m in small.modules())
+    assert not any(p._backward_hooks for p in small.parameters())
+    assert sum(p.numel() for p in small.parameters()) == run.pruner.totals.params
+    after = run.model.state_dict()
+    assert all(torch.equal(after[n], t) for n, t in before.items())
+    assert len(run.train(1)[0].units) == 1  # the pruner goes on
+
+
+def test_structure_names_what_is_kept():
+    run = Run(ConvPair)
+    run.pruner.alive[[1, 4]] = False
+    kept = run.pruner.structure().kept
+    assert kept['conv1.weight'] == {0: [0, 2, 3, 5]}
+    assert kept['conv2.weight'] == {1: [0, 2, 3, 5]}
+    assert kept['bn.running_var'] == {0: [0, 2, 3, 5]}
+    assert 'conv2.bias' not in kept
+
+
+# -- state --------------------------------------------------------------------
+
+
+def saved_and_loaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_state_dict_round_trip():
+    options = dict(interval=2, target=[dict(flops=0.9), dict(flops=0.2)])
+    run = Run(units_per_step=9, **options)
+    run.train(3)
+    state = saved_and_loaded(run.pruner.state_dict())
+    other = Run(units_per_step=9, **options)
+    other.pruner.load_state_dict(state)
+    assert other.pruner.iteration == 3
+    assert other.pruner.reached == run.pruner.reached != []
+    assert (other.pruner.alive == run.pruner.alive).all()
+    assert (other.pruner.importance == run.pruner.importance).all()
+    assert (other.pruner._seen == run.pruner._seen).all()
+    assert other.pruner.totals == run.pruner.totals
+    again = other.pruner.state_dict()
+    assert all(
+        torch.equal(again[k], v) if isinstance(v, torch.Tensor) else again[k] == v
+        for k, v in state.items()
+    )
+
+
+def test_state_is_a_snapshot():
+    run = Run(interval=1)
+    state = run.pruner.state_dict()
+    run.train(2)
+    assert state['alive'].all()
+    assert not state['importance'].any()
+
+
+@pytest.mark.parametrize('cut', [4, 5, 6])
+def test_resumed_run_decides_as_if_it_had_not_stopped(cut):
+    """Cut before, on and after a decision; nothing but saved state is carried over."""
+    options = dict(interval=3, units_per_step=2)
+    whole = Run(**options)
+    expected = picked(whole.train(12))
+    first = Run(**options)
+    begun = picked(first.train(cut))
+    state = saved_and_loaded(
+        {
+            'model': first.model.state_dict(),
+            'optimizer': first.optimizer.state_dict(),
+            'pruner': first.pruner.state_dict(),
+        }
+    )
+    resumed = Run(lambda: _loaded(TinyDetector(), state['model']), **options)
+    resumed.optimizer.load_state_dict(state['optimizer'])
+    resumed.pruner.load_state_dict(state['pruner'])
+    resumed.iteration = cut
+    assert begun + picked(resumed.train(12 - cut)) == expected
+    weights = whole.model.state_dict()
+    assert all(
+        torch.equal(t, weights[n]) for n, t in resumed.model.state_dict().items()
+    )
+
+
+def _loaded(model, state):
+    model.double().load_state_dict(state)
+    return model
+
+
+def test_resumed_masks_are_applied():
+    run = Run(interval=1)
+    run.train(3)
+    other = Run(interval=1)
+    other.pruner.load_state_dict(run.pruner.state_dict())
+    small = other.pruner.compact()
+    outputs = [m.eval()(images().double()) for m in (other.model, small)]
+    for masked, cut in zip(*outputs, strict=True):
+        torch.testing.assert_close(masked, cut)
+
+
+def test_state_of_another_model_is_refused():
+    state = Run(ResidualPair).pruner.state_dict()
+    words = 'checkpoint: expected the pruning state of this model .* resume with'
+    with pytest.raises(ConfigError, match=words):
+        Run(ConvPair).pruner.load_state_dict(state)
+
+
+def test_target_met_before_resuming_costs_no_unit():
+    run = Run(interval=1, target=dict(flops=0.5), units_per_step=9)
+    run.train_until(lambda: run.pruner.totals.macs < 0.7 * run.pruner.full.macs)
+    easier = Run(interval=1, target=dict(flops=0.75))
+    easier.pruner.load_state_dict(run.pruner.state_dict())
+    (step,) = easier.train(1)
+    assert step.reached == (Target('flops', 0.75),)
+    assert len(step.units) == 0
+
+
+# -- what it leaves behind ----------------------------------------------------
+
+
+def test_preparing_leaves_the_model_as_it_was():
+    model = TinyDetector()
+    model.stage2.eval()
+    model.stem.requires_grad_(False)
+    torch.manual_seed(3)
+    before, modes = copy.deepcopy(model.state_dict()), _flags(model)
+    random_state = torch.get_rng_state()
+    x = images()
+
+    def loss(model):
+        return square_loss(model(x + torch.rand(1)))
+
+    GroupFisherPruner(model).prepare(loss, loss, 2)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert _flags(model) == modes
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def _flags(model):
+    modes = [m.training for m in model.modules()]
+    return modes, [p.requires_grad for p in model.parameters()]
+
+
+def test_closed_pruner_leaves_no_hooks_and_zeroed_columns():
+    run = Run(ConvPair, interval=1)
+    run.train(2)
+    run.pruner.close()
+    assert not any(m._forward_pre_hooks for m in run.model.modules())
+    assert not any(p._backward_hooks for p in run.model.parameters())
+    gone = ~run.pruner.alive
+    assert gone.sum() == 2
+    assert not run.model.conv2.weight[:, torch.from_numpy(gone)].any()
+
+
+def test_checkpoints_hold_no_key_of_the_pruner():
+    run = Run(ConvPair, interval=1)
+    run.train(1)
+    assert set(run.model.state_dict()) == set(ConvPair().state_dict())
+
+
+def test_mixed_precision_gathers_nearly_the_same():
+    torch.manual_seed(0)
+    model = ConvPair()
+
+    def loss(model):
+        return square_loss(model(images())).float()
+
+    pruner = GroupFisherPruner(model, interval=99)
+    pruner.prepare(loss, loss, 2)
+    loss(model).backward()
+    pruner.step()
+    exact = pruner.importance.copy()
+    with torch.autocast('cpu', torch.bfloat16):
+        value = loss(model)
+    value.backward()
+    pruner.step()
+    assert pruner.importance - exact == pytest.approx(exact, rel=0.1)
