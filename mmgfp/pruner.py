@@ -23,6 +23,7 @@ from mmgfp.recording import (
     all_parameters_require_grad,
     record_work,
     undisturbed,
+    watch_outputs,
 )
 from mmgfp.selection import NORMALIZATIONS, Limits, Target, select_units
 from mmgfp.structure import PruneStructure, shapes_of
@@ -170,8 +171,10 @@ class GroupFisherPruner:
             torch.enable_grad(),
             watch_rows(self.model) as calls,
             watch_widths(self.model, has_attribute_rule) as widths,
+            watch_outputs(self.model) as outputs,
         ):
-            trace = trace_loss(self.model, loss(self.model), self.strict, widths)
+            value = loss(self.model)
+            trace = trace_loss(self.model, value, self.strict, widths, outputs)
         self._rows, self._owners = judge_rows(calls), weight_owners(self.model)
         weights = [call.weight for call in trace.calls]
         unread = untapped(weights, self._owners, self._rows)

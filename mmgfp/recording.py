@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmgfp.costs import LayerWork
 from mmgfp.groups import LAYER_TYPES
+from mmgfp.nests import tensors_in
 
 Forward = Callable[[nn.Module], Any]
 
@@ -93,6 +94,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(buffers[name])
         for module, training in modes:
             module.training = training
+            _forget_graph(vars(module))
+
+
+def _forget_graph(attributes: dict[str, Any]) -> None:
+    """Cut the graph off tensors that a module keeps, so that it can be copied."""
+    for name, value in attributes.items():
+        if isinstance(value, Tensor) and value.grad_fn is not None:
+            attributes[name] = value.detach()
+        elif isinstance(value, list | tuple) and any(
+            x.grad_fn for x in value if isinstance(x, Tensor)
+        ):
+            attributes[name] = type(value)(
+                x.detach() if isinstance(x, Tensor) else x for x in value
+            )
 
 
 @contextmanager
@@ -103,6 +118,23 @@ def _numpy_state() -> Iterator[None]:
     finally:
         np.random.set_state(state)
         random.setstate(python_state)
+
+
+@contextmanager
+def watch_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the tensors that modules with parameters return, nested ones too."""
+    outputs: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.extend(tensors_in(output))
+
+    blocks = [m for m in model.modules() if any(True for _ in m.parameters())]
+    handles = [m.register_forward_hook(hook) for m in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

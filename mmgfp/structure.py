@@ -117,7 +117,8 @@ class PruneStructure:
                     int(dim): [int(i) for i in kept]
                     for dim, kept in entry['kept'].items()
                 }
-            structure.attributes.update(raw.get('attributes', {}))
+            for name, width in raw.get('attributes', {}).items():
+                structure.attributes[str(name)] = width
         except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError) as e:
             raise StructureError(
                 source, 'tensors with shape and kept', repr(e), remedy

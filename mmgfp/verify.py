@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.masking import ColumnMask
+from mmgfp.nests import tensors_in
 from mmgfp.recording import Forward, undisturbed
 from mmgfp.structure import PruneStructure, shapes_of
 from mmgfp.surgery import compact
@@ -78,22 +79,6 @@ def difference(a: Any, b: Any) -> float:
             scale = max(float(x.abs().max()), 1e-12)
             worst = max(worst, float((x - y).abs().max()) / scale)
     return worst if pairs else float('inf')
-
-
-def tensors_in(nest: Any) -> Iterator[Tensor]:
-    """All floating-point tensors in nested lists, tuples and dicts, and their like."""
-    if isinstance(nest, Tensor):
-        if nest.is_floating_point():
-            yield nest
-    elif isinstance(nest, dict):
-        for value in nest.values():
-            yield from tensors_in(value)
-    elif isinstance(nest, list | tuple):
-        for value in nest:
-            yield from tensors_in(value)
-    elif hasattr(nest, 'all_items'):  # mmengine's data elements
-        for _, value in nest.all_items():
-            yield from tensors_in(value)
 
 
 @torch.no_grad()

@@ -184,5 +184,56 @@ def _has_model(config: str) -> bool:
 
 
 def render(results: Sequence[dict[str, Any]]) -> str:
-    """A Markdown page."""
-    return ''
+    """A Markdown page: how many families and configs, then one line for each."""
+    lines = ['# Which configs can be pruned', '', _INTRODUCTION, '']
+    lines += ['| library | configs | loss runs | pruned and agree | families | of |']
+    lines += ['|---|---|---|---|---|---|']
+    for library in LIBRARIES:
+        own = [r for r in results if r['config'].startswith(f'{library}::')]
+        ran = [r for r in own if r['status'] != 'not run']
+        good = [r for r in ran if r['status'] == 'agrees']
+        lost = {family_of(r['config']) for r in ran} - {
+            family_of(r['config']) for r in good
+        }
+        families = {family_of(r['config']) for r in ran}
+        row = [library, len(own), len(ran), len(good)]
+        row += [len(families) - len(lost), len(families)]
+        lines.append('| ' + ' | '.join(map(str, row)) + ' |')
+    for status, title in TITLES.items():
+        chosen = [r for r in results if r['status'] == status]
+        if chosen:
+            lines += ['', f'## {title}', '', *_table(chosen)]
+    return '\n'.join(lines) + '\n'
+
+
+def _table(results: Sequence[dict[str, Any]]) -> list[str]:
+    if 'groups' not in results[0]:
+        lines = ['| config | reason |', '|---|---|']
+        return lines + [f'| `{r["config"]}` | {_cell(r["reason"])} |' for r in results]
+    lines = ['| config | units | channels | MACs | s | most frozen, disproved |']
+    lines.append('|---|---|---|---|---|---|')
+    for r in results:
+        reasons = [f'{n} × {why}' for why, n in list(r['frozen'].items())[:2]]
+        reasons += [f'disproved: {", ".join(r["disproved"])}'] * bool(r['disproved'])
+        reasons += [r['reason']] * bool(r['reason'])
+        lines.append(
+            f'| `{r["config"]}` | {r["units"]} | {r["channels"]:.1%} | {r["macs"]:.1%} '
+            f'| {r["seconds"]:g} | {_cell("; ".join(reasons))} |'
+        )
+    return lines
+
+
+def _cell(text: str) -> str:
+    return text.replace('|', '/')[:240]
+
+
+TITLES = {
+    'disagrees': 'Masked and compact disagree',
+    'failed': 'Not pruned',
+    'agrees': 'Pruned, and masked equals compact',
+    'not run': 'The loss does not run here',
+}
+_INTRODUCTION = """Written by `tools/zoo.py`. Each config is built with random weights;
+its loss runs on a made-up batch on the CPU; 30 % of the units go at random; the masked
+and the compact model must agree to 1e-4. "channels" and "MACs" are the shares that
+units can reach; "s" is the time of the whole check on the machine it ran on."""

@@ -4,31 +4,108 @@ import pytest
 from mmengine.config import Config
 from roundtrip import assert_prunes, traced
 
-CASES = {
-    # name: (backbone, channels of its last stage, units in all, share of MACs)
-    'resnet18': (dict(type='ResNet', depth=18), 512, 2880, 1),
-    'resnext': (dict(type='ResNeXt', depth=50, groups=32, width_per_group=4), 2048, None, 1),
-    'mobilenet_v2': (dict(type='MobileNetV2', widen_factor=0.5), 1280, None, 1),
-    'mobilenet_v3': (dict(type='MobileNetV3', arch='small'), 576, None, 1),
-    'regnet': (dict(type='RegNet', arch='regnetx_400mf'), 384, None, 1),
-    'shufflenet_v2': (dict(type='ShuffleNetV2', widen_factor=0.5), 1024, None, 0.95),
-    'res2net': (dict(type='Res2Net', depth=50, scales=4, base_width=26), 2048, None, 1),
-    'resnest': (dict(type='ResNeSt', depth=50), 2048, None, 1),
-    'hrnet': (dict(type='HRNet', arch='w18'), 144, None, 0.9),
-    'densenet': (dict(type='DenseNet', arch='121'), 1024, None, 1),
-    'efficientnet': (dict(type='EfficientNet', arch='b0'), 1280, None, 1),
-    'se_resnet': (dict(type='SEResNet', depth=50), 2048, None, 1),
-    'csp_resnet': (dict(type='CSPResNet', depth=50), 1024, None, 1),
-    'convnext': (dict(type='ConvNeXt', arch='atto'), 320, None, 0.8),
-    'swin': (
+
+def classifier(backbone, channels):
+    """A config that classifies with ``backbone``, whose last stage has ``channels``."""
+    pools = backbone['type'] == 'ConvNeXt'  # before its last norm
+    head = dict(
+        type='LinearClsHead',
+        num_classes=4,
+        in_channels=channels,
+        loss=dict(type='CrossEntropyLoss'),
+    )
+    return Config(
         dict(
-            type='SwinTransformer',
-            arch='tiny',
-            img_size=64,
-            stage_cfgs=dict(block_cfgs=dict(window_size=2)),
-        ),
-        768,
-        None,
-        0.5,
+            default_scope='mmpretrain',
+            data_preprocessor=dict(num_classes=4, mean=[120.0] * 3, std=[60.0] * 3),
+            model=dict(
+                type='ImageClassifier',
+                backbone=backbone,
+                neck=None if pools else dict(type='GlobalAveragePooling'),
+                head=head,
+            ),
+        )
+    )
+
+
+SWIN = dict(
+    type='SwinTransformer',
+    arch='tiny',
+    img_size=64,
+    stage_cfgs=dict(block_cfgs=dict(window_size=2)),
+)
+#: Backbone, channels of its last stage, groups and units, least share of MACs.
+CASES = {
+    'resnet18': (dict(type='ResNet', depth=18), 512, 12, 2880, 1),
+    'resnext': (dict(type='ResNeXt', depth=50), 2048, 21, 4416, 1),
+    'mobilenet_v2': (dict(type='MobileNetV2', widen_factor=0.5), 1280, 25, 5256, 1),
+    'mobilenet_v3': (dict(type='MobileNetV3', arch='small'), 576, 26, 3848, 1),
+    'regnet': (dict(type='RegNet', arch='regnetx_400mf'), 384, 27, 1040, 1),
+    'shufflenet_v2': (
+        dict(type='ShuffleNetV2', widen_factor=0.5),
+        1024,
+        20,
+        1927,
+        0.99,
     ),
+    'res2net': (
+        dict(type='Res2Net', depth=50, scales=4, base_width=26),
+        2048,
+        47,
+        7816,
+        1,
+    ),
+    'resnest': (dict(type='ResNeSt', depth=50), 2048, 55, 11_520, 1),
+    'hrnet': (dict(type='HRNet', arch='w18'), 144, 135, 6980, 1),
+    'densenet': (dict(type='DenseNet', arch='121'), 1024, 120, 10_240, 1),
+    'efficientnet': (dict(type='EfficientNet', arch='b0'), 1280, 40, 11_404, 1),
+    'se_resnet': (dict(type='SEResNet', depth=50), 2048, 53, 12_400, 1),
+    'csp_resnet': (dict(type='CSPResNet', depth=50), 1024, 42, 12_480, 1),
+    'convnext': (dict(type='ConvNeXt', arch='atto'), 320, 12, 7360, 0.8),
+    'swin': (SWIN, 768, 12, 17_664, 0.5),
 }
+LARGE = ('hrnet', 'se_resnet', 'csp_resnet', 'swin', 'resnest', 'densenet')
+NAMES = [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in CASES]
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_backbone(name, tmp_path):
+    backbone, channels, groups, units, share = CASES[name]
+    found = traced(classifier(backbone, channels), 64)
+    assert (len(found.grouping.groups), found.grouping.units) == (groups, units)
+    assert found.macs >= share - 1e-9
+    assert found.reason('head.fc').startswith('an output')
+    assert_prunes(found, tmp_path)
+
+
+def test_conv_groups_are_units_of_resnext():
+    found = traced(classifier(*CASES['resnext'][:2]), 64)
+    assert found.units('backbone.layer1.0.conv2') == 32
+    (group,) = [g for g in found.grouping.groups if g.name == 'backbone.layer1.0.conv1']
+    assert {m.name: m.width for m in group.members if m.role == 'out'} == {
+        'backbone.layer1.0.conv1.weight': 4,
+        'backbone.layer1.0.conv2.weight': 4,
+    }
+
+
+def test_depthwise_convs_join_expansion_and_projection():
+    found = traced(classifier(*CASES['mobilenet_v2'][:2]), 64)
+    expand, depthwise = (f'backbone.layer2.0.conv.{i}.conv' for i in (0, 1))
+    assert found.units(expand) == found.units(depthwise) == 48
+
+
+def test_split_attention_narrows_both_halves():
+    """Their sum joins the two conv groups, which can only lose the same channels."""
+    found = traced(classifier(*CASES['resnest'][:2]), 64)
+    assert found.units('backbone.layer1.0.conv2.conv') == 64
+
+
+def test_res2net_parts_stay_equally_wide():
+    found = traced(classifier(*CASES['res2net'][:2]), 64)
+    assert found.units('backbone.layer1.0.conv1') == 26
+
+
+def test_layer_norm_leaves_only_hidden_neurons():
+    found = traced(classifier(*CASES['convnext'][:2]), 64)
+    assert 'NativeLayerNorm' in found.reason('backbone.stages.0.0.depthwise_conv')
+    assert found.units('backbone.stages.0.0.pointwise_conv1') == 160

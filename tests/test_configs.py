@@ -1,5 +1,6 @@
 """Every config we ship can be read, built and followed from stage to stage."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,14 @@ def build(model):
 
 def stage(kind):
     return [path for path in LEAVES if f'_{kind}' in path.stem]
+
+
+def training_of(path):
+    """The config of the training whose model a stage prunes or fine-tunes."""
+    name = re.sub('_(prune|finetune).*', '', path.stem)
+    if not path.with_name(f'{name}.py').exists():
+        name += '_deploy'  # which repeats the schedule of MMDetection's config
+    return Config.fromfile(path.with_name(f'{name}.py'))
 
 
 def by_name(path):
@@ -69,11 +78,7 @@ def test_prune_configs_set_the_hook_as_the_paper_does(path):
 @pytest.mark.parametrize('path', stage('prune'), ids=by_name)
 def test_pruning_learns_at_a_tenth_of_the_rate(path):
     config = Config.fromfile(path)
-    if path.parent.name == 'retinanet':
-        original = Config.fromfile(path.parent / 'retinanet_r50_fpn_1x_coco_deploy.py')
-    else:
-        original = Config.fromfile(str(path).replace('_prune', ''))
-    rate = original.optim_wrapper.optimizer.lr
+    rate = training_of(path).optim_wrapper.optimizer.lr
     assert config.optim_wrapper.optimizer.lr == pytest.approx(rate / 10)
     assert config.param_scheduler == []
 
@@ -91,17 +96,13 @@ def test_finetune_starts_from_what_pruning_writes(path):
     assert prune.parent == path.parent
     # The structure belongs to the architecture that was pruned.
     pruned, rebuilt = Config.fromfile(prune).model, config.model.architecture
-    for part in ('neck', 'bbox_head'):
+    for part in {'neck', 'bbox_head', 'rpn_head', 'roi_head'} & set(rebuilt):
         assert pruned[part] == rebuilt[part]
 
 
 @pytest.mark.parametrize('path', stage('finetune'), ids=by_name)
 def test_finetune_lasts_as_long_as_the_training(path):
-    if path.parent.name == 'retinanet':
-        original = Config.fromfile(str(path).replace('_finetune', '_deploy'))
-    else:
-        original = Config.fromfile(str(path).replace('_finetune', ''))
-    config = Config.fromfile(path)
+    config, original = Config.fromfile(path), training_of(path)
     assert config.train_cfg == original.train_cfg
     assert config.param_scheduler == original.param_scheduler
     assert config.optim_wrapper == original.optim_wrapper

@@ -105,6 +105,10 @@ MOVED = {
         lambda x: assign(torch.zeros(4, 4, 2, 2), torch.tensor([3, 0, 2]), x),
         [1, -1, 2, 0],
     ),
+    'one row written into zeros': (
+        lambda x: assign(torch.zeros(2, 4, 2, 2), torch.tensor([1]), x[1:2]),
+        [-1, 1],
+    ),
     'RoIs': (lambda x: roi_align(x, boxes(ROIS), 1), [2, 0, 0, 1]),
     'RoIs by RoIPool': (lambda x: RoIPool(1)(x, boxes(ROIS)), [2, 0, 0, 1]),
     'RoIs of picked images': (

@@ -235,8 +235,9 @@ def test_a_crafted_structure_allocates_no_more_than_the_model_has(structure):
         compact(ConvPair(), PruneStructure.from_dict(raw))
 
 
-@pytest.mark.parametrize('name', ['conv1.groups', 'conv9.out_channels', 'training'])
+@pytest.mark.parametrize('name', ['conv1.groups', 'conv9.out_channels', 'training', 1])
 def test_a_crafted_attribute_is_no_larger_than_the_models(name):
-    structure = PruneStructure(attributes={name: 2})
+    raw = {'version': 1, 'tensors': {}, 'attributes': {name: 2}}
+    structure = PruneStructure.from_dict(raw)
     with pytest.raises(StructureError, match='expected a number of at least 2, got'):
         compact(ConvPair(), structure)

@@ -89,7 +89,7 @@ def _classification_batch(
     samples = []
     for i in range(images):
         image = rng.integers(0, 256, shape, dtype=np.uint8)
-        sample = {'img': image[..., 0] if len(mean) == 1 else image}
+        sample: dict[str, Any] = {'img': image[..., 0] if len(mean) == 1 else image}
         sample |= {k: image.shape[:2] for k in ('img_shape', 'ori_shape')}
         samples.append(transform(sample | {'gt_label': i % classes}))
     return default_collate(samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +35,18 @@ class Graph:
     layers: set[Node]
 
 
-def read_graph(loss: Tensor) -> Graph:
-    """Walk the graph of ``loss``; its nodes stay valid until backward frees them."""
+def read_graph(loss: Tensor, unused: Iterable[Tensor] = ()) -> Graph:
+    """Walk the graph of ``loss``; its nodes stay valid until backward frees them.
+
+    What ``unused`` tensors are made with is followed, too: it runs, whether the loss
+    needs it or not.
+    """
     root = loss.grad_fn
-    nodes, edges = _postorder(root)
+    nodes, edges = _postorder([root])
+    used = set(nodes)
+    ends = [x.grad_fn for x in unused if x.grad_fn is not None]
+    if ends:
+        nodes, edges = _postorder([root, *ends])
     parametric = _from_parameters(nodes, edges)
     layers = {
         n
@@ -45,7 +54,7 @@ def read_graph(loss: Tensor) -> Graph:
         if op_name(n) in LAYER_OPS
         and any(edges[n][i][0] in parametric for i in LAYER_OPS[op_name(n)])
     }
-    relevant = set(layers)
+    relevant = layers | (set(nodes) - used)
     live = {root}
     for node in reversed(nodes):
         if _times_zero(node):
@@ -59,10 +68,10 @@ def read_graph(loss: Tensor) -> Graph:
     return Graph(nodes, edges, relevant, live, layers)
 
 
-def _postorder(root: Node) -> tuple[list[Node], dict[Node, Edges]]:
+def _postorder(roots: list[Node]) -> tuple[list[Node], dict[Node, Edges]]:
     nodes: list[Node] = []
     edges: dict[Node, Edges] = {}
-    stack: list[tuple[Node, bool]] = [(root, False)]
+    stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(roots)]
     while stack:
         node, done = stack.pop()
         if done:

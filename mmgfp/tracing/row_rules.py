@@ -222,9 +222,15 @@ def put(ctx: Context, operands: Sequence[Found]) -> Found:
     else:
         index = _dense(ctx, base).clone()
     places = _at(torch.arange(len(index), device=index.device), chosen)
-    if places.shape != (len(values),):
+    written = _dense(ctx, values)
+    node, output = ctx.node.next_functions[1]
+    if len(node._input_metadata[output].shape) < len(ctx.shape):
+        # A single row came without its dimension, as torch assigns it.
+        same_image = bool((written == written[:1]).all())
+        written = written[:1].expand(len(places)) if same_image else written
+    if places.shape != written.shape:
         return Lost(f'rows are moved by {ctx.op}')
-    index[places] = _dense(ctx, values)
+    index[places] = written
     return values.moved(index)
 
 

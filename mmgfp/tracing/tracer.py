@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +41,7 @@ def trace_loss(
     loss: Tensor,
     strict: bool = False,
     widths: Mapping[str, Outputs] | None = None,
+    unused: Iterable[Tensor] = (),
 ) -> Trace:
     """Label every parameter dimension that takes part in ``loss``.
 
@@ -49,6 +50,8 @@ def trace_loss(
         loss: A scalar with its autograd graph, computed from a real batch.
         strict: Raise at an op without a rule instead of freezing what it reads.
         widths: What `watch_widths` collected while the loss was computed.
+        unused: Tensors that the model computed beside the loss; their layers are
+            labelled as well, since they read channels.
 
     Raises:
         TraceError: The loss has no graph, or an op has no rule under ``strict``.
@@ -60,7 +63,7 @@ def trace_loss(
             'one without',
             'compute it with gradients enabled and from parameters that require them',
         )
-    graph = read_graph(loss)
+    graph = read_graph(loss, unused)
     trace = _Tracer(model, strict).run(graph, widths or {})
     narrowed = _inseparable(trace)
     if not narrowed:
