@@ -146,7 +146,7 @@ def _prune(model: Any, calls: BatchCalls) -> dict[str, Any]:
     alive = random_units(grouping.groups, 0.3, np.random.default_rng(1))
     compared = 'loss'
     try:
-        wrong = disagreement(model, grouping.groups, alive, calls.loss)
+        wrong = disagreement(model, grouping.groups, alive, calls.steady_loss)
     except Exception as error:  # not of pruning: the masked model is a whole one
         compared = f'outputs (loss in double precision: {_one_line(error)})'
         wrong = disagreement(model, grouping.groups, alive, calls.forward)

@@ -12,11 +12,12 @@ from toys import widths
 from mmgfp.engine.demo_batch import build_model, demo_batch
 from mmgfp.engine.inputs import BatchCalls
 from mmgfp.groups import build_groups
+from mmgfp.pruner import GroupFisherPruner
 from mmgfp.recording import all_parameters_require_grad, undisturbed
 from mmgfp.structure import PruneStructure, shapes_of
 from mmgfp.surgery import compact
 from mmgfp.tracing import trace_loss
-from mmgfp.verify import disagreement, random_units
+from mmgfp.verify import difference, disagreement, random_units
 
 
 @pytest.fixture(scope='module')
@@ -126,3 +127,37 @@ def test_the_compact_detector(retinanet):
     assert left / full == pytest.approx(0.25, abs=0.02)
     calls.loss(small.train()).backward()
     assert all(p.grad is not None for p in small.parameters())
+
+
+@pytest.mark.slow
+def test_half_of_the_macs_go_by_fisher(retinanet):
+    model, calls, _ = retinanet
+    model = copy.deepcopy(model).train()
+    pruner = GroupFisherPruner(
+        model, interval=1, units_per_step=800, target=dict(flops=0.5)
+    )
+    pruner.prepare(calls.loss, calls.forward, calls.images)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    while not pruner.done:
+        _train_once(model, optimizer, calls)
+        pruner.step()
+    assert pruner.totals.macs <= 0.5 * pruner.full.macs
+    small = pruner.compact()
+    with torch.no_grad():
+        outputs = [calls.forward(m.eval()) for m in (model, small)]
+    assert difference(*outputs) < 1e-4
+    small_optimizer = torch.optim.SGD(small.parameters(), lr=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    for _ in range(2):  # the second loss shows what the first step did
+        masked = _train_once(model.train(), optimizer, calls)
+        pruner.mask.apply()
+        compacted = _train_once(small.train(), small_optimizer, calls)
+        assert compacted == pytest.approx(masked, rel=1e-4)
+
+
+def _train_once(model, optimizer, calls):
+    loss = calls.loss(model)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()

@@ -26,7 +26,7 @@ custom_hooks = [
         interval=10,
         normalize='memory',
         target=dict(flops=0.5),
-        units_per_step=25,
+        units_per_step=40,
         min_channels=4,
         input_shape=(3, 128, 128),
     )

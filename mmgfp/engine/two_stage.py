@@ -86,8 +86,8 @@ def rois_per_image(model: Any) -> dict[str, int]:
 
     Box heads count the RoIs that training samples (512 as a rule, as in the paper);
     mask, grid and point heads, which inference runs on detections, the largest number
-    of detections (100 as a rule). A head without a sampler, whose proposals are
-    learned, is counted as it runs.
+    of detections (100 as a rule). A part that both kinds share is counted like a box
+    head. A head without a sampler, whose proposals are learned, is counted as it runs.
     """
     roi_head = getattr(model, 'roi_head', None)
     if not isinstance(roi_head, nn.Module):

@@ -226,8 +226,7 @@ def put(ctx: Context, operands: Sequence[Found]) -> Found:
     node, output = ctx.node.next_functions[1]
     if len(node._input_metadata[output].shape) < len(ctx.shape):
         # A single row came without its dimension, as torch assigns it.
-        same_image = bool((written == written[:1]).all())
-        written = written[:1].expand(len(places)) if same_image else written
+        written = written[:1].expand(len(places)) if _of_one_image(written) else written
     if places.shape != written.shape:
         return Lost(f'rows are moved by {ctx.op}')
     index[places] = written
@@ -256,8 +255,35 @@ def split(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
     return [rows.moved(part) for part in _dense(ctx, rows).split(sizes)]
 
 
+@register_row_rule('Select', 'Unbind')
+def single(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
+    """One row without its dimension: what comes first then is all of one image."""
+    rows = operands[0]
+    if _dims(ctx, 'dim') != (0,) or not isinstance(rows, Rows):
+        return same(ctx, operands)
+    index = _dense(ctx, rows)
+    if ctx.op == 'Select':
+        index = index[ctx.saved('index')].reshape(1)
+    return [
+        rows.moved(image.expand(shape[0])) if shape else None
+        for image, shape in zip(index, ctx.out_shapes, strict=True)
+    ]
+
+
+@register_row_rule('Stack')
+def stack(ctx: Context, operands: Sequence[Found]) -> Found:
+    """Tensors that are all of one image become rows."""
+    if _dims(ctx, 'dim') != (0,):
+        return same(ctx, operands)
+    parts = [o for o in operands if isinstance(o, Rows)]
+    images = [_dense(ctx, o) for o in parts]
+    if len(parts) == len(operands) and all(_of_one_image(i) for i in images):
+        return parts[0].moved(torch.stack([i[0] for i in images]))
+    return Lost('rows of several images are joined by Stack')
+
+
 @register_row_rule(
-    'Select', 'Unbind', 'Stack', 'Gather', 'Sort', 'Topk', 'Scatter', 'ScatterAdd',
+    'Gather', 'Sort', 'Topk', 'Scatter', 'ScatterAdd',
     'ScatterReduce', 'IndexAdd', 'Cumsum', 'Cumprod', 'Cummax', 'Cummin', 'Softmax',
     'LogSoftmax', 'Kthvalue',
 )  # fmt: skip
@@ -286,6 +312,14 @@ def reduce(ctx: Context, operands: Sequence[Found]) -> Found:
 
 
 def _unless(moved: bool, ctx: Context, operands: Sequence[Found]) -> Found:
-    if moved and any(o is not None for o in operands):
-        return Lost(f'rows are moved by {ctx.op}')
-    return same(ctx, operands)
+    found = [o for o in operands if o is not None]
+    if not moved or not found:
+        return same(ctx, operands)
+    index = _dense(ctx, found[0]) if isinstance(found[0], Rows) else None
+    if len(found) == 1 and index is not None and _of_one_image(index):
+        return found[0].moved(index[:1].expand(_count(ctx)))
+    return Lost(f'rows are moved by {ctx.op}')
+
+
+def _of_one_image(index: Tensor) -> bool:
+    return len(index) > 0 and bool((index == index[0]).all())
