@@ -118,7 +118,9 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize(('toy', 'expected'), EXPECTED.items(), ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ('toy', 'expected'), EXPECTED.items(), ids=[t.__name__ for t in EXPECTED]
+)
 def test_groups(toy, expected):
     grouping = grouped(toy())
     assert [(g.units, widths(g)) for g in grouping.groups] == expected

@@ -315,9 +315,11 @@ def _unless(moved: bool, ctx: Context, operands: Sequence[Found]) -> Found:
     found = [o for o in operands if o is not None]
     if not moved or not found:
         return same(ctx, operands)
-    index = _dense(ctx, found[0]) if isinstance(found[0], Rows) else None
-    if len(found) == 1 and index is not None and _of_one_image(index):
-        return found[0].moved(index[:1].expand(_count(ctx)))
+    rows = found[0]
+    if len(found) == 1 and isinstance(rows, Rows):
+        index = _dense(ctx, rows)
+        if _of_one_image(index):  # whichever way they went
+            return rows.moved(index[:1].expand(_count(ctx)))
     return Lost(f'rows are moved by {ctx.op}')
 
 
