@@ -6,7 +6,7 @@ _base_ = [
     '../_base_/runtime.py',
 ]
 
-max_epochs = 7
+max_epochs = 6
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 param_scheduler = [

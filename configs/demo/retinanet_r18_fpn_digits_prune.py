@@ -1,7 +1,7 @@
 # Prune the demo's baseline to half its MACs, then stop.
 _base_ = ['./retinanet_r18_fpn_digits.py']
 
-load_from = 'work_dirs/retinanet_r18_fpn_digits/epoch_7.pth'
+load_from = 'work_dirs/retinanet_r18_fpn_digits/epoch_6.pth'
 
 max_iters = 1000  # an upper bound: the hook stops at its target
 train_cfg = dict(
