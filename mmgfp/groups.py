@@ -66,6 +66,14 @@ class ChannelGroup:
         """Number of units."""
         return self.members[0].index.shape[0]
 
+    @property
+    def internal(self) -> bool:
+        """Whether one layer makes the channels and one other reads them (paper's -I).
+
+        A group convolution does both, so its channels are never internal.
+        """
+        return len(self.layers('out')) == len(self.layers('in')) == 1
+
     def layers(self, role: Role) -> list[str]:
         """Names of the layers in which the units have ``role``."""
         return [module_of(m.name) for m in self.members if m.role == role]

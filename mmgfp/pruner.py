@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmgfp.costs import CostTable, LayerWork, Totals
 from mmgfp.errors import ConfigError, TraceError
 from mmgfp.fisher import FisherTap, unit_gradients, untapped, weight_owners
-from mmgfp.groups import Grouping, build_groups
+from mmgfp.groups import ChannelGroup, Grouping, build_groups
 from mmgfp.masking import ColumnMask
 from mmgfp.recording import (
     Forward,
@@ -37,6 +37,8 @@ LossFunction = Callable[[nn.Module], Tensor]
 
 #: Why a group is frozen that failed the proof; the difference follows.
 DISPROVED = 'masked and compact disagree'
+#: Why a group is frozen under ``coupled=False``.
+SHARED = 'its channels are shared by several layers, and coupled=False'
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class GroupFisherPruner:
         min_channels: Output channels that always stay in each group.
         max_ratio: Largest share of a group that may go.
         keep: Names or glob patterns of layers that are never pruned.
+        coupled: Whether channels that several layers share may go; False leaves those
+            that one layer makes and one other reads (the paper's ablation -I).
         strict: Raise where something cannot be pruned for lack of understanding,
             instead of leaving it alone and reporting it.
 
@@ -88,6 +92,7 @@ class GroupFisherPruner:
         min_channels: int = 1,
         max_ratio: float = 1.0,
         keep: Sequence[str] = (),
+        coupled: bool = True,
         strict: bool = False,
     ) -> None:
         targets = list(target) if isinstance(target, list | tuple) else [target]
@@ -110,6 +115,7 @@ class GroupFisherPruner:
             'a list of layer names or patterns',
             keep,
         )
+        _check('coupled', isinstance(coupled, bool), 'True or False', coupled)
         self.model = model
         self.interval = interval
         self.normalize = normalize
@@ -117,6 +123,7 @@ class GroupFisherPruner:
         self.min_channels = min_channels
         self.max_ratio = max_ratio
         self.keep = tuple(keep)
+        self.coupled = coupled
         self.strict = strict
         self.grouping = Grouping((), (), {})
         self.iteration = 0
@@ -180,15 +187,17 @@ class GroupFisherPruner:
         unread = untapped(weights, self._owners, self._rows)
         for op, layers in trace.unknown_ops.items():
             logger.warning('op %s has no rule; it freezes %s', op, ', '.join(layers))
-        disproved: list[Disagreement] = []
+        frozen: list[tuple[ChannelGroup, str]] = []
+        if not self.coupled:
+            every = build_groups(self.model, trace, self.keep, unread).groups
+            frozen += [(g, SHARED) for g in every if not g.internal]
         while True:
-            reasons = [(d.group, f'{DISPROVED}: {d.reason}') for d in disproved]
-            grouping = build_groups(self.model, trace, self.keep, unread, reasons)
+            grouping = build_groups(self.model, trace, self.keep, unread, frozen)
             failures = find_disagreements(self.model, grouping, forward)
             if not failures:
                 return grouping
             self._report(failures)
-            disproved += failures
+            frozen += [(f.group, f'{DISPROVED}: {f.reason}') for f in failures]
 
     def _report(self, failures: Sequence[Disagreement]) -> None:
         for failure in failures:

@@ -207,6 +207,29 @@ def test_keep_takes_whole_modules():
     assert [g.name for g in run.pruner.grouping.groups] == ['right.conv1']
 
 
+@pytest.mark.parametrize(
+    ('toy', 'left'),
+    [
+        (ConvPair, ['conv1']),
+        (ResidualPair, ['conv1']),  # the stem's channels are those of conv2, too
+        (SharedHead, ['tower']),  # two layers read the stem; a shared head is one
+    ],
+)
+def test_uncoupled_leaves_pairs_of_layers(toy, left):
+    every, pairs = Run(toy).pruner.grouping, Run(toy, coupled=False).pruner.grouping
+    assert [g.name for g in pairs.groups] == left
+    reasons = {f.layer: f.reason for f in pairs.frozen}
+    for group in every.groups:
+        for layer in group.layers('out'):
+            shared = 'its channels are shared by several layers, and coupled=False'
+            assert reasons.get(layer) == (None if group.name in left else shared)
+
+
+def test_channels_through_a_group_conv_are_never_uncoupled():
+    with pytest.raises(TraceError, match='shared by several layers, and coupled=False'):
+        Run(GroupConv, coupled=False)
+
+
 def test_keep_must_name_a_layer():
     words = "keep: expected the name or a pattern of .* layers.*, got 'nothing'; see"
     with pytest.raises(ConfigError, match=words):
@@ -231,6 +254,7 @@ def test_keep_must_name_a_layer():
         (dict(target=[dict(flops=2)]), r'target\.flops: .* between 0 and 1, got 2'),
         (dict(keep='backbone'), "keep: expected a list .*, got 'backbone'"),
         (dict(keep=None), 'keep: expected a list .*, got None'),
+        (dict(coupled='no'), "coupled: expected True or False, got 'no'"),
     ],
 )
 def test_bad_arguments_are_refused(options, words):

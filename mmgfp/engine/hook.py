@@ -43,6 +43,8 @@ class FisherPruningHook(Hook):
         min_channels: Output channels that always stay in each group.
         max_ratio: Largest share of a group that may go.
         keep: Names or patterns of layers that are never pruned.
+        coupled: False prunes only channels that a single layer makes and a single one
+            reads (paper's -I).
         input_shape: (C, H, W) of the image for which costs are counted; by default
             the size of the first training batch.
         strict: Raise at what cannot be pruned for lack of understanding.
@@ -64,6 +66,7 @@ class FisherPruningHook(Hook):
         min_channels: int = 1,
         max_ratio: float = 1.0,
         keep: Sequence[str] = (),
+        coupled: bool = True,
         input_shape: Sequence[int] | None = None,
         strict: bool = False,
         pruner: dict | None = None,
@@ -75,7 +78,7 @@ class FisherPruningHook(Hook):
                 'a known argument',
                 repr(unknown),
                 'use interval, normalize, target, units_per_step, min_channels, '
-                'max_ratio, keep, input_shape, strict or pruner',
+                'max_ratio, keep, coupled, input_shape, strict or pruner',
             )
         if input_shape is not None and len(input_shape) != 3:
             raise ConfigError(
@@ -91,6 +94,7 @@ class FisherPruningHook(Hook):
             'min_channels': min_channels,
             'max_ratio': max_ratio,
             'keep': keep,
+            'coupled': coupled,
             'strict': strict,
             **(pruner or {}),
         }
