@@ -1,8 +1,8 @@
-"""Nested outputs of modules."""
+"""Nested arguments and outputs of modules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -22,3 +22,12 @@ def tensors_in(nest: Any) -> Iterator[Tensor]:
     elif hasattr(nest, 'all_items'):  # mmengine's data elements
         for _, value in nest.all_items():
             yield from tensors_in(value)
+
+
+def map_nest(function: Callable[[Any], Any], nest: Any) -> Any:
+    """``function`` on everything in nested lists, plain tuples and dicts."""
+    if type(nest) is dict:
+        return {k: map_nest(function, v) for k, v in nest.items()}
+    if type(nest) in (list, tuple):
+        return type(nest)(map_nest(function, v) for v in nest)
+    return function(nest)

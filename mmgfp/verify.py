@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.masking import ColumnMask
 from mmgfp.nests import tensors_in
-from mmgfp.recording import Forward, undisturbed
+from mmgfp.precision import InDouble
+from mmgfp.recording import Forward, copy_module, undisturbed
 from mmgfp.structure import PruneStructure, shapes_of
 from mmgfp.surgery import compact
 
@@ -57,7 +57,7 @@ def masked_and_compact(
     model: nn.Module, groups: Sequence[ChannelGroup], alive: np.ndarray
 ) -> tuple[nn.Module, nn.Module]:
     """Two copies of ``model``: one masked, one cut down to the units ``alive``."""
-    masked, small = copy.deepcopy(model), copy.deepcopy(model)
+    masked, small = copy_module(model), copy_module(model)
     ColumnMask(masked, groups).update(alive)
     structure = PruneStructure.of(groups, alive, shapes_of(model))
     return masked, compact(small, structure)
@@ -93,13 +93,13 @@ def disagreement(
     Both run in double precision and in eval mode, with norms and biases set at random
     so that no layer is blind to its inputs.
     """
-    probe = copy.deepcopy(model).double().eval()
+    probe = copy_module(model).double()
+    probe.eval()  # returns nothing where distillation overrides it
     _randomize_norms(probe)
-    probe.register_forward_pre_hook(_to_double, with_kwargs=True)
     outputs = []
     try:
         for copied in masked_and_compact(probe, groups, alive):
-            with undisturbed(copied):
+            with undisturbed(copied), InDouble():
                 torch.manual_seed(0)
                 outputs.append(forward(copied))
     except Exception as error:  # whatever the model raises is the answer
@@ -147,22 +147,6 @@ def find_disagreements(
     return search(np.arange(len(groups))) if groups else []
 
 
-def _to_double(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    return _cast(args), _cast(kwargs)
-
-
-def _cast(nest: Any) -> Any:
-    if isinstance(nest, Tensor):
-        return nest.double() if nest.is_floating_point() else nest
-    if isinstance(nest, dict):
-        return {k: _cast(v) for k, v in nest.items()}
-    if isinstance(nest, list):
-        return [_cast(v) for v in nest]
-    if type(nest) is tuple:
-        return tuple(_cast(v) for v in nest)
-    return nest
-
-
 def _randomize_norms(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -170,5 +154,10 @@ def _randomize_norms(model: nn.Module) -> None:
             continue
         noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
         noise = noise.to(tensor.device)
-        positive = name.endswith(('weight', 'running_var', 'gamma'))
-        tensor.copy_(noise + 0.5 if positive else (noise - 0.5) * 0.2)
+        if name.endswith('running_var'):  # scaled: else activations may overflow
+            tensor.mul_(noise + 0.5).clamp_(min=1e-3)
+        elif name.endswith('running_mean'):
+            tensor.add_((noise - 0.5) * 0.2)
+        else:
+            positive = name.endswith(('weight', 'gamma'))
+            tensor.copy_(noise + 0.5 if positive else (noise - 0.5) * 0.2)

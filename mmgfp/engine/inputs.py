@@ -15,6 +15,10 @@ from mmgfp.engine.two_stage import fixed_proposals, rois_per_image
 from mmgfp.errors import ConfigError
 from mmgfp.recording import record_work
 
+#: How a model is called for its outputs, best first. Some cannot give raw outputs,
+#: and some cannot infer what they train on: their losses have to do.
+MODES = ('tensor', 'predict', 'loss')
+
 
 class BatchCalls:
     """The calls that pruning makes on one batch as a train dataloader gives it.
@@ -65,32 +69,35 @@ class BatchCalls:
         return record_work(model, self.sized_forward(shape), 1, rois)
 
     def _outputs(self, model: nn.Module, data: dict) -> Any:
-        """Raw outputs; results where the model's own code cannot give those.
+        """Raw outputs; results or losses where the model's own code cannot give those.
 
         The first call, which comes before anything is cut, decides for all.
         """
         inputs = data['inputs']
         if isinstance(inputs, list | tuple):  # several views of the same images
             data = {**data, 'inputs': inputs[0]}
+        model.eval()  # some take and give other things while they train
         with fixed_proposals(model) as proposals:
             outputs = self._raw(model, data)
         return (outputs, proposals) if proposals else outputs
 
     def _raw(self, model: nn.Module, data: dict) -> Any:
-        if self._mode is None:
+        modes = MODES if self._mode is None else (self._mode,)
+        for mode in modes:
             try:
-                outputs = model(**copy.deepcopy(data), mode='tensor')
+                outputs = model(**copy.deepcopy(data), mode=mode)
             except Exception as error:
+                if mode == modes[-1]:
+                    raise
                 print_log(
-                    f"{type(model).__name__} fails in mode='tensor' ({error}): its "
-                    f"outputs are compared in mode='predict'",
+                    f'{type(model).__name__} fails in mode={mode!r} '
+                    f'({type(error).__name__}: {error}): another mode is compared',
                     'current',
                 )
-                self._mode = 'predict'
             else:
-                self._mode = 'tensor'
+                self._mode = mode
                 return outputs
-        return model(**copy.deepcopy(data), mode=self._mode)
+        raise AssertionError('no mode')
 
     def sized_forward(self, shape: tuple[int, ...]) -> Callable[[nn.Module], Any]:
         """A call on one image of ``shape`` (C, H, W), to count costs with.
@@ -113,7 +120,7 @@ class BatchCalls:
 
         def forward(model: nn.Module) -> Any:
             with torch.no_grad():
-                return self._outputs(model.eval(), data)
+                return self._outputs(model, data)
 
         return forward
 
