@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,9 +20,11 @@ from mmgfp.masking import ColumnMask
 from mmgfp.recording import (
     Forward,
     all_parameters_require_grad,
+    copy_module,
     record_work,
     undisturbed,
     watch_outputs,
+    without_checkpointing,
 )
 from mmgfp.selection import NORMALIZATIONS, Limits, Target, select_units
 from mmgfp.structure import PruneStructure, shapes_of
@@ -175,6 +176,7 @@ class GroupFisherPruner:
         with (
             undisturbed(self.model),
             all_parameters_require_grad(self.model),
+            without_checkpointing(self.model),
             torch.enable_grad(),
             watch_rows(self.model) as calls,
             watch_widths(self.model, has_attribute_rule) as widths,
@@ -283,7 +285,7 @@ class GroupFisherPruner:
         """A compact copy of the model as it stands."""
         self.tap.detach()
         try:
-            copied = copy.deepcopy(self.model)
+            copied = copy_module(self.model)
         finally:
             self.tap.attach()
         return compact(copied, self.structure())

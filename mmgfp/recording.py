@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from mmgfp.costs import LayerWork
-from mmgfp.groups import LAYER_TYPES
+from mmgfp.groups import is_layer
 from mmgfp.nests import tensors_in
 
 Forward = Callable[[nn.Module], Any]
@@ -68,7 +71,7 @@ def record_work(
     handles = [
         module.register_forward_hook(watch(f'{name}.weight'))
         for name, module in model.named_modules()
-        if isinstance(module, LAYER_TYPES)
+        if is_layer(module)
     ]
     try:
         with undisturbed(model):
@@ -94,20 +97,24 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(buffers[name])
         for module, training in modes:
             module.training = training
-            _forget_graph(vars(module))
 
 
-def _forget_graph(attributes: dict[str, Any]) -> None:
-    """Cut the graph off tensors that a module keeps, so that it can be copied."""
-    for name, value in attributes.items():
-        if isinstance(value, Tensor) and value.grad_fn is not None:
-            attributes[name] = value.detach()
-        elif isinstance(value, list | tuple) and any(
-            x.grad_fn for x in value if isinstance(x, Tensor)
-        ):
-            attributes[name] = type(value)(
-                x.detach() if isinstance(x, Tensor) else x for x in value
-            )
+def copy_module(model: nn.Module) -> nn.Module:
+    """A deep copy; what modules keep of a forward pass loses its graph.
+
+    Some heads keep raw outputs from one iteration to the next, which `copy.deepcopy`
+    refuses as long as they belong to a graph.
+    """
+    kept = (
+        tensor
+        for module in model.modules()
+        for value in vars(module).values()
+        for tensor in tensors_in(value)
+    )
+    memo: dict[int, Any] = {
+        id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn
+    }
+    return copy.deepcopy(model, memo)
 
 
 @contextmanager
@@ -148,3 +155,41 @@ def all_parameters_require_grad(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Let checkpointed parts of ``model`` leave their graph as all others do.
+
+    `torch.utils.checkpoint.checkpoint` keeps nothing of what it runs, or runs it again
+    whenever somebody looks at what was saved. Here it simply calls the function.
+    """
+    kept = torch.utils.checkpoint.checkpoint
+    classes = {c.__module__ for m in model.modules() for c in type(m).__mro__}
+    places = [
+        (module, name)
+        for module in [torch.utils.checkpoint, *(sys.modules[c] for c in classes)]
+        for name, value in vars(module).items()
+        if value is kept
+    ]
+    for module, name in places:
+        setattr(module, name, _call)
+    try:
+        yield
+    finally:
+        for module, name in places:
+            setattr(module, name, kept)
+
+
+def _call(
+    function: Callable[..., Any],
+    *args: Any,
+    use_reentrant: bool | None = None,
+    preserve_rng_state: bool = True,
+    context_fn: Any = None,
+    determinism_check: str = '',
+    debug: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """What `checkpoint` is told and what it computes, without what it does about it."""
+    return function(*args, **kwargs)
