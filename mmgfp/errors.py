@@ -29,3 +29,11 @@ class StructureError(MMGFPError, ValueError):
 
 class TraceError(MMGFPError, RuntimeError):
     """The model's channels cannot be followed, or its pruning cannot be proved."""
+
+
+class StatisticsError(MMGFPError, RuntimeError):
+    """No decision can be based on the statistics of a run."""
+
+
+class SavingError(MMGFPError, RuntimeError):
+    """A file could not be written."""

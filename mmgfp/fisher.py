@@ -23,6 +23,12 @@ from mmgfp.tracing.rows import (
     rows_of,
 )
 
+#: Under this name a layer's tapped input knows what it was before.
+UNTAPPED = 'mmgfp_untapped'
+#: Why a layer's gradients are incomplete; the detail follows the first.
+UNTOLD = 'its rows cannot be told to images'
+FROZEN = 'its input needs no gradient, as behind frozen layers'
+
 
 def mask_gradient(x: Tensor, grad: Tensor, channel_dim: int) -> Tensor:
     """Gradient of a mask on the channels of ``x``, one row per sample.
@@ -36,10 +42,13 @@ def mask_gradient(x: Tensor, grad: Tensor, channel_dim: int) -> Tensor:
         Tensor: ``Σ x · grad`` over all but samples and channels, (N, C), float32.
     """
     if channel_dim == 1:
-        x, grad = x.flatten(2), grad.flatten(2)
-        return torch.einsum('ncp,ncp->nc', x.float(), grad.float())
-    x, grad = x.reshape(len(x), -1, x.shape[-1]), grad.reshape(len(x), -1, x.shape[-1])
-    return torch.einsum('npc,npc->nc', x.float(), grad.float())
+        x, grad, what = x.flatten(2), grad.flatten(2), 'ncp,ncp->nc'
+    else:
+        shape, what = (len(x), -1, x.shape[-1]), 'npc,npc->nc'
+        x, grad = x.reshape(shape), grad.reshape(shape)
+    # Somebody may call backward inside autocast, which would sum in half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.einsum(what, x.float(), grad.float())
 
 
 def weight_owners(model: nn.Module) -> dict[str, list[str]]:
@@ -68,7 +77,7 @@ def untapped(
         modules = owners.get(weight, ())
         lost = [use.lost[m] for m in modules if m in use.lost]
         if lost:
-            reasons[weight] = f'its rows cannot be told to images: {lost[0]}'
+            reasons[weight] = f'{UNTOLD}: {lost[0]}'
         elif not use.called.intersection(modules):
             reasons[weight] = 'its input cannot be watched for Fisher statistics'
     return reasons
@@ -164,15 +173,22 @@ class FisherTap:
 
     def _tap(self, name: str, args: tuple[Any, ...]) -> Any:
         x = args[0]
-        if not (torch.is_grad_enabled() and x.requires_grad and len(x)):
+        if not (torch.is_grad_enabled() and len(x)):
             return None
+        if not x.requires_grad:
+            self.lost[name] = FROZEN
+            return None
+        # A layer inside another one, such as the offsets of a deformable convolution,
+        # reads the same input but has a mask copy of its own.
+        x = getattr(x, UNTAPPED, x)
         rows = self._rows(name, x)
         if isinstance(rows, Lost):
-            self.lost[name] = rows.reason
+            self.lost[name] = f'{UNTOLD}: {rows.reason}'
             return None
-        x = _Tap.apply(x, self, name, rows)
-        mark_rows(x, rows)
-        return x, *args[1:]
+        tapped = _Tap.apply(x, self, name, rows)
+        mark_rows(tapped, rows)
+        setattr(tapped, UNTAPPED, x)
+        return tapped, *args[1:]
 
     def _rows(self, name: str, x: Tensor) -> Rows | Lost:
         if name in self.use.images:
@@ -188,7 +204,8 @@ class FisherTap:
         gradient = sum_by_image(mask_gradient(x, grad, dim), rows)  # (N, C)
         others = next(iter(self.gradients.values()), gradient)
         if len(gradient) != len(others):
-            self.lost[layer] = f'{len(gradient)} images where others saw {len(others)}'
+            found = f'{len(gradient)} images where others saw {len(others)}'
+            self.lost[layer] = f'{UNTOLD}: {found}'
         elif layer in self.gradients:
             self.gradients[layer] += gradient
         else:

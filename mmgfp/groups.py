@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from mmgfp.errors import ConfigError
 from mmgfp.tracing import NO_LABEL, Trace
@@ -20,6 +20,22 @@ Role = Literal['out', 'in', 'with', 'attribute']
 
 #: Modules that count as layers (paper section 3.1: "only Conv/FC layers matter").
 LAYER_TYPES = (nn.modules.conv._ConvNd, nn.Linear)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module counts as a layer (paper section 3.1: Conv and FC layers).
+
+    Deformable convolutions of mmcv and torchvision are known by their weight, since
+    they have no base class in common with the others.
+    """
+    if isinstance(module, LAYER_TYPES):
+        return True
+    weight: Any = getattr(module, 'weight', None)
+    names = ('out_channels', 'in_channels', 'groups', 'kernel_size')
+    if not isinstance(weight, Tensor) or not all(hasattr(module, n) for n in names):
+        return False
+    conv: Any = module
+    return weight.shape[:2] == (conv.out_channels, conv.in_channels // conv.groups)
 
 
 @dataclass(frozen=True)
@@ -179,7 +195,7 @@ def build_groups(
 
 def layer_names(model: nn.Module, trace: Trace) -> list[str]:
     """All layers: the Conv/FC modules, and what else was traced as a layer."""
-    found = [n for n, m in model.named_modules() if isinstance(m, LAYER_TYPES)]
+    found = [n for n, m in model.named_modules() if is_layer(m)]
     traced = [module_of(call.weight) for call in trace.calls]
     return list(dict.fromkeys(found + traced))
 
@@ -190,7 +206,7 @@ def _weight_owners(model: nn.Module) -> dict[str, str]:
     return {
         n: first.get(id(m.weight), n)
         for n, m in model.named_modules(remove_duplicate=False)
-        if isinstance(m, LAYER_TYPES)
+        if is_layer(m)
     }
 
 
@@ -322,7 +338,7 @@ def _frozen_layers(
     frozen = []
     for layer in layer_names(model, trace):
         owner = owners.get(layer, layer)
-        if owner not in traced:
+        if owner not in traced and owner not in outputs:
             reason, stay = 'took no part in the loss', _width(model, layer)
         elif owner not in outputs:
             reason, stay = 'its output channels carry no labels', _width(model, layer)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mmgfp.errors import StructureError
+from mmgfp.errors import SavingError, StructureError
 
 
 class _StandIn(list):
@@ -58,7 +58,11 @@ _WEIGHT_NAMES = {
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in its place."""
+    """Let ``write`` fill a temporary file beside ``path``, then put it in its place.
+
+    Raises:
+        SavingError: The disk is full or fails; what was at ``path`` is as it was.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
@@ -70,6 +74,15 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
             os.fsync(file.fileno())
         tmp.chmod(0o644)
         tmp.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        reason = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
+        raise SavingError(
+            str(path),
+            'to be written whole',
+            reason,
+            'what was there before is untouched; make room and run it again, with '
+            '--resume if it is a training',
+        ) from error
     finally:
         tmp.unlink(missing_ok=True)
 

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmgfp.costs import CostTable, LayerWork, Totals
-from mmgfp.errors import ConfigError, TraceError
-from mmgfp.fisher import FisherTap, unit_gradients, untapped, weight_owners
-from mmgfp.groups import ChannelGroup, Grouping, build_groups
+from mmgfp.discovery import Discovery, discover
+from mmgfp.errors import ConfigError, StatisticsError
+from mmgfp.fisher import FisherTap, weight_owners
+from mmgfp.groups import Grouping
 from mmgfp.masking import ColumnMask
-from mmgfp.recording import (
-    Forward,
-    all_parameters_require_grad,
-    copy_module,
-    record_work,
-    undisturbed,
-    watch_outputs,
-    without_checkpointing,
-)
+from mmgfp.recording import Forward, LossFunction, copy_module
 from mmgfp.selection import NORMALIZATIONS, Limits, Target, select_units
+from mmgfp.statistics import Importance, Reduce, UnitStatistics
 from mmgfp.structure import PruneStructure, shapes_of
-from mmgfp.surgery import compact, has_attribute_rule
-from mmgfp.tracing import judge_rows, trace_loss, watch_rows, watch_widths
-from mmgfp.verify import Disagreement, find_disagreements
+from mmgfp.surgery import compact
 
 logger = logging.getLogger('mmgfp')
 
-LossFunction = Callable[[nn.Module], Tensor]
-
-#: Why a group is frozen that failed the proof; the difference follows.
-DISPROVED = 'masked and compact disagree'
-#: Why a group is frozen under ``coupled=False``.
-SHARED = 'its channels are shared by several layers, and coupled=False'
+#: Version of what `GroupFisherPruner.state_dict` gives.
+STATE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -78,6 +65,8 @@ class GroupFisherPruner:
             that one layer makes and one other reads (the paper's ablation -I).
         strict: Raise where something cannot be pruned for lack of understanding,
             instead of leaving it alone and reporting it.
+        max_dropped: Iterations in a row with gradients that are not finite, after
+            which it is an error; one such iteration is merely not counted.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -95,6 +84,7 @@ class GroupFisherPruner:
         keep: Sequence[str] = (),
         coupled: bool = True,
         strict: bool = False,
+        max_dropped: int = 100,
     ) -> None:
         targets = list(target) if isinstance(target, list | tuple) else [target]
         self.targets = [Target.parse(t) for t in targets]
@@ -102,6 +92,7 @@ class GroupFisherPruner:
         _check_count('interval', interval)
         _check_count('units_per_step', units_per_step)
         _check_count('min_channels', min_channels)
+        _check_count('max_dropped', max_dropped)
         fine = isinstance(max_ratio, int | float) and 0 < max_ratio <= 1
         _check('max_ratio', fine, 'a number in (0, 1]', max_ratio)
         _check(
@@ -117,6 +108,13 @@ class GroupFisherPruner:
             keep,
         )
         _check('coupled', isinstance(coupled, bool), 'True or False', coupled)
+        if hasattr(model, '_orig_mod') or getattr(model, '_compiled_call_impl', None):
+            raise ConfigError(
+                'model',
+                'a module without torch.compile, as pruning looks into every layer',
+                f'a compiled {type(getattr(model, "_orig_mod", model)).__name__}',
+                'prune first; the compact model can be compiled for fine-tuning',
+            )
         self.model = model
         self.interval = interval
         self.normalize = normalize
@@ -126,8 +124,11 @@ class GroupFisherPruner:
         self.keep = tuple(keep)
         self.coupled = coupled
         self.strict = strict
+        self.max_dropped = max_dropped
+        self.discovery: Discovery | None = None
         self.grouping = Grouping((), (), {})
         self.iteration = 0
+        self._dropped = 0
         self.reached: list[Target] = []
         self._warned: set[str] = set()
 
@@ -155,98 +156,56 @@ class GroupFisherPruner:
                 rule or the proof fails for a group.
             ConfigError: A pattern of ``keep`` matches no layer.
         """
-        self.grouping = self._proven_groups(loss, forward)
-        if not self.grouping.groups:
-            reasons = dict.fromkeys(f.reason for f in self.grouping.frozen)
-            raise TraceError(
-                'model',
-                'at least one group of channels that can be pruned',
-                'none',
-                f'every layer is left alone because: {"; ".join(reasons)}',
-            )
-        work = record_work(self.model, forward, images) if work is None else work
-        parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
-        work = {n: w for n, w in work.items() if n in parameters}
-        self.costs = CostTable(parameters, work, self.grouping.groups)
-        self.shapes = shapes_of(self.model)
-        self._start()
+        self.begin(self.discover(loss, forward, images, work))
         return self.grouping
 
-    def _proven_groups(self, loss: LossFunction, forward: Forward) -> Grouping:
-        with (
-            undisturbed(self.model),
-            all_parameters_require_grad(self.model),
-            without_checkpointing(self.model),
-            torch.enable_grad(),
-            watch_rows(self.model) as calls,
-            watch_widths(self.model, has_attribute_rule) as widths,
-            watch_outputs(self.model) as outputs,
-        ):
-            value = loss(self.model)
-            trace = trace_loss(self.model, value, self.strict, widths, outputs)
-        self._rows, self._owners = judge_rows(calls), weight_owners(self.model)
-        weights = [call.weight for call in trace.calls]
-        unread = untapped(weights, self._owners, self._rows)
-        for op, layers in trace.unknown_ops.items():
-            logger.warning('op %s has no rule; it freezes %s', op, ', '.join(layers))
-        frozen: list[tuple[ChannelGroup, str]] = []
-        if not self.coupled:
-            every = build_groups(self.model, trace, self.keep, unread).groups
-            frozen += [(g, SHARED) for g in every if not g.internal]
-        while True:
-            grouping = build_groups(self.model, trace, self.keep, unread, frozen)
-            failures = find_disagreements(self.model, grouping, forward)
-            if not failures:
-                return grouping
-            self._report(failures)
-            frozen += [(f.group, f'{DISPROVED}: {f.reason}') for f in failures]
+    def discover(
+        self,
+        loss: LossFunction,
+        forward: Forward,
+        images: int,
+        work: Mapping[str, LayerWork] | None = None,
+    ) -> Discovery:
+        """What `prepare` finds, for processes or runs that share it."""
+        options = (self.keep, self.coupled, self.strict)
+        return discover(self.model, loss, forward, images, work, *options)
 
-    def _report(self, failures: Sequence[Disagreement]) -> None:
-        for failure in failures:
-            members = ', '.join(f'{m.name}[{m.dim}]' for m in failure.group.members)
-            logger.warning(
-                'group %s is left alone, since %s (%s); its members: %s',
-                failure.group.name,
-                DISPROVED,
-                failure.reason,
-                members,
-            )
-        if self.strict:
-            raise TraceError(
-                f'groups {", ".join(f.group.name for f in failures)}',
-                'equal outputs of the masked and the compact model',
-                failures[0].reason,
-                'name these layers in keep, or leave strict off to freeze them',
-            )
+    def begin(self, discovery: Discovery) -> None:
+        """Start to watch on the grounds of what was found before.
 
-    def _start(self) -> None:
-        units = self.grouping.units
-        self.alive = np.ones(units, dtype=bool)
-        self.importance = np.zeros(units)
+        Args:
+            discovery: What `discover` gave for this model, in this process, in
+                another one or before an interruption.
+        """
+        self.discovery = discovery
+        self.grouping = discovery.grouping
+        groups = self.grouping.groups
+        parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
+        self.costs = CostTable(parameters, discovery.work, groups)
+        self.shapes = shapes_of(self.model)
+        self.alive = np.ones(self.grouping.units, dtype=bool)
         self._group_of = self.grouping.group_of
-        self._seen = np.zeros(len(self.grouping.groups), dtype=int)
-        self._units = {
+        owners = weight_owners(self.model)
+        units = {
             module: torch.from_numpy(index)
             for weight, index in self.grouping.inputs.items()
-            for module in self._owners.get(weight, ())
+            for module in owners.get(weight, ())
             if (index >= 0).any()
         }
-        self.tap = self._new_tap()
+        device = next(self.model.parameters()).device
+        self.statistics = UnitStatistics(units, self._group_of, device)
+        modules = dict(self.model.named_modules())
+        self.tap = FisherTap(
+            {name: modules[name] for name in units},
+            discovery.rows,
+            [modules[name] for name in discovery.rows.first],
+        )
         self.tap.attach()
-        self.mask = ColumnMask(self.model, self.grouping.groups)
-        widths = [
-            next(m.width for m in g.members if m.role == 'out')
-            for g in self.grouping.groups
-        ]
-        sizes = np.array([g.units for g in self.grouping.groups])
+        self.mask = ColumnMask(self.model, groups)
+        widths = [next(m.width for m in g.members if m.role == 'out') for g in groups]
+        sizes = np.array([g.units for g in groups])
         least = -(-self.min_channels // np.array(widths))
         self.limits = Limits.of(sizes, least, self.max_ratio)
-
-    def _new_tap(self) -> FisherTap:
-        modules = dict(self.model.named_modules())
-        layers = {name: modules[name] for name in self._units}
-        first = [modules[name] for name in self._rows.first]
-        return FisherTap(layers, self._rows, first)
 
     # -- state ---------------------------------------------------------------
 
@@ -266,6 +225,11 @@ class GroupFisherPruner:
         return np.bincount(
             self._group_of[~self.alive], minlength=len(self.grouping.groups)
         )
+
+    @property
+    def importance(self) -> np.ndarray:
+        """Fisher information since the last decision, in this process, (U,)."""
+        return self.statistics.importance
 
     @property
     def totals(self) -> Totals:
@@ -297,91 +261,96 @@ class GroupFisherPruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, in plain types and tensors."""
+        assert self.discovery is not None, 'call prepare first'
         return {
-            'fingerprint': self._fingerprint(),
+            'version': STATE_VERSION,
+            'options': {'keep': list(self.keep), 'coupled': self.coupled},
+            'discovery': self.discovery.to_dict(),
             'iteration': self.iteration,
             'alive': torch.from_numpy(self.alive.copy()),
-            'importance': torch.from_numpy(self.importance.copy()),
-            'seen': torch.from_numpy(self._seen.copy()),
+            'statistics': self.statistics.state_dict(),
             'reached': [{t.cost: t.ratio} for t in self.reached],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken, after `prepare` on the same model.
+        """Go on where `state_dict` was taken; `prepare` is not needed before.
+
+        Groups and costs are those of the interrupted run, whatever a batch of this
+        one would show.
 
         Raises:
-            ConfigError: The state belongs to other groups.
+            ConfigError: The state is of another version, model or configuration.
         """
-        if state.get('fingerprint') != self._fingerprint():
+        remedy = 'resume with the configuration that the run was started with'
+        version = state.get('version')
+        if version != STATE_VERSION:
             raise ConfigError(
                 'checkpoint',
-                'the pruning state of this model and configuration',
-                'the state of other groups',
-                'resume with the configuration that the run was started with',
+                f'a pruning state of version {STATE_VERSION}',
+                repr(version),
+                'start pruning anew from the weights, with load_from',
             )
-        self.iteration = int(state['iteration'])
-        # A runner may have loaded the checkpoint onto a GPU.
-        self.alive = state['alive'].cpu().numpy().copy()
-        self.importance = state['importance'].cpu().numpy().copy()
-        self._seen = state['seen'].cpu().numpy().copy()
-        self.reached = [Target.parse(t) for t in state['reached']]
+        try:
+            for name, value in state['options'].items():
+                own = getattr(self, name)
+                if (list(own) if isinstance(own, tuple) else own) != value:
+                    raise ConfigError(name, repr(value), repr(own), remedy)
+            discovery = Discovery.from_dict(state['discovery'], self.model)
+            # A runner may have loaded the checkpoint onto a GPU.
+            alive = state['alive'].cpu().numpy().copy()
+            iteration, statistics = int(state['iteration']), state['statistics']
+            reached = [Target.parse(t) for t in state['reached']]
+        except (KeyError, TypeError, AttributeError) as error:
+            got = f'{type(error).__name__}: {error}'
+            raise ConfigError('checkpoint', 'a pruning state', got, remedy) from error
+        _check_alive(alive, discovery.grouping, remedy)
+        if self.discovery is not None:
+            self.close()
+        self.begin(discovery)
+        self.iteration, self.alive, self.reached = iteration, alive, reached
+        self.statistics.load_state_dict(statistics)
         self.mask.update(self.alive)
-
-    def _fingerprint(self) -> str:
-        text = repr([(g.name, g.units) for g in self.grouping.groups])
-        return hashlib.sha256(text.encode()).hexdigest()
 
     # -- one iteration -------------------------------------------------------
 
-    def step(self) -> PruneStep | None:
+    def step(
+        self, loss_scale: float = 1.0, reduce: Reduce | None = None
+    ) -> PruneStep | None:
         """Call after each iteration's backward and optimizer step.
+
+        Args:
+            loss_scale: What the loss was multiplied with before backward, as by a
+                gradient scaler.
+            reduce: Where several processes train together, sums a tensor over them,
+                in place, and returns their number; called at decisions only.
 
         Returns:
             PruneStep: What was pruned, or None between two decisions.
+
+        Raises:
+            StatisticsError: Too many iterations in a row had gradients that are not
+                finite.
         """
-        self._accumulate()
+        gradients, lost = self.tap.take(), self.tap.take_lost()
+        for reason in dict.fromkeys(lost.values()):
+            layers = ', '.join(n for n, r in lost.items() if r == reason)
+            self._warn_once(
+                f'the inputs of {layers} are not counted in some iterations: {reason}'
+            )
+        self.statistics.add(gradients, lost, loss_scale)
         self.iteration += 1
         step = None
         if self.iteration % self.interval == 0 and not self.done:
-            step = self._prune()
+            step = self._prune(reduce)
         self.mask.apply()
         return step
 
-    def _accumulate(self) -> None:
-        gradients, lost = self.tap.take(), self.tap.take_lost()
-        for layer, reason in lost.items():
-            self._warn_once(
-                f'the inputs of {layer} are not counted in some iterations, since its '
-                f'rows cannot be told to images: {reason}'
-            )
-        if not gradients:
-            return
-        units = unit_gradients(gradients, self._units, len(self.alive))  # (N, U)
-        importance = units.double().square().sum(0).cpu().numpy()
-        if not np.isfinite(importance).all():
-            return  # an overflow under mixed precision, whose update is skipped too
-        blind = self._groups_read_by(lost)
-        self.importance += np.where(np.isin(self._group_of, blind), 0, importance)
-        self._seen[np.setdiff1d(self._groups_read_by(gradients), blind)] += 1
-
-    def _groups_read_by(self, layers: Iterable[str]) -> np.ndarray:
-        """Numbers of the groups that the layers read."""
-        parts = [self._units[name].numpy() for name in layers]
-        units = np.concatenate([np.empty(0, dtype=int), *parts])
-        return np.unique(self._group_of[units[units >= 0]])
-
-    def _prune(self) -> PruneStep:
-        importance = self.importance.copy()
-        unseen = self._seen == 0
-        importance[unseen[self._group_of]] = np.nan
-        for g in np.flatnonzero(unseen):
-            self._warn_once(
-                f'group {self.grouping.groups[g].name} got no gradient in '
-                f'{self.interval} iterations and is left alone until it does'
-            )
+    def _prune(self, reduce: Reduce | None) -> PruneStep:
+        importance = self.statistics.collect(reduce)
+        self._judge(importance)
         full = self.full
         units = select_units(
-            importance,
+            importance.values,
             self._group_of,
             self.alive,
             self.costs,
@@ -391,13 +360,37 @@ class GroupFisherPruner:
             lambda now: any(t.reached(now, full) for t in self.pending),
         )
         self.alive[units] = False
-        self.importance[:] = 0
-        self._seen[:] = 0
+        self.statistics.reset()
         self.mask.update(self.alive)
         totals = self.totals
         reached = tuple(t for t in self.pending if t.reached(totals, full))
         self.reached += reached
         return PruneStep(units, totals, reached)
+
+    def _judge(self, importance: Importance) -> None:
+        """Say which groups saw no gradient; stop if no iteration is any good."""
+        if importance.dropped_in_row >= self.max_dropped:
+            raise StatisticsError(
+                'gradients',
+                'finite ones',
+                f'NaN or infinity in the last {importance.dropped_in_row} iterations',
+                'look at the loss, lower the learning rate or clip gradients; '
+                'max_dropped sets how many are tolerated',
+            )
+        if importance.dropped > self._dropped:
+            self._dropped = importance.dropped
+            logger.warning(
+                'gradients were not finite in %d iterations so far, which do not count',
+                importance.dropped,
+            )
+        unseen = np.unique(self._group_of[np.isnan(importance.values)])
+        if len(unseen) == len(self.grouping.groups) and importance.dropped_in_row:
+            return  # which has been said
+        for g in unseen:
+            self._warn_once(
+                f'group {self.grouping.groups[g].name} got no gradient in '
+                f'{self.interval} iterations and is left alone until it does'
+            )
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -408,6 +401,25 @@ class GroupFisherPruner:
 def _check(field: str, fine: bool, expected: str, got: object) -> None:
     if not fine:
         raise ConfigError(field, expected, repr(got), 'change the configuration')
+
+
+def _check_alive(alive: np.ndarray, grouping: Grouping, remedy: str) -> None:
+    """Units that stay must be those of the groups, some of each.
+
+    Raises:
+        ConfigError: They are not.
+    """
+    expected, got = f'a mask of {grouping.units} units', str(len(alive))
+    fine = alive.shape == (grouping.units,)
+    if fine:
+        expected, got = f'{expected} that leaves some of each group', str(alive.dtype)
+        fine = alive.dtype == bool
+    if fine:
+        left = np.bincount(grouping.group_of[alive], minlength=len(grouping.groups))
+        empty = [g.name for g, n in zip(grouping.groups, left, strict=True) if not n]
+        fine, got = not empty, f'none of {", ".join(empty)}'
+    if not fine:
+        raise ConfigError('checkpoint', expected, got, remedy)
 
 
 def _check_count(field: str, value: object) -> None:

@@ -19,6 +19,7 @@ from mmgfp.groups import is_layer
 from mmgfp.nests import tensors_in
 
 Forward = Callable[[nn.Module], Any]
+LossFunction = Callable[[nn.Module], Tensor]
 
 
 @torch.no_grad()
@@ -158,27 +159,26 @@ def all_parameters_require_grad(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Let checkpointed parts of ``model`` leave their graph as all others do.
+def without_checkpointing() -> Iterator[None]:
+    """Let checkpointed parts of models leave their graph as all others do.
 
     `torch.utils.checkpoint.checkpoint` keeps nothing of what it runs, or runs it again
     whenever somebody looks at what was saved. Here it simply calls the function.
     """
     kept = torch.utils.checkpoint.checkpoint
-    classes = {c.__module__ for m in model.modules() for c in type(m).__mro__}
     places = [
-        (module, name)
-        for module in [torch.utils.checkpoint, *(sys.modules[c] for c in classes)]
-        for name, value in vars(module).items()
+        (names, name)
+        for names in [getattr(m, '__dict__', {}) for m in list(sys.modules.values())]
+        for name, value in list(names.items())
         if value is kept
     ]
-    for module, name in places:
-        setattr(module, name, _call)
+    for names, name in places:  # it may have been imported by any name
+        names[name] = _call
     try:
         yield
     finally:
-        for module, name in places:
-            setattr(module, name, kept)
+        for names, name in places:
+            names[name] = kept
 
 
 def _call(

@@ -56,34 +56,43 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
     Args:
         rows: For each model its name `model`, the dict `metrics`, the numbers
-            `macs`, `memory`, `params` and, if it was timed, `latency_ms`.
+            `macs`, `memory` and `params`; if it has them, the metrics of further
+            tests by name in `also`, and milliseconds by batch size in `latency_ms`.
 
     Returns:
         The header, then one list of cells per row.
     """
-    metric = main_metric(rows[0]['metrics'])[0]
-    cells = [['model', metric, 'MACs (G)', 'memory (M)', 'params (M)', 'CPU (ms)']]
-    for row in rows:
-        quality = f'{main_metric(row["metrics"])[1]:.1f}'
-        costs = [
-            _cost(row, rows[0], *column)
-            for column in (
-                ('macs', 1e9, 3),
-                ('memory', 1e6, 2),
-                ('params', 1e6, 2),
-                ('latency_ms', 1.0, 1),
-            )
+    first = rows[0]
+    metric = main_metric(first['metrics'])[0]
+    tests, batches = list(first.get('also', {})), list(first.get('latency_ms', {}))
+    cells = [
+        [
+            *('model', metric, *(f'{metric}, {name}' for name in tests)),
+            *('MACs (G)', 'memory (M)', 'params (M)'),
+            *('CPU (ms)' if n == '1' else f'CPU, batch {n} (ms)' for n in batches),
         ]
-        cells.append([row['model'], quality, *costs])
+    ]
+    for row in rows:
+        metrics = [row['metrics'], *(row['also'][name] for name in tests)]
+        cells.append(
+            [
+                row['model'],
+                *(f'{main_metric(found)[1]:.1f}' for found in metrics),
+                *(
+                    _cost(row[key] / unit, first[key] / unit, '#.4g')
+                    for key, unit in (('macs', 1e9), ('memory', 1e6), ('params', 1e6))
+                ),
+                *(
+                    _cost(row['latency_ms'][n], first['latency_ms'][n], '.1f')
+                    for n in batches
+                ),
+            ]
+        )
     return cells
 
 
-def _cost(
-    row: Mapping[str, Any], first: Mapping[str, Any], key: str, unit: float, digits: int
-) -> str:
-    if key not in row:
-        return '-'
-    return f'{row[key] / unit:.{digits}f} ({row[key] / first[key]:.0%})'
+def _cost(value: float, first: float, form: str) -> str:
+    return f'{format(value, form).rstrip(".")} ({value / first:.0%})'
 
 
 def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
@@ -92,7 +101,7 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
     Args:
         cells: What `table_cells` gave.
         facts: What `machine_facts` gives, and `configs`, `input_shape`, `seed`,
-            and `seconds` by stage.
+            and `seconds` by stage; `variants` by name, if there are.
 
     Returns:
         The text of a section, without a heading.
@@ -106,9 +115,13 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
         '',
         'MACs count one multiply-add as one; memory is the number of elements that',
         f'all layers put out; both for one {shape} image. CPU is the median time of',
-        'the network for that image, without decoding boxes.',
+        'the network for that image, or a batch of such, without decoding boxes.',
         '',
         f'- configs: {", ".join(f"`{path}`" for path in facts["configs"])}',
+        *(
+            f'- {name}: `{", ".join(settings)}`'
+            for name, settings in facts.get('variants', {}).items()
+        ),
         f'- seed {facts["seed"]}; {facts["cpu"]}, {facts["threads"]} threads',
         f'- Python {facts["python"]}, {versions}',
         f'- wall-clock time: {stages}',

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mmgfp.errors import StructureError
-from mmgfp.groups import ChannelGroup
+from mmgfp.groups import ChannelGroup, is_layer
 from mmgfp.io import atomic_write, load_weights_only
 from mmgfp.tracing import width_attributes
 
@@ -112,14 +112,14 @@ class PruneStructure:
         structure = cls()
         try:
             for name, entry in raw['tensors'].items():
-                structure.sizes[name] = [int(s) for s in entry['shape']]
+                structure.sizes[name] = _whole_numbers(entry['shape'])
                 structure.kept[name] = {
-                    int(dim): [int(i) for i in kept]
+                    int(dim): _whole_numbers(kept)
                     for dim, kept in entry['kept'].items()
                 }
             for name, width in raw.get('attributes', {}).items():
                 structure.attributes[str(name)] = width
-        except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError) as e:
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise StructureError(
                 source, 'tensors with shape and kept', repr(e), remedy
             ) from None
@@ -181,12 +181,12 @@ class PruneStructure:
         """Check that ``model`` is what this structure was made from.
 
         Raises:
-            StructureError: A tensor is missing or of another shape, or an attribute
-                is missing or smaller already.
+            StructureError: A tensor is missing or of another shape, an attribute is
+                missing or smaller already, or tensors of one module disagree.
         """
         for name, width in self.attributes.items():
             value = _attribute(model, name)
-            if type(value) is not int or value < width:
+            if value is None or value < width:
                 raise StructureError(
                     f'{source}: {name}',
                     f'a number of at least {width}',
@@ -206,6 +206,50 @@ class PruneStructure:
                     str(got),
                     'use it with the architecture that was pruned',
                 )
+        # By identity, as a tensor may have several names.
+        kept = {id(tensors[name]): dims for name, dims in self.kept.items()}
+        for name, module in model.named_modules():
+            _check_module(f'{source}: {name}', module, kept)
+
+
+def _check_module(
+    name: str, module: nn.Module, kept: Mapping[int, dict[int, list[int]]]
+) -> None:
+    """The tensors of a layer or norm must keep the same channels.
+
+    Args:
+        name: What to call it in the message.
+        module: Any module, not cut yet.
+        kept: Kept indices by dimension, by the identity of the tensor.
+
+    Raises:
+        StructureError: They do not.
+    """
+    weight = getattr(module, 'weight', None)
+    layer, groups = is_layer(module), getattr(module, 'groups', 1)
+    if not isinstance(weight, torch.Tensor) or not (layer or weight.dim() == 1):
+        return
+    transposed = getattr(module, 'transposed', False)
+    if transposed and groups > 1:
+        return  # its outputs are numbered anew in each group
+    remedy = 'use the file that a mmgfp pruning run wrote'
+    made = kept.get(id(weight), {}).get(int(transposed))
+    for key in ('bias', 'running_mean', 'running_var'):
+        tensor = getattr(module, key, None)
+        own = kept.get(id(tensor), {}).get(0)
+        if isinstance(tensor, torch.Tensor) and own != made:
+            raise StructureError(
+                f'{name}.{key}',
+                "the channels that the module's weight keeps",
+                f'{len(own)} others' if own else 'all',
+                remedy,
+            )
+    if layer and made and groups > 1:
+        parts = np.array(made) // (len(weight) // groups)
+        counts = np.unique(parts, return_counts=True)[1].tolist()
+        if len(set(counts)) > 1:
+            expected = 'as many outputs in each group of the convolution'
+            raise StructureError(f'{name}.weight', expected, str(counts), remedy)
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -217,8 +261,19 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _attribute(model: nn.Module, name: str) -> Any:
-    """A module's attribute, or None if there is no such module or attribute."""
+def _attribute(model: nn.Module, name: str) -> int | None:
+    """An attribute that counts channels, or None if there is no such one."""
     module, _, attribute = name.rpartition('.')
     owner = dict(model.named_modules()).get(module)
-    return getattr(owner, attribute, None)
+    return None if owner is None else width_attributes(owner).get(attribute)
+
+
+def _whole_numbers(raw: Any) -> list[int]:
+    """``raw`` if it is a list of whole numbers.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(raw, list) or any(type(i) is not int for i in raw):
+        raise TypeError(f'{str(raw)[:50]} is no list of whole numbers')
+    return raw

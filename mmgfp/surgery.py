@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgfp.structure import PruneStructure
+from mmgfp.tracing import count_heads, head_kind
 
 
 def compact(model: nn.Module, structure: PruneStructure) -> nn.Module:
@@ -74,10 +75,12 @@ def _count_groups(module: Any, key: str, kept: dict[int, list[int]]) -> None:
 
 
 def _wraps(module: nn.Module, touched: dict[int, nn.Module]) -> bool:
-    """A block that repeats attributes of its ``conv`` or its list of ``convs``."""
-    convs = getattr(module, 'convs', None)
-    parts = list(convs) if isinstance(convs, nn.ModuleList) else []
-    return any(id(part) in touched for part in [getattr(module, 'conv', None), *parts])
+    """A block around a layer that was cut, which may repeat attributes of it."""
+    parts = list(module.children())
+    for part in module.children():
+        if isinstance(part, nn.ModuleList | nn.Sequential):
+            parts += part.modules()
+    return any(id(part) in touched for part in parts)
 
 
 Fixer = Callable[[Any], None]
@@ -171,3 +174,26 @@ def _fix_conv_block(block: Any) -> None:
 def _fix_split_block(block: Any) -> None:
     """Res2Net splits its channels into parts of ``width``."""
     block.width = block.convs[0].in_channels
+
+
+@register_attributes(lambda m: head_kind(m) is not None)
+def _fix_attention(attention: Any) -> None:
+    kind = head_kind(attention)
+    assert kind is not None
+    count_heads(attention, kind)
+    if hasattr(attention, 'ab'):  # what LeViT and its like keep ready for inference
+        with torch.no_grad():
+            index = attention.attention_bias_idxs
+            attention.ab = attention.attention_biases[:, index]
+
+
+@register_attributes(
+    lambda m: hasattr(m, 'avg_parameters') and hasattr(m, 'update_buffers')
+)
+def _fix_averaged(averaged: Any) -> None:
+    """MMEngine's averaged models keep hold of the tensors that they update."""
+    module = averaged.module
+    named = (
+        module.state_dict() if averaged.update_buffers else module.named_parameters()
+    )
+    averaged.avg_parameters = dict(named)

@@ -6,7 +6,8 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,18 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, MMLogger
+from torch import nn
 
 from mmgfp.analysis import coverage
+from mmgfp.discovery import DISPROVED
 from mmgfp.engine.demo_batch import build_model, demo_batch
 from mmgfp.engine.inputs import BatchCalls
 from mmgfp.errors import ConfigError
 from mmgfp.groups import Grouping
-from mmgfp.pruner import DISPROVED, GroupFisherPruner
+from mmgfp.pruner import GroupFisherPruner
 from mmgfp.recording import undisturbed
 from mmgfp.verify import disagreement, random_units
 
 LIBRARIES = ('mmdet', 'mmpretrain')
+#: What can become of a config; see `examine`.
+STATUSES = ('agrees', 'disagrees', 'failed', 'not run')
 #: Folders that hold parts of configs.
 PARTS = ('_base_', 'common', 'dsdl')
 #: What names of the smaller and of the larger variants of a model contain.
@@ -37,6 +42,13 @@ LARGE = re.compile(
     r'101|152|huge|giant|large|base|x101|[-_](b|l|x|g|h)[-_\d]|\dgf|effb|w40|w48|m36|m48'
     r'|lvis|v3det|dconv|mdpool|dpool'
 )
+#: Configs of a family that are tried until the loss of one runs.
+CANDIDATES = 3
+#: Sides of the demo batch, in pixels, tried until the loss runs; None leaves it to the
+#: config. Some models need more positions than a small image has.
+SIDES = {'mmdet': (None, 256, 512), 'mmpretrain': (None,)}
+#: What a training run past its warm-up tells the models through the message hub.
+PROGRESS = {'iter': 10_000, 'epoch': 10, 'max_iters': 20_000}
 
 
 def preload() -> None:
@@ -74,17 +86,41 @@ def family_of(config: str) -> str:
     return config.split('/', 1)[0]
 
 
-def one_per_family(configs: Sequence[str]) -> list[str]:
-    """The config of each family folder that a small model's name speaks for."""
+def by_family(configs: Sequence[str]) -> list[list[str]]:
+    """Configs of each family folder; first those whose names tell of small models."""
     families: dict[str, list[str]] = {}
     for config in configs:
         families.setdefault(family_of(config), []).append(config)
-    chosen = []
-    for names in families.values():
-        names.sort(key=_size_hint)
-        with_model = (n for n in names if _has_model(n))
-        chosen += [n for n in [next(with_model, None)] if n is not None]
-    return chosen
+    return [sorted(names, key=_size_hint) for names in families.values()]
+
+
+def next_of(names: Sequence[str], results: Mapping[str, Any]) -> str | None:
+    """The config of a family to examine next: none once the loss of one has run.
+
+    Args:
+        names: The family's configs, the best first. At most `CANDIDATES` are tried.
+        results: What is known, by config.
+    """
+    tried = 0
+    for name in names:
+        if name in results:
+            tried += 1
+            if results[name]['status'] != 'not run' or tried == CANDIDATES:
+                return None
+        elif _has_model(name):
+            return name
+    return None
+
+
+def known_of(names: Sequence[str], results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Results of the configs that `next_of` chose: the last one stands for all."""
+    known: list[dict[str, Any]] = []
+    for result in (results[n] for n in names if n in results):
+        if len(known) < CANDIDATES:
+            known.append(result)
+        if result['status'] != 'not run':
+            break
+    return known
 
 
 def _size_hint(config: str) -> tuple[bool, bool, bool, int, str]:
@@ -108,6 +144,7 @@ def examine(
     """
     start = time.perf_counter()
     result: dict[str, Any] = {'config': config, 'status': 'not run', 'reason': ''}
+    library = config.partition('::')[0]
     stage = 'config'
 
     def begin(name: str) -> None:
@@ -119,20 +156,64 @@ def examine(
         cfg = read_config(config)
         begin('model')
         torch.manual_seed(0)
-        os.chdir(_root(config.partition('::')[0]).parent)  # some name other configs
+        os.chdir(_root(library).parent)  # some name other configs
         model = build_model(cfg)
-        MessageHub.get_current_instance().update_info('iter', 10_000)  # as in a run
-        begin('batch')
-        calls = BatchCalls(model, demo_batch(cfg))
-        begin('loss')
-        with torch.no_grad(), undisturbed(model):
-            calls.loss(model)
+        _initialize(model)
+        _unpad(model)
+        MessageHub.get_current_instance().update_info_dict(PROGRESS)
+        calls = _running_calls(model, cfg, SIDES[library], begin)
         begin('tracing')
-        result['status'] = 'failed'
+        result |= {'status': 'failed', 'size': calls.size}
         result |= _prune(model, calls)
     except Exception as error:  # the zoo's very purpose is to collect these
         result['reason'] = f'{stage}: {_one_line(error)}'
     return result | {'seconds': round(time.perf_counter() - start, 1)}
+
+
+def _running_calls(
+    model: Any,
+    cfg: Config,
+    sides: Sequence[int | None],
+    begin: Callable[[str], None],
+) -> BatchCalls:
+    """Calls on the smallest demo batch on which the loss of ``model`` runs."""
+    for side in sides:
+        try:
+            begin('batch')
+            size = None if side is None else (side, side)
+            calls = BatchCalls(model, demo_batch(cfg, size=size))
+            begin('loss')
+            with torch.no_grad(), undisturbed(model):
+                calls.loss(model)
+            return calls
+        except Exception as error:  # whatever the model raises: the next try may do
+            failure = error
+    raise failure
+
+
+@torch.no_grad()
+def _initialize(model: Any) -> None:
+    """Give weights their first values, random ones in place of zeros.
+
+    Learned boxes are no boxes without, and by a predictor of zeros nobody sees what
+    becomes of its inputs.
+    """
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('ERROR')  # or each parameter is listed
+    model.init_weights()
+    logger.setLevel(level)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            parameter.normal_(std=0.01)
+
+
+def _unpad(model: Any) -> None:
+    """Leave images as small as they are; some configs pad all to 1024 x 1024."""
+    augments = getattr(model.data_preprocessor, 'batch_augments', None)
+    if isinstance(augments, nn.ModuleList):
+        kept = (a for a in augments if type(a).__name__ != 'BatchFixedSizePad')
+        model.data_preprocessor.batch_augments = nn.ModuleList(kept)
 
 
 def _prune(model: Any, calls: BatchCalls) -> dict[str, Any]:
@@ -173,67 +254,12 @@ def _frozen(grouping: Grouping) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     words = ' '.join(str(error).split())
-    return f'{type(error).__name__}: {words[:300]}'
+    return f'{type(error).__name__}: {words[:3000]}'
 
 
+@cache
 def _has_model(config: str) -> bool:
     try:
         return 'model' in read_config(config)
     except Exception:  # `examine` reports why it cannot be read
         return True
-
-
-def render(results: Sequence[dict[str, Any]]) -> str:
-    """A Markdown page: how many families and configs, then one line for each."""
-    lines = ['# Which configs can be pruned', '', _INTRODUCTION, '']
-    lines += ['| library | configs | loss runs | pruned and agree | families | of |']
-    lines += ['|---|---|---|---|---|---|']
-    for library in LIBRARIES:
-        own = [r for r in results if r['config'].startswith(f'{library}::')]
-        ran = [r for r in own if r['status'] != 'not run']
-        good = [r for r in ran if r['status'] == 'agrees']
-        lost = {family_of(r['config']) for r in ran} - {
-            family_of(r['config']) for r in good
-        }
-        families = {family_of(r['config']) for r in ran}
-        row = [library, len(own), len(ran), len(good)]
-        row += [len(families) - len(lost), len(families)]
-        lines.append('| ' + ' | '.join(map(str, row)) + ' |')
-    for status, title in TITLES.items():
-        chosen = [r for r in results if r['status'] == status]
-        if chosen:
-            lines += ['', f'## {title}', '', *_table(chosen)]
-    return '\n'.join(lines) + '\n'
-
-
-def _table(results: Sequence[dict[str, Any]]) -> list[str]:
-    if 'groups' not in results[0]:
-        lines = ['| config | reason |', '|---|---|']
-        return lines + [f'| `{r["config"]}` | {_cell(r["reason"])} |' for r in results]
-    lines = ['| config | units | channels | MACs | s | most frozen, disproved |']
-    lines.append('|---|---|---|---|---|---|')
-    for r in results:
-        reasons = [f'{n} × {why}' for why, n in list(r['frozen'].items())[:2]]
-        reasons += [f'disproved: {", ".join(r["disproved"])}'] * bool(r['disproved'])
-        reasons += [r['reason']] * bool(r['reason'])
-        lines.append(
-            f'| `{r["config"]}` | {r["units"]} | {r["channels"]:.1%} | {r["macs"]:.1%} '
-            f'| {r["seconds"]:g} | {_cell("; ".join(reasons))} |'
-        )
-    return lines
-
-
-def _cell(text: str) -> str:
-    return text.replace('|', '/')[:240]
-
-
-TITLES = {
-    'disagrees': 'Masked and compact disagree',
-    'failed': 'Not pruned',
-    'agrees': 'Pruned, and masked equals compact',
-    'not run': 'The loss does not run here',
-}
-_INTRODUCTION = """Written by `tools/zoo.py`. Each config is built with random weights;
-its loss runs on a made-up batch on the CPU; 30 % of the units go at random; the masked
-and the compact model must agree to 1e-4. "channels" and "MACs" are the shares that
-units can reach; "s" is the time of the whole check on the machine it ran on."""

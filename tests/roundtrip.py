@@ -15,7 +15,8 @@ from mmgfp.engine.inputs import BatchCalls
 from mmgfp.groups import Grouping, build_groups
 from mmgfp.recording import all_parameters_require_grad, undisturbed, watch_outputs
 from mmgfp.structure import PruneStructure, shapes_of
-from mmgfp.tracing import trace_loss
+from mmgfp.surgery import has_attribute_rule
+from mmgfp.tracing import trace_loss, watch_widths
 from mmgfp.verify import difference, disagreement, masked_and_compact, random_units
 
 
@@ -53,9 +54,10 @@ def traced(cfg, size):
     with (
         undisturbed(model),
         all_parameters_require_grad(model),
+        watch_widths(model, has_attribute_rule) as widths,
         watch_outputs(model) as outputs,
     ):
-        trace = trace_loss(model, calls.loss(model), strict=True, unused=outputs)
+        trace = trace_loss(model, calls.loss(model), True, widths, outputs)
     return Traced(cfg, model, calls, build_groups(model, trace))
 
 
@@ -88,5 +90,6 @@ def assert_prunes(found, tmp_path):
 
 
 def seeded_loss(calls, model):
+    """The loss on the same samples, and on the same proposals, at each call."""
     torch.manual_seed(0)
-    return calls.loss(model.train())
+    return calls.steady_loss(model.train())

@@ -34,13 +34,26 @@ SWIN = dict(
     img_size=64,
     stage_cfgs=dict(block_cfgs=dict(window_size=2)),
 )
+DCN = dict(
+    type='mmdet.ResNet',
+    depth=50,
+    base_channels=16,
+    out_indices=(3,),
+    dcn=dict(type='DCNv2', deform_groups=1, fallback_on_stride=False),
+    stage_with_dcn=(False, True, True, True),
+)
 #: Backbone, channels of its last stage, groups and units, least share of MACs.
 CASES = {
     'resnet18': (dict(type='ResNet', depth=18), 512, 12, 2880, 1),
+    'resnet50': (dict(type='ResNet', depth=50), 2048, 37, 11_456, 1),
+    'resnet101': (dict(type='ResNet', depth=101), 2048, 71, 20_160, 1),
+    'dcn_resnet': (DCN, 512, 37, 2864, 1),
     'resnext': (dict(type='ResNeXt', depth=50), 2048, 21, 4416, 1),
     'mobilenet_v2': (dict(type='MobileNetV2', widen_factor=0.5), 1280, 25, 5256, 1),
     'mobilenet_v3': (dict(type='MobileNetV3', arch='small'), 576, 26, 3848, 1),
     'regnet': (dict(type='RegNet', arch='regnetx_400mf'), 384, 27, 1040, 1),
+    'regnetx_1.6gf': (dict(type='RegNet', arch='regnetx_1.6gf'), 912, 23, 1872, 1),
+    'shufflenet_v1': (dict(type='ShuffleNetV1'), 960, 1, 8, 0.97),
     'shufflenet_v2': (
         dict(type='ShuffleNetV2', widen_factor=0.5),
         1024,
@@ -64,7 +77,10 @@ CASES = {
     'convnext': (dict(type='ConvNeXt', arch='atto'), 320, 12, 7360, 0.8),
     'swin': (SWIN, 768, 12, 17_664, 0.5),
 }
-LARGE = ('hrnet', 'se_resnet', 'csp_resnet', 'swin', 'resnest', 'densenet')
+LARGE = (
+    'resnet50', 'resnet101', 'hrnet', 'se_resnet', 'csp_resnet', 'swin', 'resnest',
+    'densenet',
+)  # fmt: skip
 NAMES = [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in CASES]
 
 
@@ -103,6 +119,30 @@ def test_split_attention_narrows_both_halves():
 def test_res2net_parts_stay_equally_wide():
     found = traced(classifier(*CASES['res2net'][:2]), 64)
     assert found.units('backbone.layer1.0.conv1') == 26
+
+
+def test_shuffle_v1_ties_all_channels_of_a_block():
+    """Its 3 conv groups of 20 channels each read 6 or 7 channels of all 3 before.
+
+    A unit would have to take the same places of each conv group on both sides of the
+    shuffle; with widths that 9 does not divide only all channels together do.
+    """
+    found = traced(classifier(*CASES['shufflenet_v1'][:2]), 64)
+    assert found.reason('backbone.layers.0.0.g_conv_1x1_compress.conv') == (
+        'all its channels are one unit'
+    )
+    (group,) = found.grouping.groups
+    assert group.name == 'backbone.conv1.conv'
+
+
+def test_deformable_convs_shrink_and_their_offsets_do_not():
+    found = traced(classifier(*CASES['dcn_resnet'][:2]), 64)
+    offsets = [f for f in found.grouping.frozen if f.layer != 'head.fc']
+    assert [f.layer.rpartition('.')[2] for f in offsets] == ['conv_offset'] * 13
+    assert {f.reason for f in offsets} == {
+        'read as offsets by ModulatedDeformConv2dFunction'
+    }
+    assert found.units('backbone.layer2.0.conv2') == 32
 
 
 def test_layer_norm_leaves_only_hidden_neurons():

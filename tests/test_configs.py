@@ -11,19 +11,17 @@ from mmgfp.engine import FisherPruningHook
 
 ROOT = Path(__file__).parent.parent / 'configs'
 LEAVES = sorted(path for path in ROOT.glob('*/*.py') if path.parent.name != '_base_')
-BASELINES = [
-    'bccd/retinanet_mobilenetv2_fpn_bccd.py',
-    'demo/retinanet_r18_fpn_digits.py',
-]
+PARTS = {'neck', 'head', 'bbox_head', 'rpn_head', 'roi_head'}
+BCCD = 'bccd/retinanet_mobilenetv2_fpn_bccd.py'
+BASELINES = {
+    BCCD: 'RetinaNet',
+    'demo/retinanet_r18_fpn_digits.py': 'RetinaNet',
+    'cifar10/resnet20_cifar10.py': 'ImageClassifier',
+}
 
 
 def read(name):
     return Config.fromfile(ROOT / name)
-
-
-def build(model):
-    init_default_scope('mmdet')
-    return MODELS.build(model)
 
 
 def stage(kind):
@@ -34,7 +32,7 @@ def training_of(path):
     """The config of the training whose model a stage prunes or fine-tunes."""
     name = re.sub('_(prune|finetune).*', '', path.stem)
     if not path.with_name(f'{name}.py').exists():
-        name += '_deploy'  # which repeats the schedule of MMDetection's config
+        name += '_deploy'  # which repeats the schedule of the library's config
     return Config.fromfile(path.with_name(f'{name}.py'))
 
 
@@ -55,11 +53,12 @@ def test_config_is_thin(path):
     assert path.read_text().splitlines()[0].startswith('# ')
 
 
-@pytest.mark.parametrize('name', BASELINES)
-def test_baseline_builds(name):
-    model = read(name).model
-    model.backbone.init_cfg = None
-    assert type(build(model)).__name__ == 'RetinaNet'
+@pytest.mark.parametrize(('name', 'kind'), BASELINES.items())
+def test_baseline_builds(name, kind):
+    config = read(name)
+    config.model.backbone.init_cfg = None
+    init_default_scope(config.default_scope)
+    assert type(MODELS.build(config.model)).__name__ == kind
 
 
 @pytest.mark.parametrize('path', stage('prune'), ids=by_name)
@@ -70,6 +69,7 @@ def test_prune_configs_set_the_hook_as_the_paper_does(path):
     assert kind == 'FisherPruningHook'
     FisherPruningHook(**hook)  # raises on anything out of range
     assert hook['target'] == {'flops': 0.5}
+    assert hook['interval'] == (25 if config.default_scope == 'mmpretrain' else 10)
     assert config.train_cfg.type == 'IterBasedTrainLoop'
     assert config.model.backbone.get('frozen_stages', -1) == -1
     assert config.train_dataloader.sampler.type == 'InfiniteSampler'
@@ -96,7 +96,7 @@ def test_finetune_starts_from_what_pruning_writes(path):
     assert prune.parent == path.parent
     # The structure belongs to the architecture that was pruned.
     pruned, rebuilt = Config.fromfile(prune).model, config.model.architecture
-    for part in {'neck', 'bbox_head', 'rpn_head', 'roi_head'} & set(rebuilt):
+    for part in PARTS & set(rebuilt):
         assert pruned[part] == rebuilt[part]
 
 
@@ -120,10 +120,28 @@ def test_deploy_configs_need_only_a_structure(path):
 def test_data_roots_are_relative(path):
     config = Config.fromfile(path)
     assert config.data_root.startswith('data/') and config.data_root.endswith('/')
+    for split in ('train', 'val', 'test'):
+        loader = config.get(f'{split}_dataloader')
+        assert loader is None or loader.dataset.data_root == config.data_root
+
+
+@pytest.mark.parametrize('path', stage('prune'), ids=by_name)
+def test_pruning_starts_from_weights_for_its_model(path):
+    source = Config.fromfile(path).load_from
+    if '://' not in source:
+        epochs = training_of(path).train_cfg.max_epochs
+        baseline = path.stem.removesuffix('_prune')
+        assert source == f'work_dirs/{baseline}/epoch_{epochs}.pth'
+        return
+    root = 'mmdetection/v2.0' if '_coco' in path.stem else 'mmclassification/v0'
+    folder = path.parent.name
+    assert source.startswith(f'https://download.openmmlab.com/{root}/{folder}/')
+    letters = re.sub('[^a-z0-9]', '', Path(source).stem)
+    assert letters.startswith(re.match('[a-z]+', path.stem).group())
 
 
 def test_bccd_is_tested_on_what_nothing_is_tuned_on():
-    config = read(BASELINES[0])
+    config = read(BCCD)
     files = [config[f'{s}_dataloader'].dataset.ann_file for s in ('train', 'val')]
     test = config.test_dataloader.dataset.ann_file
     assert test == 'annotations/test.json' and test not in files

@@ -177,9 +177,9 @@ def test_kept_layers_keep_their_shape(tmp_path):
 def test_config_can_name_another_algorithm(tmp_path):
     @PRUNERS.register_module(force=True)
     class MostImportantFirst(GroupFisherPruner):
-        def step(self):
+        def step(self, *args):
             self.importance_seen = True
-            return super().step()
+            return super().step(*args)
 
     config = small_prune_config(tmp_path, pruner=dict(type='MostImportantFirst'))
     config.train_cfg.max_iters = 2

@@ -22,7 +22,7 @@ from toys import (
 )
 
 from mmgfp import GroupFisherPruner
-from mmgfp.errors import ConfigError, TraceError
+from mmgfp.errors import ConfigError, StatisticsError, TraceError
 from mmgfp.selection import Target
 
 
@@ -94,7 +94,7 @@ def test_accumulators_start_anew_after_each_decision():
     assert run.pruner.importance.any()
     run.train(1)
     assert not run.pruner.importance.any()
-    assert not run.pruner._seen.any()
+    assert not run.pruner.statistics.seen.any()
 
 
 @pytest.mark.parametrize('normalize', ['memory', 'flops', 'none'])
@@ -130,6 +130,28 @@ def test_overflowed_iterations_do_not_count():
         step = run.pruner.step()
     assert len(step.units) == 1
     assert np.isfinite(run.pruner.importance).all()
+
+
+def test_a_run_without_a_good_iteration_stops(caplog):
+    run = Run(interval=2, max_dropped=3)
+    caplog.set_level(logging.WARNING)
+    words = (
+        'gradients: expected finite ones, got NaN or infinity in the last 3 iterations;'
+        ' look at the loss, .*max_dropped'
+    )
+    with pytest.raises(StatisticsError, match=words):
+        for value in (1, float('nan'), float('nan'), float('inf'), float('nan')):
+            (run.loss(run.model) * value).backward()
+            run.pruner.step()
+    assert 'gradients were not finite in 1 iterations so far' in caplog.text
+
+
+def test_a_good_iteration_ends_the_row():
+    run = Run(interval=1, max_dropped=2)
+    for value in (float('nan'), 1, float('nan'), 1):
+        (run.loss(run.model) * value).backward()
+        run.pruner.step()
+    assert run.pruner.alive.sum() == len(run.pruner.alive) - 2
 
 
 def test_pruned_units_stay_pruned():
@@ -389,11 +411,14 @@ def test_structure_names_what_is_kept():
 # -- state --------------------------------------------------------------------
 
 
-def saved_and_loaded(state):
+def saved(state):
     file = io.BytesIO()
     torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    return file.getvalue()
+
+
+def saved_and_loaded(state):
+    return torch.load(io.BytesIO(saved(state)), weights_only=True)
 
 
 def test_state_dict_round_trip():
@@ -407,13 +432,10 @@ def test_state_dict_round_trip():
     assert other.pruner.reached == run.pruner.reached != []
     assert (other.pruner.alive == run.pruner.alive).all()
     assert (other.pruner.importance == run.pruner.importance).all()
-    assert (other.pruner._seen == run.pruner._seen).all()
+    assert (other.pruner.statistics.seen == run.pruner.statistics.seen).all()
     assert other.pruner.totals == run.pruner.totals
-    again = other.pruner.state_dict()
-    assert all(
-        torch.equal(again[k], v) if isinstance(v, torch.Tensor) else again[k] == v
-        for k, v in state.items()
-    )
+    # Tensors of groups and all: nothing is lost on the way.
+    assert saved(other.pruner.state_dict()) == saved(run.pruner.state_dict())
 
 
 def test_state_is_a_snapshot():
@@ -421,7 +443,7 @@ def test_state_is_a_snapshot():
     state = run.pruner.state_dict()
     run.train(2)
     assert state['alive'].all()
-    assert not state['importance'].any()
+    assert not state['statistics'].any()
 
 
 @pytest.mark.parametrize('cut', [4, 5, 6])
@@ -468,9 +490,46 @@ def test_resumed_masks_are_applied():
 
 def test_state_of_another_model_is_refused():
     state = Run(ResidualPair).pruner.state_dict()
-    words = 'checkpoint: expected the pruning state of this model .* resume with'
+    words = 'checkpoint: expected the groups .* of this model, got KeyError: .*; resume'
     with pytest.raises(ConfigError, match=words):
         Run(ConvPair).pruner.load_state_dict(state)
+
+
+def test_resuming_needs_no_batch_and_keeps_the_costs():
+    run = Run(interval=2)
+    run.train(3)
+    state = saved_and_loaded(run.pruner.state_dict())
+    pruner = GroupFisherPruner(TinyDetector().double(), interval=2)
+    pruner.load_state_dict(state)
+    assert pruner.full == run.pruner.full and pruner.totals == run.pruner.totals
+    assert pruner.structure() == run.pruner.structure()
+    assert pruner.grouping.frozen == run.pruner.grouping.frozen
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (dict(version=9), 'checkpoint: expected a pruning state of version 1, got 9; '),
+        (dict(alive=torch.ones(3)), 'checkpoint: expected a mask of .* units, got 3; '),
+        (dict(statistics=torch.ones(3)), r'expected statistics of .* shape \(3,\); '),
+        (dict(options=dict(coupled=False)), 'coupled: expected False, got True; '),
+        (dict(options=dict(keep=['stem'])), r"keep: expected \['stem'\], got \(\); "),
+        (dict(discovery={}), "checkpoint: .* got KeyError: 'groups'; resume with"),
+    ],
+)
+def test_state_that_does_not_fit_is_refused(change, words):
+    run = Run()
+    with pytest.raises(ConfigError, match=words):
+        run.pruner.load_state_dict(run.pruner.state_dict() | change)
+
+
+@pytest.mark.parametrize('entry', [-1, 99])
+def test_state_with_units_outside_of_the_model_is_refused(entry):
+    run = Run()
+    state = run.pruner.state_dict()
+    state['discovery']['groups'][0]['members'][0][2][0, 0] = entry
+    with pytest.raises(ConfigError, match='ValueError: .* has no such channels'):
+        run.pruner.load_state_dict(state)
 
 
 def test_target_met_before_resuming_costs_no_unit():

@@ -6,6 +6,7 @@ import pytest
 
 from mmgfp.results import machine_facts, main_metric, markdown, table_cells
 
+HIDDEN = ('latency_ms', 'also')
 ROWS = [
     {
         'model': 'baseline',
@@ -13,7 +14,8 @@ ROWS = [
         'macs': 4_000_000_000,
         'memory': 10_000_000,
         'params': 2_500_000,
-        'latency_ms': 40.0,
+        'latency_ms': {'1': 40.0, '64': 2000.0},
+        'also': {'exact': {'coco/bbox_mAP': 0.6}},
     },
     {
         'model': 'pruned',
@@ -21,6 +23,8 @@ ROWS = [
         'macs': 2_000_000_000,
         'memory': 6_000_000,
         'params': 1_000_000,
+        'latency_ms': {'1': 30.0, '64': 1000.0},
+        'also': {'exact': {}},
     },
 ]
 
@@ -28,12 +32,21 @@ ROWS = [
 def test_table_cells():
     header, first, second = table_cells(ROWS)
     assert header == [
-        *('model', 'mAP', 'MACs (G)', 'memory (M)', 'params (M)', 'CPU (ms)')
+        *('model', 'mAP', 'mAP, exact', 'MACs (G)', 'memory (M)', 'params (M)'),
+        *('CPU (ms)', 'CPU, batch 64 (ms)'),
     ]
-    assert first[:3] == ['baseline', '50.0', '4.000 (100%)']
+    assert first[:4] == ['baseline', '50.0', '60.0', '4.000 (100%)']
     assert second == [
-        *('pruned', '45.7', '2.000 (50%)', '6.00 (60%)', '1.00 (40%)', '-')
+        *('pruned', '45.7', '0.0', '2.000 (50%)', '6.000 (60%)', '1.000 (40%)'),
+        *('30.0 (75%)', '1000.0 (50%)'),
     ]
+
+
+def test_table_cells_of_models_that_were_not_timed():
+    rows = [{k: v for k, v in row.items() if k not in HIDDEN} for row in ROWS]
+    header, *_, second = table_cells([{**row, 'macs': 40_812_544} for row in rows])
+    assert header == ['model', 'mAP', 'MACs (G)', 'memory (M)', 'params (M)']
+    assert second[2] == '0.04081 (100%)'
 
 
 @pytest.mark.parametrize(
@@ -56,10 +69,12 @@ def test_markdown_tells_how_the_numbers_came_about():
         'seed': 7,
         'seconds': {'baseline': 12},
         'input_shape': [3, 128, 160],
+        'variants': {'U': ['normalize=none', 'interval=5']},
     }
     text = markdown(table_cells(ROWS), facts)
-    assert text.splitlines()[1] == '|---|---:|---:|---:|---:|---:|'
+    assert text.splitlines()[1] == '|---' + '|---:' * 7 + '|'
     for part in ('| 45.7 |', '3×128×160', '`a.py`, `b.py`', 'seed 7', 'baseline 12 s'):
         assert part in text
+    assert '- U: `normalize=none, interval=5`' in text
     assert 'torch ' in text
     json.dumps(facts)

@@ -72,6 +72,9 @@ KEPT = {
     'normalised by the batch': lambda x: x - x.mean(0),
     'permuted behind': lambda x: x.permute(0, 2, 3, 1),
     'swapped and back': lambda x: x.reshape(3, 2, 8).transpose(1, 2).flatten(1),
+    'set aside and back': lambda x: x.permute(1, 2, 0, 3)[0].transpose(0, 1),
+    'parts told apart': lambda x: x.permute(1, 0, 2, 3)[1],
+    'parts unbound': lambda x: x.permute(2, 3, 0, 1).unbind(0)[1].unbind(0)[0],
     'there and back': lambda x: x.reshape(6, 2, 2, 2).reshape(3, 4, 2, 2),
 }
 
@@ -81,12 +84,17 @@ def test_rows_that_stay(x, op):
     assert images_of(op(x)) == [0, 1, 2]
 
 
+#: Two channels of the first image and two others of the last, (3, 4).
+CHOSEN = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()
+
 MOVED = {
     'windows': (lambda x: x.reshape(6, 2, 2, 2), [0, 0, 1, 1, 2, 2]),
     'tokens': (lambda x: x.reshape(12, 4), [0] * 4 + [1] * 4 + [2] * 4),
     'picked': (lambda x: x[torch.tensor([2, 0, 2])], [2, 0, 2]),
     'masked': (lambda x: x[torch.tensor([True, False, True])], [0, 2]),
     'masked by bytes': (lambda x: x[ROIS[:3].to(torch.uint8)], [0]),
+    'masked with channels': (lambda x: x[CHOSEN], [0, 0, 2, 2]),
+    'masked as many of each': (lambda x: x[CHOSEN].reshape(2, 2, 2, 2), [0, 2]),
     'picked with channels': (lambda x: x[[2, 0], [1, 1]], [2, 0]),
     'index_select': (lambda x: x.index_select(0, torch.tensor([1, 1])), [1, 1]),
     'sliced': (lambda x: x[1:], [1, 2]),
@@ -139,6 +147,8 @@ def test_rows_follow_rois(pooled):
 LOST = {
     'transposed': (lambda x: x.transpose(0, 1), 'moved by Transpose'),
     'permuted': (lambda x: x.permute(1, 0, 2, 3), 'moved by Permute'),
+    'picked aside': (lambda x: x.permute(1, 0, 2, 3)[:, 0], 'moved by Permute'),
+    'used aside': (lambda x: x.transpose(0, 1).relu()[0], 'moved by Transpose'),
     'matrix': (lambda x: x[..., 0, 0].t(), 'moved by T'),
     'joined': (lambda x: x.reshape(1, 12, 2, 2), 'several images are joined by View'),
     'sorted': (lambda x: x.sort(0)[0], 'moved by Sort'),
@@ -239,7 +249,9 @@ def test_rows_that_get_lost_later_are_said_and_not_counted(net, images, caplog):
     for _ in range(2):
         total(net, images).backward()
         pruner.step()
-    assert pruner.importance.tolist() == [0, 0] and pruner._seen.tolist() == [0]
+    assert pruner.importance.tolist() == [0, 0] and pruner.statistics.seen.tolist() == [
+        0
+    ]
     messages = [r.message for r in caplog.records if 'inputs of fc' in r.message]
     assert len(messages) == 1 and 'does not show which image' in messages[0]
 
@@ -250,9 +262,11 @@ def test_rois_of_frozen_features_are_not_taken_for_images(net, images):
     net.a.requires_grad_(False)
     total(net, images).backward()
     pruner.step()
-    [message] = pruner._warned
-    assert 'inputs of fc.1 are not counted' in message
-    assert 'needs no gradient' in message
+    first, second = sorted(pruner._warned)
+    assert 'inputs of b, fc.0 are not counted' in first
+    assert 'needs no gradient, as behind frozen layers' in first
+    assert 'inputs of fc.1 are not counted' in second
+    assert 'needs no gradient' in second
 
 
 def test_no_row_at_all_is_no_gradient(net, images):
@@ -268,7 +282,8 @@ def test_batches_of_different_size_in_one_iteration_are_said(net, images):
     tap.attach()
     net.b(net.a(images)).sum().backward()
     net.b(net.a(images[:1])).sum().backward()
-    assert tap.take_lost() == {'b': '1 images where others saw 2'}
+    reason = 'its rows cannot be told to images: 1 images where others saw 2'
+    assert tap.take_lost() == {'b': reason}
 
 
 def test_what_layers_read_is_summed_up(net, images):
@@ -278,3 +293,13 @@ def test_what_layers_read_is_summed_up(net, images):
     assert use.called == {'a', 'b', 'fc'} and use.first == {'a'}
     assert use.images == {'a', 'b'} and use.rois == {'fc'} and not use.lost
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+
+
+def test_calls_without_a_gradient_say_nothing_of_rows(net, images):
+    """A sampler of PISA scores RoIs of one image at a time before they are chosen."""
+    with watch_rows(net) as calls:
+        net(images)
+        with torch.no_grad():
+            net.fc(net.a(images[:1]).mean((2, 3)).expand(5, -1))
+    use = judge_rows(calls)
+    assert use.rois == {'fc'} and not use.lost

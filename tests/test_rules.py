@@ -122,6 +122,34 @@ gpu_roi_pool = stand_in(
 )
 
 
+FUSED_ATTENTION = (
+    'ScaledDotProductFlashAttentionForCpu',
+    'ScaledDotProductFlashAttention',
+    'ScaledDotProductEfficientAttention',
+    'ScaledDotProductCudnnAttention',
+)
+
+
+def fused_attention(op, *operands):
+    def forward(ctx, *operands):
+        return F.scaled_dot_product_attention(*operands)
+
+    return stand_in(op, forward)(*operands)
+
+
+def shared_keys(y, z):
+    """Attention in which two heads of queries share those of keys and values."""
+
+    def forward(ctx, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    return stand_in(FUSED_ATTENTION[1], forward)(y, z, z)
+
+
+def gpu_attention(op):
+    return joined(op, lambda y, z: fused_attention(op, y, z, y))
+
+
 def channel_shuffle(y):
     n, _, h, w = y.shape
     return y.view(n, 2, -1, h, w).transpose(1, 2).reshape(n, -1, h, w)
@@ -256,6 +284,7 @@ CASES = [
     plain('StdMean', lambda y: torch.add(*torch.std_mean(y, (2, 3)))),
     plain('Softmax', lambda y: y.flatten(2).softmax(-1)),
     plain('LogSoftmax', lambda y: y.log_softmax(2)),
+    plain('SafeSoftmax', lambda y: aten._safe_softmax(y, 2)),
     plain('Cumsum', lambda y: y.cumsum(3)),
     plain('NativeLayerNorm', lambda y: F.layer_norm(y, y.shape[2:])),
     # Elements are moved.
@@ -328,6 +357,9 @@ CASES = [
     # Products of activations.
     plain('Bmm', lambda y: torch.bmm(y.flatten(2), torch.ones(2, 64, 3).to(y))),
     plain('Baddbmm', lambda y: y.new_ones(1, 1, 3).baddbmm(*factors(y))),
+    plain('Bmm', lambda y: torch.bmm(heads(y), heads(y).mT).unflatten(0, (2, -1))),
+    joined(FUSED_ATTENTION[0], lambda y, z: F.scaled_dot_product_attention(y, z, y)),
+    *(gpu_attention(op) for op in FUSED_ATTENTION[1:]),
     # Layers.
     Case('Convolution', lambda net, y: y),
     Case(
@@ -417,19 +449,33 @@ FROZEN = [
             images().to(y), torch.cat([y] * 3, 1), net.b.weight, 1, 1
         ),
     ),
-] + [
     (
-        op,
-        'an activation',
-        lambda net, y, op=op: stand_in(op, lambda ctx, y, z: y * z)(y, y),
-    )
-    for op in (
-        'ScaledDotProductFlashAttentionForCpu',
-        'ScaledDotProductFlashAttention',
-        'ScaledDotProductEfficientAttention',
-        'ScaledDotProductCudnnAttention',
         'MultiScaleDeformableAttnFunction',
-    )
+        'an activation',
+        lambda net, y: stand_in(
+            'MultiScaleDeformableAttnFunction', lambda ctx, y, z: y * z
+        )(y, y),
+    ),
+    ('Bmm', 'fixed width', lambda net, y: torch.bmm(heads(y), y.new_ones(12, 8, 8))),
+    (
+        'Baddbmm',
+        'an activation',
+        lambda net, y: y.new_ones(12, 8, 8).baddbmm(heads(y), heads(y)),
+    ),
+    *(
+        (
+            op,
+            'an activation',
+            lambda net, y, op=op: fused_attention(op, *[pixels(y)] * 3),
+        )
+        for op in FUSED_ATTENTION
+    ),
+    (
+        FUSED_ATTENTION[0],
+        'fixed width',
+        lambda net, y: F.scaled_dot_product_attention(y, torch.ones_like(y), y),
+    ),
+    (FUSED_ATTENTION[1], 'fixed width', lambda net, y: shared_keys(y, y[:, :3])),
 ]
 
 
@@ -446,9 +492,17 @@ def rows(y):
     return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
 
 
+def heads(y):
+    return y.flatten(0, 1)  # (N C, H, W)
+
+
+def pixels(y):
+    return y.permute(0, 2, 3, 1)  # (N, H, W, C)
+
+
 def distances(y, mode):
-    pixels = y.flatten(2).mT  # (N, HW, C)
-    return torch.cdist(pixels, pixels, compute_mode=f'{mode}_for_euclid_dist')
+    points = y.flatten(2).mT  # (N, HW, C)
+    return torch.cdist(points, points, compute_mode=f'{mode}_for_euclid_dist')
 
 
 def framed(y):

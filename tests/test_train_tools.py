@@ -1,8 +1,7 @@
-"""tools/train.py, tools/test.py and tools/pipeline.py."""
+"""tools/train.py and tools/test.py."""
 
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def load(name):
     return module
 
 
-train, tester, pipeline = load('train'), load('test'), load('pipeline')
+train, tester = load('train'), load('test')
 
 
 def call(module, monkeypatch, *args):
@@ -126,71 +125,3 @@ def test_show_speaks_each_librarys_words(kind, expected, monkeypatch):
 def test_metrics_are_written(tmp_path):
     tester.write_metrics(str(tmp_path / 'sub/m.json'), {'coco/bbox_mAP': 0.5})
     assert json.loads((tmp_path / 'sub/m.json').read_text()) == {'coco/bbox_mAP': 0.5}
-
-
-@pytest.fixture
-def fake_tools(tmp_path, monkeypatch):
-    """A tool that appends its arguments to a file, or fails if told to."""
-    (tmp_path / 'fake.py').write_text(
-        'import sys\n'
-        f'with open({str(tmp_path / "calls")!r}, "a") as file:\n'
-        '    print(*sys.argv[1:], file=file)\n'
-        'print("Epoch(train) [1]"); print("chatter")\n'
-        'sys.exit(3 if "fail" in sys.argv else 0)\n'
-    )
-    monkeypatch.setattr(pipeline, 'TOOLS', tmp_path)
-    return lambda: (tmp_path / 'calls').read_text().splitlines()
-
-
-def test_finished_stage_is_not_run_again(fake_tools, tmp_path):
-    stages = pipeline.Pipeline(tmp_path / 'w', ['a=1'])
-    for _ in range(2):
-        stages.run('one', 'fake', 'x', options=['b=2'])
-    assert fake_tools() == ['x --cfg-options b=2 a=1']
-    assert stages.seconds('one') > 0
-    stages.run('one', 'fake', 'y', options=[])  # another command: run
-    assert fake_tools()[1:] == ['y --cfg-options a=1']
-
-
-def test_failed_stage_stops_and_is_run_again(fake_tools, tmp_path):
-    stages = pipeline.Pipeline(tmp_path / 'w', [])
-    for _ in range(2):
-        with pytest.raises(pipeline.StageError, match='one: expected exit status 0'):
-            stages.run('one', 'fake', 'fail', options=[])
-    assert len(fake_tools()) == 2
-
-
-def test_progress_is_shown_and_the_rest_logged(fake_tools, tmp_path, capfd):
-    stages = pipeline.Pipeline(tmp_path, [])
-    stages.run('one', 'fake', options=[])
-    shown = capfd.readouterr().out
-    assert 'Epoch(train) [1]' in shown and 'chatter' not in shown
-    assert 'chatter' in (tmp_path / 'logs/one.log').read_text()
-    with pytest.raises(pipeline.StageError):
-        stages.run('two', 'fake', 'fail', options=[])
-    assert 'chatter' in capfd.readouterr().out  # all that a failure said last
-
-
-def test_pruned_checkpoint_is_the_last_target_reached(tmp_path):
-    with pytest.raises(pipeline.StageError, match='max_iters'):
-        pipeline.pruned_checkpoint(tmp_path, 'configs/a_prune.py')
-    for age, label in enumerate(['flops70', 'flops50', 'flops40_unfinished']):
-        path = tmp_path / f'a_prune_{label}.pth'
-        path.touch()
-        os.utime(path, (age, age))
-    found = pipeline.pruned_checkpoint(tmp_path, 'configs/a_prune.py')
-    assert found.name == 'a_prune_flops50.pth'
-
-
-def test_input_shape_is_the_hooks():
-    config = str(DEMO / 'retinanet_r18_fpn_digits_prune.py')
-    assert pipeline.input_shape(config) == (3, 128, 128)
-    override = 'custom_hooks.0.input_shape=(3,64,96)'
-    assert pipeline.input_shape(config, [override]) == (3, 64, 96)
-    with pytest.raises(ConfigError, match='FisherPruningHook'):
-        pipeline.input_shape(str(DEMO / 'retinanet_r18_fpn_digits.py'))
-
-
-def test_options_are_parsed_like_the_other_tools_do():
-    assert pipeline.parse_options([]) == {}
-    assert pipeline.parse_options(['a.b=1', 'c=x/y.pth']) == {'a.b': 1, 'c': 'x/y.pth'}

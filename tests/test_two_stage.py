@@ -12,6 +12,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_checkpoint
 from mmengine.structures import InstanceData
 from reference import mask_fisher
+from roundtrip import assert_prunes, traced
 from torch import nn
 
 from mmgfp import GroupFisherPruner, PruneStructure
@@ -88,7 +89,7 @@ def steady(calls):
 def observed(pruner, loss):
     """Importance of all units after one iteration on ``loss``, (U,)."""
     pruner.importance[:] = 0
-    pruner._seen[:] = 0
+    pruner.statistics.seen[:] = 0
     pruner.model.zero_grad()
     loss(pruner.model).backward()
     pruner.step()
@@ -128,7 +129,21 @@ def test_only_the_final_predictors_keep_their_outputs(name, groups, units):
         }  # fmt: skip
     calls.loss(model).backward()
     pruner.step()
-    assert (pruner._seen == 1).all() and not pruner._warned
+    assert (pruner.statistics.seen == 1).all() and not pruner._warned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'name, groups, units, outputs', [(FASTER, 42, 14_272, 4), (MASK, 47, 15_552, 5)]
+)
+def test_round_trip(name, groups, units, outputs, tmp_path):
+    """30 % go; masked equals compact; it trains; a config rebuilds it."""
+    config = full(name)
+    config.model.backbone.init_cfg = None
+    found = traced(config, 64)
+    assert (len(found.grouping.groups), found.grouping.units) == (groups, units)
+    assert len(found.grouping.frozen) == outputs and found.macs > 0.99
+    assert_prunes(found, tmp_path)
 
 
 def test_rpn_and_rois_read_the_same_units(mask_rcnn):
@@ -262,9 +277,56 @@ def test_batch_without_boxes(mask_rcnn):
     _, calls, pruner = mask_rcnn
     importance = observed(pruner, steady(without_boxes(calls, 0, 1)))
     assert importance.isfinite().all() and not pruner._warned
-    seen = {g.name: s for g, s in zip(pruner.grouping.groups, pruner._seen)}  # noqa: B905
+    seen = {g.name: s for g, s in zip(pruner.grouping.groups, pruner.statistics.seen)}  # noqa: B905
     assert seen['neck.fpn_convs.0.conv'] == 1
     assert seen['roi_head.mask_head.convs.0.conv'] == 0
+
+
+@pytest.mark.parametrize('sides', [(9, 20), (9, 20, 300), (300, 300)])
+def test_pyramid_levels_without_rois(mask_rcnn, sides):
+    """RoIs of 300 pixels are pooled on level 2, small ones on level 0."""
+    model, calls, pruner = mask_rcnn
+    images = calls.data['inputs']
+    rois = torch.tensor(
+        [[n % 2, 2, 3, 2 + side, 3 + side] for n, side in enumerate(sides)],
+        dtype=torch.float64,
+    )
+    levels = model.roi_head.bbox_roi_extractor.map_roi_levels(rois, 4)
+    assert set(levels.tolist()) == {2 if side == 300 else 0 for side in sides}
+    model.eval()
+    assert_equals_masks(pruner, lambda m: summed(m, images, rois, rois))
+    assert (pruner.statistics.seen == 1).all() and not pruner._warned
+    model.train()
+
+
+def test_first_batch_without_boxes_freezes_what_the_mask_head_reads(mask_rcnn):
+    """It pools no RoI, so that no graph ties it to the pyramid; the proof finds out."""
+    model, calls, pruner = mask_rcnn
+    empty = without_boxes(calls, 0, 1)
+    pruner.tap.detach()
+    other = GroupFisherPruner(copy.deepcopy(model), interval=10**6)
+    pruner.tap.attach()
+    grouping = other.prepare(steady(empty), calls.forward, 2)
+    names = [g.name for g in pruner.grouping.groups]
+    left = [n for n in names if n not in [g.name for g in grouping.groups]]
+    assert left == ['neck.fpn_convs.0.conv']
+    [reason] = {f.reason for f in grouping.frozen if 'fpn_convs' in f.layer}
+    assert reason.startswith('masked and compact disagree')
+
+
+def test_compact_model_trains_on_batches_without_boxes(mask_rcnn):
+    model, calls, pruner = mask_rcnn
+    groups = pruner.grouping.groups
+    pruner.tap.detach()
+    alive = random_units(groups, 0.3, np.random.default_rng(0))
+    masked, small = masked_and_compact(model, groups, alive)
+    pruner.tap.attach()
+    for fewer in (without_boxes(calls, 0), without_boxes(calls, 0, 1)):
+        losses = [steady(fewer)(net) for net in (masked, small)]
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-9)
+        losses[1].backward()
+    gradients = [p.grad for p in small.parameters() if p.grad is not None]
+    assert len(gradients) > 100 and all(g.isfinite().all() for g in gradients)
 
 
 @pytest.mark.parametrize('name', [CASCADE, DOUBLE])
@@ -276,7 +338,7 @@ def test_other_heads_see_each_unit_and_lose_no_row(name):
     pruner = GroupFisherPruner(model, interval=10**6, strict=True)
     pruner.prepare(calls.loss, calls.forward, 2, calls.work(model))
     importance = observed(pruner, calls.loss)
-    assert (pruner._seen == 1).all() and not pruner._warned
+    assert (pruner.statistics.seen == 1).all() and not pruner._warned
     assert float(importance.min()) >= 0
     used = pruner.tap.use
     assert not used.lost and {n for n in used.rois if 'head' not in n} == set()

@@ -273,7 +273,7 @@ def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
     """Freezing a group freezes its units, not all of its layers."""
     answers = [lambda groups: [Disagreement(groups[1], 'no')], lambda groups: []]
     monkeypatch.setattr(
-        'mmgfp.pruner.find_disagreements',
+        'mmgfp.discovery.find_disagreements',
         lambda model, grouping, forward: answers.pop(0)(grouping.groups),
     )
     grouping = GroupFisherPruner(SharedHead()).prepare(loss, forward, 2)
@@ -287,7 +287,7 @@ def test_the_proof_is_repeated_until_it_holds(monkeypatch):
         wrong = answers.pop(0)
         return [] if wrong is None else [Disagreement(grouping.groups[wrong], 'no')]
 
-    monkeypatch.setattr('mmgfp.pruner.find_disagreements', find)
+    monkeypatch.setattr('mmgfp.discovery.find_disagreements', find)
     grouping = GroupFisherPruner(SharedHead()).prepare(loss, forward, 2)
     assert [g.name for g in grouping.groups] == ['stem']
     assert answers == []

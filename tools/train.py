@@ -8,9 +8,11 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from mmgfp.cli import check_checkpoint, load_config, run_cli
+from mmgfp.engine.checkpoints import newest_checkpoint
+from mmgfp.engine.distributed import use_cpus
 from mmgfp.errors import ConfigError
 from mmgfp.prepare import prepare_config
 
@@ -96,7 +98,7 @@ def apply_resume(cfg: Config, resume: str | None) -> None:
     """
     if resume is None:
         return
-    found = find_latest_checkpoint(cfg.work_dir) if resume == 'auto' else resume
+    found = newest_checkpoint(cfg.work_dir) if resume == 'auto' else resume
     if found is None:
         return
     if not Path(found).is_file():
@@ -104,7 +106,7 @@ def apply_resume(cfg: Config, resume: str | None) -> None:
             '--resume', 'a checkpoint file', f'nothing at {found}', 'check the path'
         )
     cfg.resume = True
-    cfg.load_from = found
+    cfg.load_from = str(found)
 
 
 def main() -> None:
@@ -124,6 +126,7 @@ def main() -> None:
     apply_resume(cfg, args.resume)
     if cfg.get('load_from'):
         check_checkpoint('load_from', cfg.load_from)
+    use_cpus(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.train()
 

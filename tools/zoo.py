@@ -2,7 +2,7 @@
 
 Each config is built without pretrained weights, its loss is run on a made-up batch on
 the CPU, 30 % of the units go at random, and the masked model is compared with the
-compact one. One JSON line is appended for each; lines that are there are not repeated.
+compact one. One JSON line is appended for each; what is there is not done again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import argparse
 import json
 import multiprocessing
 import time
+from collections import deque
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +20,17 @@ from typing import Any
 
 from mmgfp.cli import run_cli
 from mmgfp.io import atomic_write
-from mmgfp.zoo import LIBRARIES, examine, list_configs, one_per_family, preload, render
+from mmgfp.zoo import (
+    LIBRARIES,
+    STATUSES,
+    by_family,
+    examine,
+    known_of,
+    list_configs,
+    next_of,
+    preload,
+)
+from mmgfp.zoo_page import render
 
 FORK = multiprocessing.get_context('fork')  # the libraries are imported only once
 
@@ -28,47 +40,88 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--library', choices=LIBRARIES, action='append')
     parser.add_argument(
-        '--families', action='store_true', help='one config of each family folder'
+        '--families',
+        action='store_true',
+        help='of each family folder the first config whose loss runs',
     )
     parser.add_argument('--filter', default='*', metavar='PATTERN')
-    parser.add_argument('--limit', type=int, help='at most so many new configs')
+    parser.add_argument(
+        '--limit', type=int, help='at most so many families, or configs'
+    )
     parser.add_argument('--json', default='work_dirs/zoo.jsonl', metavar='FILE')
     parser.add_argument('--page', metavar='FILE', help='write a Markdown page, too')
+    parser.add_argument(
+        '--retry',
+        choices=STATUSES,
+        action='append',
+        default=[],
+        help='examine again what ended like this',
+    )
     parser.add_argument('--timeout', type=float, default=300, help='seconds a config')
     parser.add_argument('-j', '--jobs', type=int, default=1)
     return parser.parse_args()
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Finished configs; of several lines of one config the last counts."""
+    """Finished configs; of several lines of one config the last counts.
+
+    A line that is cut short, as a killed run leaves it, is reported and left out.
+    """
+    results = {}
     lines = path.read_text().splitlines() if path.is_file() else []
-    results = [json.loads(line) for line in lines]
-    return {r['config']: r for r in results}
+    for number, line in enumerate(lines, 1):
+        try:
+            result = json.loads(line)
+            results[result['config']] = result
+        except ValueError:
+            print(f'{path}:{number} is cut short: its config is examined again')
+    return results
 
 
-def run_all(configs: list[str], path: Path, timeout: float, jobs: int) -> None:
-    """Examine ``configs``, each in a process of its own, and append to ``path``."""
+def append_result(path: Path, result: dict[str, Any]) -> None:
+    """Append one line, on a line of its own even after one that is cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    waiting, running = list(reversed(configs)), dict[str, _Job]()
+    with path.open('a+b') as file:
+        whole = file.tell() == 0 or path.read_bytes().endswith(b'\n')
+        file.write(b'' if whole else b'\n')
+        file.write(json.dumps(result).encode() + b'\n')
+
+
+def run_all(
+    families: Sequence[Sequence[str]],
+    results: dict[str, dict[str, Any]],
+    path: Path,
+    timeout: float,
+    jobs: int,
+) -> None:
+    """Examine configs of each family until the loss of one runs.
+
+    Args:
+        families: Configs of each family, the best first.
+        results: What is known, by config; new results are added.
+        path: They are appended here as well, one JSON line each.
+        timeout: Seconds for each config, which has a process of its own.
+        jobs: Processes at a time.
+    """
+    waiting = deque(families)
+    running: list[tuple[Sequence[str], _Job]] = []
     while waiting or running:
         while waiting and len(running) < jobs:
-            config = waiting.pop()
-            running[config] = _Job(config, timeout)
-        for config, job in list(running.items()):
+            names = waiting.popleft()
+            config = next_of(names, results)
+            if config is not None:
+                running.append((names, _Job(config, timeout)))
+        for names, job in list(running):
             result = job.poll()
             if result is None:
                 continue
-            del running[config]
-            with path.open('a') as file:
-                file.write(json.dumps(result) + '\n')
-            print(
-                f'{len(waiting)} left',
-                result['status'],
-                config,
-                result['reason'],
-                flush=True,
-            )
-        time.sleep(0.2)
+            running.remove((names, job))
+            results[job.config] = result
+            append_result(path, result)
+            said = f'{len(waiting)} left: {job.config} {result["status"]}'
+            print(said, result['reason'], flush=True)
+            waiting.appendleft(names)  # for the next config if the loss did not run
+        time.sleep(0.1)
 
 
 class _Job:
@@ -105,7 +158,7 @@ class _Job:
     def _lost(self, reason: str) -> dict[str, Any]:
         return {
             'config': self.config,
-            'status': 'not run' if self.stage not in ('tracing', 'proof') else 'failed',
+            'status': 'failed' if self.stage == 'tracing' else 'not run',
             'reason': f'{self.stage}: {reason}',
             'seconds': round(time.monotonic() - self.start, 1),
         }
@@ -118,18 +171,20 @@ def _work(config: str, sender: Connection) -> None:
 def main() -> None:
     """Run from the command line."""
     args = parse_args()
-    configs: list[str] = []
+    families: list[list[str]] = []
     for library in args.library or LIBRARIES:
         found = [c for c in list_configs(library) if fnmatchcase(c, args.filter)]
-        configs += one_per_family(found) if args.families else found
+        families += by_family(found) if args.families else [[c] for c in found]
     path = Path(args.json)
-    done = read_results(path)
-    missing = [c for c in configs if c not in done]
-    preload()
-    run_all(missing[: args.limit], path, args.timeout, args.jobs)
+    results = read_results(path)
+    results = {c: r for c, r in results.items() if r['status'] not in args.retry}
+    unfinished = [names for names in families if next_of(names, results)]
+    if unfinished:
+        preload()
+    run_all(unfinished[: args.limit], results, path, args.timeout, args.jobs)
     if args.page:
         results = read_results(path)
-        text = render([results[c] for c in configs if c in results])
+        text = render([r for names in families for r in known_of(names, results)])
         atomic_write(args.page, lambda tmp: tmp.write_text(text))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def save_artifact(
     model: nn.Module,
     structure: PruneStructure,
     meta: dict[str, Any],
+    others: Mapping[str, nn.Module] | None = None,
 ) -> None:
     """Write a compact model so that it loads with ``weights_only=True``.
 
@@ -30,11 +32,15 @@ def save_artifact(
         structure: What it was cut down to.
         meta: What else belongs to it, such as ``dataset_meta``; values that are not
             plain become text.
+        others: Further models of the same structure; weights of ``'source'``, say,
+            go under ``'source_state_dict'``.
     """
+    models = {'state_dict': model}
+    models |= {f'{name}_state_dict': other for name, other in (others or {}).items()}
     save_checkpoint(
         {
             'meta': plain({'mmgfp_version': __version__, **meta}),
-            'state_dict': weights_to_cpu(model.state_dict()),
+            **{key: weights_to_cpu(m.state_dict()) for key, m in models.items()},
             STRUCTURE_KEY: structure.to_dict(),
         },
         path,

@@ -11,9 +11,17 @@ import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData
 from torch import nn
 
 from mmgfp.errors import ConfigError
+
+#: Data preprocessors of batches that are not made up here.
+NOT_IMAGES = {
+    'TrackDataPreprocessor': 'videos of tracked objects',
+    'ReIDDataPreprocessor': 'crops of tracked objects',
+    'MultiBranchDataPreprocessor': 'labelled and unlabelled branches',
+}
 
 
 def build_model(cfg: Config) -> nn.Module:
@@ -24,7 +32,7 @@ def build_model(cfg: Config) -> nn.Module:
     """
     if 'model' not in cfg:
         raise ConfigError('config', 'a model', 'none', 'give a model config')
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(_scope(cfg) or 'mmengine')
     model_cfg = copy.deepcopy(cfg.model)
     if 'data_preprocessor' in cfg:  # as the runner does
         model_cfg.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
@@ -32,11 +40,14 @@ def build_model(cfg: Config) -> nn.Module:
         init_cfg = node.get('init_cfg')
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
             node['init_cfg'] = None
-        if 'teacher_ckpt' in node:
-            node['teacher_ckpt'] = None
-        if node.get('type') == 'SyncBN':  # which needs a GPU; weights are the same
-            node['type'] = 'BN'
-    return MODELS.build(model_cfg).train()
+        for key in ('teacher_ckpt', 'pretrained'):
+            if isinstance(node.get(key), str):
+                node[key] = None
+        if node.get('type') in ('SyncBN', 'MMSyncBN'):
+            node['type'] = 'BN'  # the same weights, and no need of several GPUs
+    model = MODELS.build(model_cfg)
+    model.train()  # returns nothing where distillation overrides it
+    return model
 
 
 def demo_batch(
@@ -50,9 +61,15 @@ def demo_batch(
         size: (H, W); by default the one that the model insists on, or a small one.
 
     Raises:
-        ConfigError: The config belongs to another library.
+        ConfigError: The config belongs to another library, or trains on other data than
+            images.
     """
-    scope = cfg.get('default_scope') or _library(cfg.filename)
+    made_of = next((n for n in _values(cfg.model, 'type', str) if n in NOT_IMAGES), '')
+    if made_of:
+        expected = 'one for images with boxes or labels'
+        got = f'{made_of}, for {NOT_IMAGES[made_of]}'
+        raise ConfigError('data_preprocessor', expected, got, 'give a real batch')
+    scope = _scope(cfg)
     if scope == 'mmpretrain':
         return _classification_batch(cfg, images, size)
     if scope == 'mmdet':
@@ -62,10 +79,11 @@ def demo_batch(
     )
 
 
-def _library(filename: str | None) -> str | None:
-    """The installed library that a config file lies in."""
-    folders = Path(filename or '').parts
-    return next((n for n in ('mmdet', 'mmpretrain') if n in folders), None)
+def _scope(cfg: Config) -> str | None:
+    """The config's scope, or the installed library that its file lies in."""
+    folders = Path(cfg.filename or '').parts
+    library = next((n for n in ('mmdet', 'mmpretrain') if n in folders), None)
+    return cfg.get('default_scope') or library
 
 
 def _anchored_size(cfg: Config) -> tuple[int, int]:
@@ -84,7 +102,7 @@ def _classification_batch(
     rng = np.random.default_rng(0)
     mean = (cfg.get('data_preprocessor') or {}).get('mean') or (0, 0, 0)
     shape = (*(size or (256, 256)), len(mean))
-    classes = next((int(n) for n in _values(cfg.model, 'num_classes')), 2)
+    classes = next((int(n) for n in _values(cfg.model, 'num_classes', int)), 2)
     transform = Compose([{'type': 'PackInputs'}] if size else _transforms(cfg))
     samples = []
     for i in range(images):
@@ -110,8 +128,9 @@ def _transforms(cfg: Config) -> list[dict[str, Any]]:
 def _detection_batch(cfg: Config, images: int, size: tuple[int, int]) -> dict:
     from mmdet.testing import demo_mm_inputs
 
-    classes = min((int(n) for n in _values(cfg.model, 'num_classes')), default=2)
+    classes = min((int(n) for n in _values(cfg.model, 'num_classes', int)), default=2)
     panoptic = any('Panoptic' in str(node.get('type')) for node in _dicts(cfg))
+    proposals = any('LoadProposals' in str(node.get('type')) for node in _dicts(cfg))
     batch = demo_mm_inputs(
         images,
         [[3, *size]] * images,
@@ -126,6 +145,8 @@ def _detection_batch(cfg: Config, images: int, size: tuple[int, int]) -> dict:
         sample.gt_instances.labels = torch.arange(len(boxes)) % classes
         # Boxes as large as the anchors, so that heads see positive samples.
         boxes[:] = _spread_boxes(len(boxes), size)
+        if proposals:
+            sample.proposals = InstanceData(bboxes=boxes.clone())
         if 'gt_sem_seg' in sample:
             stripes = torch.arange(size[1]).expand(1, *size) % classes
             sample.gt_sem_seg.sem_seg = stripes.to(torch.uint8)
@@ -155,5 +176,5 @@ def _dicts(node: Any) -> Iterator[Any]:
             yield from _dicts(value)
 
 
-def _values(node: Any, key: str) -> Iterator[Any]:
-    return (d[key] for d in _dicts(node) if isinstance(d.get(key), int))
+def _values(node: Any, key: str, kind: type) -> Iterator[Any]:
+    return (d[key] for d in _dicts(node) if isinstance(d.get(key), kind))

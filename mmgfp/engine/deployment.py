@@ -79,9 +79,9 @@ def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
     structure.check_fits(original, str(checkpoint))
     model = compact(copy.deepcopy(original), structure)
     _load_strictly(model, raw['state_dict'], checkpoint)
-    return Deployable(
-        architecture, structure, original.eval(), model.eval(), raw.get('meta', {})
-    )
+    for built in (original, model):
+        built.eval()  # returns nothing where distillation overrides it
+    return Deployable(architecture, structure, original, model, raw.get('meta', {}))
 
 
 def load_training_checkpoint(path: Path) -> dict[str, Any]:
@@ -133,8 +133,12 @@ def deploy(cfg: Config, item: Deployable, out: Path, name: str) -> dict[str, Pat
     """Write weights, config and structure into ``out``.
 
     Raises:
-        ConfigError: ``out`` is a file.
+        ConfigError: ``out`` is a file, or ``name`` leads out of it.
     """
+    if not name or name != Path(name).name:
+        raise ConfigError(
+            '--name', 'a file name', repr(name), 'name the folder with --out'
+        )
     if out.exists() and not out.is_dir():
         raise ConfigError('--out', 'a folder', f'the file {out}', 'name another one')
     paths = {

@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
+import torch
+from mmengine.dist import (
+    all_gather_object,
+    get_rank,
+    get_world_size,
+    is_main_process,
+)
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import is_model_wrapper
+from mmengine.optim import ApexOptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from mmgfp.discovery import Discovery
 from mmgfp.engine.artifact import describe, save_artifact
+from mmgfp.engine.checkpoints import write_whole
+from mmgfp.engine.distributed import (
+    any_of_all,
+    check_agreement,
+    made_once,
+    reduction,
+)
 from mmgfp.engine.inputs import BatchCalls
+from mmgfp.engine.random_state import random_state, set_random_state
 from mmgfp.engine.registry import PRUNERS
+from mmgfp.engine.termination import Termination
 from mmgfp.errors import ConfigError
+from mmgfp.masking import ColumnMask
 from mmgfp.pruner import GroupFisherPruner, PruneStep
+from mmgfp.recording import copy_module
 from mmgfp.selection import Target
+from mmgfp.structure import STRUCTURE_KEY
+from mmgfp.surgery import compact
 
 #: The key under which training checkpoints hold the state of pruning.
 STATE_KEY = 'pruner'
@@ -48,6 +69,7 @@ class FisherPruningHook(Hook):
         input_shape: (C, H, W) of the image for which costs are counted; by default
             the size of the first training batch.
         strict: Raise at what cannot be pruned for lack of understanding.
+        max_dropped: Iterations in a row without finite gradients that end the run.
         pruner: Which algorithm, and further arguments of it.
 
     Raises:
@@ -69,6 +91,7 @@ class FisherPruningHook(Hook):
         coupled: bool = True,
         input_shape: Sequence[int] | None = None,
         strict: bool = False,
+        max_dropped: int = 100,
         pruner: dict | None = None,
         **unknown: Any,
     ) -> None:
@@ -78,7 +101,7 @@ class FisherPruningHook(Hook):
                 'a known argument',
                 repr(unknown),
                 'use interval, normalize, target, units_per_step, min_channels, '
-                'max_ratio, keep, coupled, input_shape, strict or pruner',
+                'max_ratio, keep, coupled, input_shape, strict, max_dropped or pruner',
             )
         if input_shape is not None and len(input_shape) != 3:
             raise ConfigError(
@@ -96,6 +119,7 @@ class FisherPruningHook(Hook):
             'keep': keep,
             'coupled': coupled,
             'strict': strict,
+            'max_dropped': max_dropped,
             **(pruner or {}),
         }
         # Built once without a model, so that bad arguments fail before the run.
@@ -103,32 +127,83 @@ class FisherPruningHook(Hook):
         self.pruner: GroupFisherPruner | None = None
         self._resumed: dict[str, Any] | None = None
         self._started = (0.0, 0, 1.0)
+        self._loss_scale = 1.0
+        self._ema_mask: ColumnMask | None = None
+        self._termination = Termination()
+        self._before_validation: dict[str, Any] | None = None
+        self._others: list[dict[str, Any]] = []
+
+    def before_run(self, runner: Runner) -> None:
+        """Refuse what cannot work before anything is loaded; see to safe saving."""
+        if runner.cfg.get('compile'):
+            raise ConfigError(
+                'compile',
+                'no torch.compile while pruning, which looks into every layer',
+                repr(runner.cfg.compile),
+                'remove it; the compact model can be compiled for fine-tuning',
+            )
+        write_whole(runner)
+        if self._termination not in runner.hooks:
+            runner.register_hook(self._termination)
+
+    def before_train(self, runner: Runner) -> None:
+        """Go on where an interrupted run was, if this one resumes it."""
+        # So that to start an epoch takes nothing from the generator that is restored.
+        generator = torch.Generator().manual_seed(runner.seed)
+        runner.train_dataloader.generator = generator
+        state, self._resumed = self._resumed, None
+        if state is None:
+            return
+        pruner = self._build(runner)
+        pruner.load_state_dict(state)
+        if not is_main_process():
+            pruner.statistics.clear()  # the main process has those of all
+        if len(state['random']) == get_world_size():
+            set_random_state(state['random'][get_rank()])
+        self._watch(runner, pruner)
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Find the coupled channels on the first batch."""
+        self._loss_scale = _loss_scale(runner.optim_wrapper)
         if self.pruner is not None:
             return
-        model = _unwrapped(runner.model)
-        pruner = PRUNERS.build({**self.config, 'model': model})
-        calls = BatchCalls(model, data_batch)
-        work = calls.work(model, self.input_shape)
-        grouping = pruner.prepare(calls.loss, calls.forward, calls.images, work)
+        pruner = self._build(runner)
+        calls = BatchCalls(pruner.model, data_batch)
+        found = made_once(lambda: self._discover(pruner, calls))
+        pruner.begin(Discovery.from_dict(found, pruner.model))
+        self._log_groups(runner, pruner, calls)
+        self._watch(runner, pruner)
+
+    def _build(self, runner: Runner) -> GroupFisherPruner:
+        return PRUNERS.build({**self.config, 'model': _unwrapped(runner.model)})
+
+    def _watch(self, runner: Runner, pruner: GroupFisherPruner) -> None:
+        """Start to prune, or to go on with it."""
         self.pruner = pruner
-        shape = self.input_shape or calls.size
+        averaged = _averaged(runner)
+        if averaged is not None:
+            self._ema_mask = ColumnMask(averaged, pruner.grouping.groups)
+            self._ema_mask.update(pruner.alive)
+        if pruner.done:
+            runner.train_loop.stop_training = True
+        self._started = (time.time(), runner.iter, self._gap())
+
+    def _discover(self, pruner: GroupFisherPruner, calls: BatchCalls) -> dict[str, Any]:
+        work = calls.work(pruner.model, self.input_shape)
+        return pruner.discover(calls.loss, calls.forward, calls.images, work).to_dict()
+
+    def _log_groups(
+        self, runner: Runner, pruner: GroupFisherPruner, calls: BatchCalls
+    ) -> None:
+        grouping, shape = pruner.grouping, self.input_shape or calls.size
         runner.logger.info(
             f'pruning {grouping.units} units in {len(grouping.groups)} groups; costs '
             f'are for one image of {shape}: {_costs_text(pruner)}'
         )
         for layer in grouping.frozen:
             runner.logger.info(f'{layer.layer} keeps channels: {layer.reason}')
-        if self._resumed is not None:
-            pruner.load_state_dict(self._resumed)
-            self._resumed = None
-        if pruner.done:
-            runner.train_loop.stop_training = True
-        self._started = (time.time(), runner.iter, self._gap())
 
     def after_train_iter(
         self,
@@ -139,13 +214,56 @@ class FisherPruningHook(Hook):
     ) -> None:
         """Gather statistics; prune, log and save when it is time."""
         assert self.pruner is not None
-        step = self.pruner.step()
-        if step is None:
-            return
+        step = self.pruner.step(self._loss_scale, reduction())
+        if step is not None:
+            self._decided(runner, step)
+        self._termination.agreed = self._ends(runner, step)
+        if self._termination.agreed or any(_saves_now(h, runner) for h in runner.hooks):
+            self._gather()
+
+    def _ends(self, runner: Runner, step: PruneStep | None) -> bool:
+        """Whether to save and leave after this iteration; see `Termination`.
+
+        Several processes ask each other at decisions only. Gradients that are still
+        being accumulated would be lost.
+        """
+        whole = getattr(runner.optim_wrapper, 'should_update', lambda: True)()
+        if not whole or (get_world_size() > 1 and step is None):
+            return False
+        return any_of_all(self._termination.requested)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Get ready for a checkpoint."""
+        self._gather()
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Note the random state, since a resumed run does not validate again."""
+        self._before_validation = random_state()
+
+    def after_val_epoch(
+        self, runner: Runner, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Get ready for a checkpoint of the best weights."""
+        if self._before_validation is not None:
+            set_random_state(self._before_validation)
+        self._gather()
+
+    def _gather(self) -> None:
+        """Let the main process, which saves, have what all have to save."""
+        if self.pruner is not None:
+            self.pruner.statistics.gather(reduction(), is_main_process())
+            self._others = all_gather_object(random_state())[1:]
+
+    def _decided(self, runner: Runner, step: PruneStep) -> None:
+        pruner = self.pruner
+        assert pruner is not None
+        check_agreement(pruner.alive)
+        if self._ema_mask is not None:
+            self._ema_mask.update(pruner.alive)
         self._log(runner, step)
         for target in step.reached:
             self._save(runner, target.label)
-        if self.pruner.done:
+        if pruner.done:
             runner.logger.info('all pruning targets are reached; the run stops')
             runner.train_loop.stop_training = True
         elif not len(step.units):
@@ -173,12 +291,28 @@ class FisherPruningHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Let the state of pruning travel with the training checkpoint."""
         if self.pruner is not None:
-            checkpoint[STATE_KEY] = self.pruner.state_dict()
+            state = self.pruner.state_dict()
+            checkpoint[STATE_KEY] = {**state, 'random': [random_state(), *self._others]}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Keep the state until the first batch shows the channels again."""
-        if runner._resume:
-            self._resumed = checkpoint.get(STATE_KEY)
+        """Keep the state until training starts.
+
+        Raises:
+            ConfigError: The checkpoint to resume from is not of a pruning run, or the
+                weights are of another width.
+        """
+        if runner._resume or STRUCTURE_KEY in checkpoint:
+            _check_widths(_unwrapped(runner.model), checkpoint.get('state_dict', {}))
+        if not runner._resume:
+            return
+        self._resumed = checkpoint.get(STATE_KEY)
+        if self._resumed is None:
+            raise ConfigError(
+                'checkpoint',
+                'the state of a pruning run to resume',
+                'a checkpoint without one',
+                'to prune these weights, name them in load_from and do not resume',
+            )
 
     def _ratio(self, target: Target) -> float:
         pruner = self.pruner
@@ -230,8 +364,66 @@ class FisherPruningHook(Hook):
             'costs': describe(pruner.totals, pruner.full),
             'input_shape': self.input_shape,
         }
-        save_artifact(path, pruner.compact(), pruner.structure(), meta)
+        structure, averaged = pruner.structure(), _averaged(runner)
+        model = pruner.compact()
+        if averaged is None:
+            save_artifact(path, model, structure, meta)
+        else:  # as in MMEngine's checkpoints, the averaged weights are those to use
+            average = compact(copy_module(averaged), structure)
+            save_artifact(path, average, structure, meta, {'source': model})
         runner.logger.info(f'saved the compact model to {path}')
+
+
+def _saves_now(hook: Hook, runner: Runner) -> bool:
+    """Whether ``hook`` is about to write a checkpoint of this iteration."""
+    return (
+        isinstance(hook, CheckpointHook)
+        and not hook.by_epoch
+        and (
+            hook.every_n_train_iters(runner, hook.interval)
+            or hook.is_last_train_iter(runner)
+        )
+    )
+
+
+def _averaged(runner: Runner) -> Any:
+    """The averaged copy of the model that an `EMAHook` keeps, or None."""
+    hooks = [h for h in runner.hooks if isinstance(h, EMAHook)]
+    return hooks[0].ema_model.module if hooks else None
+
+
+def _check_widths(model: Any, weights: Mapping[str, Any]) -> None:
+    """Refuse weights of other widths, which loading would skip with a warning.
+
+    Raises:
+        ConfigError: A tensor has another shape than the model's.
+    """
+    for name, own in model.state_dict().items():
+        shape = getattr(weights.get(name), 'shape', own.shape)
+        if shape != own.shape:
+            raise ConfigError(
+                f'checkpoint: {name}',
+                f'shape {list(own.shape)} as in the model that is pruned',
+                str(list(shape)),
+                'give a checkpoint of that model, not one that was cut down',
+            )
+
+
+def _loss_scale(optim_wrapper: Any) -> float:
+    """What losses are multiplied with under mixed precision.
+
+    Raises:
+        ConfigError: The wrapper does not say it.
+    """
+    if isinstance(optim_wrapper, ApexOptimWrapper | OptimWrapperDict):
+        raise ConfigError(
+            'optim_wrapper.type',
+            'one that shows by what it scales the loss',
+            type(optim_wrapper).__name__,
+            'use OptimWrapper, or AmpOptimWrapper for mixed precision',
+        )
+    scaler = getattr(optim_wrapper, 'loss_scaler', None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def _unwrapped(model: Any) -> Any:

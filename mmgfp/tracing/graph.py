@@ -100,8 +100,8 @@ def _from_parameters(nodes: list[Node], edges: dict[Node, Edges]) -> set[Node]:
 
 def _times_zero(node: Node) -> bool:
     """A product with the number 0, with which a loss touches what it does not use."""
-    if op_name(node) != 'Mul':
-        return False
+    if op_name(node) != 'Mul' or len(node.next_functions) != 2:
+        return False  # by a number that C++ code gave
     (left, _), (right, _) = node.next_functions
     if left is not None and right is not None:
         return False

@@ -48,6 +48,23 @@ class Lost:
     reason: str
 
 
+@dataclass(frozen=True)
+class Aside(Lost):
+    """Rows along another dimension than the first; few ops can follow them there.
+
+    Attributes:
+        rows: The rows.
+        dim: The dimension along which they lie.
+    """
+
+    rows: Rows
+    dim: int
+
+
+#: Ops that may bring such rows back, as when attention tells q, k and v apart. All
+#: others are given them as lost.
+ASIDE_OPS = ('Permute', 'Transpose', 'T', 'Select', 'Unbind')
+
 #: None where a tensor holds no rows of images, such as a parameter.
 Found = Rows | Lost | None
 RowRule = Callable[[Context, Sequence[Found]], 'Found | list[Found]']
@@ -144,6 +161,12 @@ def pool(ctx: Context, operands: Sequence[Found]) -> Found:
     return Lost(f'{ctx.op} does not show which image a RoI lies in')
 
 
+@register_row_rule('CheckpointFunction')
+def checkpoint(ctx: Context, operands: Sequence[Found]) -> Found:
+    """Its graph is made in backward; till then nobody knows what became of rows."""
+    return Lost('rows may be moved in a checkpointed part that it comes from')
+
+
 @register_row_rule('View', 'UnsafeView', 'ReshapeAlias', 'Squeeze', 'Unsqueeze')
 def view(ctx: Context, operands: Sequence[Found]) -> Found:
     """A row is cut into equal parts, or parts of one image are joined."""
@@ -163,11 +186,18 @@ def view(ctx: Context, operands: Sequence[Found]) -> Found:
 
 @register_row_rule('Permute', 'Transpose', 'T')
 def permute(ctx: Context, operands: Sequence[Found]) -> Found:
-    """Rows must stay the first dimension."""
-    moved = ctx.op == 'T' or 0 in _dims(ctx, 'dim0', 'dim1')
+    """Rows must stay the first dimension, or get back there."""
+    (found,) = operands
+    rows, dim = (found.rows, found.dim) if isinstance(found, Aside) else (found, 0)
+    if not isinstance(rows, Rows):
+        return found
     if ctx.op == 'Permute':
-        moved = _dims(ctx, 'dims')[0] != 0
-    return _unless(moved, ctx, operands)
+        dim = _dims(ctx, 'dims').index(dim)
+    else:
+        swapped = (0, 1) if ctx.op == 'T' else _dims(ctx, 'dim0', 'dim1')
+        dim = swapped[1 - swapped.index(dim)] if dim in swapped else dim
+    back = same(ctx, [rows]) if dim == 0 else _unless(True, ctx, [rows])
+    return Aside(back.reason, rows, dim) if isinstance(back, Lost) else back
 
 
 @register_row_rule('Index', 'IndexSelect', 'Slice', 'Flip', 'Repeat')
@@ -188,7 +218,10 @@ def _picked(ctx: Context, index: Tensor) -> Tensor | None:
     """What the op does to the first dimension; None if nothing."""
     if ctx.op == 'Index':
         chosen = ctx.node._saved_indices[0]
-        return None if chosen is None else _at(index, chosen)
+        if chosen is None:
+            return None
+        masked = chosen.dtype == torch.bool  # maybe tokens of each image, (N, L)
+        return index[chosen.nonzero()[:, 0]] if masked else _at(index, chosen)
     if ctx.op == 'Repeat':
         return index.repeat(ctx.saved('repeats')[0])
     if 0 not in _dims(ctx, 'dim', 'dims'):
@@ -259,6 +292,12 @@ def split(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
 def single(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
     """One row without its dimension: what comes first then is all of one image."""
     rows = operands[0]
+    if isinstance(rows, Aside):
+        (dim,) = _dims(ctx, 'dim')
+        if dim == rows.dim:
+            return Lost(rows.reason)
+        left = rows.dim - (dim < rows.dim)
+        return replace(rows, dim=left) if left else rows.rows
     if _dims(ctx, 'dim') != (0,) or not isinstance(rows, Rows):
         return same(ctx, operands)
     index = _dense(ctx, rows)
@@ -285,7 +324,7 @@ def stack(ctx: Context, operands: Sequence[Found]) -> Found:
 @register_row_rule(
     'Gather', 'Sort', 'Topk', 'Scatter', 'ScatterAdd',
     'ScatterReduce', 'IndexAdd', 'Cumsum', 'Cumprod', 'Cummax', 'Cummin', 'Softmax',
-    'LogSoftmax', 'Kthvalue',
+    'LogSoftmax', 'SafeSoftmax', 'Kthvalue',
 )  # fmt: skip
 def along(ctx: Context, operands: Sequence[Found]) -> Found:
     """Rows are lost where the op works along them."""

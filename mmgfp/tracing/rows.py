@@ -12,14 +12,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmgfp.tracing.labels import LabelTable
-from mmgfp.tracing.row_rules import ROW_RULES, Found, Lost, Rows, same
-from mmgfp.tracing.value import Context
+from mmgfp.tracing.row_rules import (
+    ASIDE_OPS,
+    ROW_RULES,
+    Aside,
+    Found,
+    Lost,
+    Rows,
+    same,
+)
+from mmgfp.tracing.value import Context, op_name
 
 #: The key under which autograd nodes remember what was found.
 KEY = 'mmgfp_rows'
+#: The same for what a checkpointed part was given.
+GIVEN = 'mmgfp_given_rows'
 _UNUSED = LabelTable()  # rows need no labels
 
 
@@ -31,16 +42,38 @@ def rows_of(x: Tensor) -> Rows | Lost:
     """
     root: Any = x.grad_fn
     if root is None:
-        return Rows(len(x))
+        return _of_leaf(x)
+    found = _follow(root, x.output_nr)
+    return Lost('its input depends on no image') if found is None else found
+
+
+def _follow(root: Any, output: int) -> Found:
     for node in _unknown_below(root):
         operands = [_known(edge) for edge in node.next_functions]
         shapes = [tuple(m.shape) for m in node._input_metadata]
         ctx = Context(_UNUSED, node, shapes, {})
+        if ctx.op not in ASIDE_OPS:
+            operands = [Lost(o.reason) if isinstance(o, Aside) else o for o in operands]
         result = ROW_RULES.get(ctx.op, same)(ctx, operands)
         several = isinstance(result, list)
         node.metadata[KEY] = result if several else [result] * len(shapes)
-    found = root.metadata[KEY][x.output_nr]
-    return Lost('its input depends on no image') if found is None else found
+    return root.metadata[KEY][output]
+
+
+def _of_leaf(x: Tensor) -> Rows | Lost:
+    """Images, or in a checkpointed part that backward runs again what it was given."""
+    node: Any = torch._C._current_autograd_node()
+    if node is None or op_name(node) != 'CheckpointFunction':
+        return Rows(len(x))
+    if GIVEN not in node.metadata:
+        # This stands for parts inside of parts, which lead back here, and for several
+        # operands, of which any may be `x`.
+        node.metadata[GIVEN] = Lost('checkpointing hides where its rows come from')
+        edges = [(n, i) for n, i in node.next_functions if n is not None]
+        if len(edges) == 1 and _counts(*edges[0]):
+            found = _follow(*edges[0])
+            node.metadata[GIVEN] = found or node.metadata[GIVEN]
+    return node.metadata[GIVEN]
 
 
 def mark_rows(x: Tensor, rows: Rows) -> None:
@@ -85,7 +118,7 @@ def _known(edge: tuple[Any, int]) -> Found:
     if hasattr(node, 'variable'):
         leaf = node.variable
         images = leaf.dim() > 0 and not isinstance(leaf, nn.Parameter)
-        return Rows(len(leaf)) if images else None
+        return _of_leaf(leaf) if images else None
     return node.metadata[KEY][output] if _counts(node, output) else None
 
 
@@ -110,6 +143,8 @@ def watch_rows(model: nn.Module) -> Iterator[dict[str, LayerCalls]]:
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             seen = calls.setdefault(name, LayerCalls())
+            if not torch.is_grad_enabled():
+                return  # as when a sampler scores RoIs: no statistics come of it
             x = args[0] if args else None
             if isinstance(x, Tensor):
                 seen.rows.append(rows_of(x) if len(x) else None)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from mmgfp.errors import TraceError
 from mmgfp.tracing.graph import Graph, Node, read_graph
+from mmgfp.tracing.heads import head_owners
 from mmgfp.tracing.labels import LabelTable
 from mmgfp.tracing.rules import RULES
+from mmgfp.tracing.twins import couple_twins, twin_tensors
 from mmgfp.tracing.value import Context, LayerCall, Value, op_name
 from mmgfp.tracing.widths import Outputs, width_labels
 
@@ -98,6 +100,7 @@ class _Tracer:
         self.unknown: dict[str, list[str]] = {}
         self.strict = strict
         self.narrowed = narrowed
+        self.heads = head_owners(model)
         self.parameters = {id(p): n for n, p in model.named_parameters()}
         self.buffers = {b.data_ptr(): n for n, b in model.named_buffers() if b.numel()}
         self.shapes = {n: tuple(t.shape) for n, t in _tensors(model).items()}
@@ -116,6 +119,7 @@ class _Tracer:
                     self._freeze_outputs(operands)
                 shapes = [tuple(m.shape) for m in node._input_metadata]
                 values[node] = [Value(s) for s in shapes]
+        couple_twins(self.table, twin_tensors(self.model))
         followed = width_labels(self.model, widths, values)
         return Trace(self.table, self.calls, self.shapes, self.unknown, followed)
 
@@ -123,7 +127,15 @@ class _Tracer:
         if hasattr(node, 'variable'):
             return [self._leaf(node.variable)]
         shapes = [tuple(m.shape) for m in node._input_metadata]
-        ctx = Context(self.table, node, shapes, self.buffers, self.calls, self.narrowed)
+        ctx = Context(
+            self.table,
+            node,
+            shapes,
+            self.buffers,
+            self.calls,
+            self.narrowed,
+            self.heads,
+        )
         rule = RULES.get(op_name(node))
         if rule is None:
             self._freeze_unknown(op_name(node), operands)

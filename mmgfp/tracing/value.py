@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from mmgfp.tracing.heads import HeadOwner
 from mmgfp.tracing.labels import NO_LABEL, LabelTable, varying
 
 Shape = tuple[int, ...]
@@ -61,6 +62,7 @@ class Context:
         buffers: Buffer names by data pointer.
         calls: Layer calls found so far; layer rules append to it.
         narrowed: Weights of group convs whose conv groups all stay and narrow.
+        heads: The attention modules of parameters, by the parameters' names.
     """
 
     table: LabelTable
@@ -69,6 +71,7 @@ class Context:
     buffers: dict[int, str]
     calls: list[LayerCall] = field(default_factory=list)
     narrowed: frozenset[str] = frozenset()
+    heads: Mapping[str, HeadOwner] = field(default_factory=dict)
 
     @property
     def op(self) -> str:
@@ -126,6 +129,11 @@ class Context:
         """Freeze all labels of ``value``."""
         for plane in value.planes if value else ():
             self.freeze(plane, what)
+
+    def attention(self, plane: Tensor) -> HeadOwner | None:
+        """The attention module whose layers made all the channels of ``plane``."""
+        owners = {self.heads.get(name) for name in self.table.owners(plane)}
+        return owners.pop() if len(owners) == 1 else None
 
     def mixed(self, plane: Tensor, dims: frozenset[int], what: str) -> bool:
         """Freeze ``plane`` and say so if its labels depend on one of ``dims``."""

@@ -10,13 +10,16 @@ from mmgfp.tracing.rules.registry import Operands, register_rule
 from mmgfp.tracing.value import Context, LayerCall, Value
 
 #: Ops through which a parameter makes a layer, and where their factors stand.
-LAYER_OPS: dict[str, tuple[int, int]] = {
+LAYER_OPS: dict[str, tuple[int, ...]] = {
     'Convolution': (0, 1),
     'Addmm': (1, 2),
     'Mm': (0, 1),
-    'DeformConv2dFunction': (0, 2),
+    'DeformConv2dFunction': (0, 1, 2),  # the weight's place with torchvision and mmcv
     'ModulatedDeformConv2dFunction': (0, 3),
 }
+#: Buffers beside a weight that scale and shift its output channels, as mmcv's
+#: `ConvAWS2d` has them.
+SCALES = ('weight_gamma', 'weight_beta')
 
 
 @register_rule('Convolution')
@@ -31,20 +34,45 @@ def convolution(ctx: Context, operands: Operands) -> Value:
 def deform_convolution(ctx: Context, operands: Operands) -> Value:
     """A convolution at positions that offsets (and a modulation) decide.
 
-    Operands are input, offset and weight, or input, offset, mask, weight and bias.
+    Operands are input, offset and weight, or input, offset, mask, weight and bias; with
+    torchvision input, weight, offset, mask and bias.
     """
+    if not hasattr(ctx.node, 'deform_groups'):
+        return _torchvision_deform_convolution(ctx, operands)
     modulated = len(operands) > 3
     value, weight = operands[0], operands[3 if modulated else 2]
     bias = operands[4] if modulated and len(operands) > 4 else None
-    for moved in operands[1 : 3 if modulated else 2]:
-        ctx.freeze_value(moved, 'read as offsets by')
-    parts = ctx.node.deform_groups
+    moved = operands[1 : 3 if modulated else 2]
+    node = ctx.node
+    return _deform(ctx, (value, weight, bias), moved, node.groups, node.deform_groups)
+
+
+def _torchvision_deform_convolution(ctx: Context, operands: Operands) -> Value:
+    """Its node shows no settings; they follow from the shapes of the operands."""
+    value, weight, offset, mask, bias = operands
+    groups, parts = 1, 1
+    if value is not None and weight is not None:
+        groups = value.shape[1] // weight.shape[1]
+        if offset is None:
+            ctx.freeze_value(value, 'read at offsets that need no gradient by')
+        else:
+            parts = offset.shape[1] // (2 * weight.shape[2] * weight.shape[3])
+    return _deform(ctx, (value, weight, bias), (offset, mask), groups, parts)
+
+
+def _deform(
+    ctx: Context, operands: Operands, moved: Operands, groups: int, parts: int
+) -> Value:
+    """A convolution of ``parts`` parts of its input, each with offsets of its own."""
+    for offset in moved:
+        ctx.freeze_value(offset, 'read as offsets by')
+    value = operands[0]
     if parts > 1 and value is not None:
-        # Each part of the channels has offsets of its own and must stay as wide.
+        # The parts must stay equally wide.
         for plane in value.planes:
             if varying(plane) == {1}:
                 ctx.merge(plane.reshape(parts, -1), 0)
-    return _convolve(ctx, (value, weight, bias), False, ctx.node.groups)
+    return _convolve(ctx, operands, False, groups)
 
 
 def _convolve(ctx: Context, operands: Operands, transposed: bool, groups: int) -> Value:
@@ -70,6 +98,8 @@ def _convolve(ctx: Context, operands: Operands, transposed: bool, groups: int) -
     if bias is not None:
         for plane in bias.planes:
             ctx.table.equate(out, plane.reshape(-1))
+    for vector in _scales(ctx, weight, len(out)):
+        ctx.table.equate(out, vector)
     ctx.table.produce(out)
     plane = out.reshape((1, -1) + (1,) * (len(ctx.shape) - 2))
     return ctx.value([plane], like=Value(ctx.shape))
@@ -132,6 +162,14 @@ def _tie_groups(
         unknown = (inputs == NO_LABEL).any(1)
         ctx.freeze(rows[unknown], 'input channels that no layer makes are read by')
     return tied
+
+
+def _scales(ctx: Context, weight: Value, channels: int) -> list[Tensor]:
+    """Labels of the buffers of a standardised weight, which leave no trace."""
+    module = (_name(ctx, weight) or '').rpartition('.')[0]
+    names = [f'{module}.{name}' for name in SCALES]
+    buffers = set(ctx.buffers.values())
+    return [ctx.table.vector(n, 0, channels) for n in names if n in buffers]
 
 
 def _tie_positions(

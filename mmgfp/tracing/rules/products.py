@@ -1,43 +1,107 @@
-"""Products of activations with each other, as in attention."""
+"""Products of activations with each other, as in attention.
+
+What is summed over cannot lose a channel here and there. What the batch dimensions
+tell apart can go as a whole: an attention head, if all of its channels are one unit.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from mmgfp.tracing.labels import varying
 from mmgfp.tracing.rules.registry import Operands, register_rule
-from mmgfp.tracing.value import Context, Value
+from mmgfp.tracing.value import Context, Value, fill_unlabelled
 
 
 @register_rule('Bmm')
 def batched_matmul(ctx: Context, operands: Operands) -> Value:
-    """(B, M, K) times (B, K, N): M and N pass; what is summed over stays."""
-    return _product(ctx, operands[0], operands[1])
+    """(B, M, K) times (B, K, N): B, M and N pass; what is summed over stays."""
+    left, right = operands
+    outer = _outer(ctx, left, 1) + _outer(ctx, right, 2)
+    batch = _batch(ctx, operands, frozenset({0}))
+    return ctx.value(batch + outer, like=Value(ctx.shape))
 
 
 @register_rule('Baddbmm')
 def batched_addmm(ctx: Context, operands: Operands) -> Value:
     """A batched product and a sum; the summand has no channels of its own."""
-    ctx.freeze_value(operands[0], 'added to a product by')
-    return _product(ctx, operands[1], operands[2])
-
-
-def _product(ctx: Context, left: Value | None, right: Value | None) -> Value:
-    passed = []
-    for value, outer in ((left, 1), (right, 2)):
+    summand, left, right = operands
+    ctx.freeze_value(summand, 'added to a product by')
+    for value in (left, right):  # whose batch the summand may fix
         for plane in value.planes if value else ():
-            if varying(plane) == {outer}:
-                passed.append(plane)
-            else:
-                ctx.freeze(plane, 'multiplied with an activation by')
-    return ctx.value(passed, like=Value(ctx.shape))
+            ctx.mixed(plane, frozenset({0}), _reason(ctx, plane))
+    return ctx.value(
+        _outer(ctx, left, 1) + _outer(ctx, right, 2), like=Value(ctx.shape)
+    )
 
 
 @register_rule(
-    'Mv', 'Dot', 'Cdist', 'EuclideanDist', 'ScaledDotProductFlashAttentionForCpu',
-    'ScaledDotProductFlashAttention', 'ScaledDotProductEfficientAttention',
-    'ScaledDotProductCudnnAttention', 'MultiScaleDeformableAttnFunction',
+    'ScaledDotProductFlashAttentionForCpu', 'ScaledDotProductFlashAttention',
+    'ScaledDotProductEfficientAttention', 'ScaledDotProductCudnnAttention',
 )  # fmt: skip
-def attend(ctx: Context, operands: Operands) -> list[Value]:
+def scaled_dot_product(ctx: Context, operands: Operands) -> list[Value]:
+    """Queries, keys and values (B, heads, N, C) and a bias (B, heads, N, N)."""
+    bias = [v for v in operands[3:] if v is not None]
+    planes = _batch(ctx, [*operands[:3], *bias], frozenset({0, 1}))
+    for value in operands:
+        for plane in value.planes if value else ():
+            ctx.mixed(plane, frozenset({2, 3}), _reason(ctx, plane))
+    like = Value(ctx.shape)
+    others = [Value(shape) for shape in ctx.out_shapes[1:]]  # for backward alone
+    return [ctx.value(planes, like=like), *others]
+
+
+@register_rule(
+    'Mv', 'Dot', 'Cdist', 'EuclideanDist', 'MultiScaleDeformableAttnFunction'
+)
+def contract(ctx: Context, operands: Operands) -> list[Value]:
     """Sums over the channels of two activations, none of which can go alone."""
     for value in operands:
         ctx.freeze_value(value, 'multiplied with an activation by')
     return [Value(shape) for shape in ctx.out_shapes]
+
+
+def _outer(ctx: Context, value: Value | None, dim: int) -> list[Tensor]:
+    """Planes along the dimension of a factor that the result keeps."""
+    passed = []
+    for plane in value.planes if value else ():
+        if varying(plane) == {dim}:
+            passed.append(plane)
+        elif varying(plane) != {0}:
+            ctx.freeze(plane, _reason(ctx, plane))
+    return passed
+
+
+def _batch(
+    ctx: Context, values: Sequence[Value | None], dims: frozenset[int]
+) -> list[Tensor]:
+    """Equate the planes of all factors along the batch dimensions; one stands for all.
+
+    A factor without such a plane has a batch of fixed size; factors of different ones
+    share theirs in a way that the labels do not show.
+    """
+    found = [[p for p in (v.planes if v else ()) if varying(p) <= dims] for v in values]
+    sizes = {(d, p.shape[d]) for own in found for p in own for d in varying(p)}
+    alike = len(sizes) == len({d for d, _ in sizes})
+    if not alike or any(len(planes) != 1 for planes in found):
+        for plane in (p for planes in found for p in planes):
+            ctx.freeze(plane, 'multiplied with a tensor of fixed width by')
+        return []
+    result, *others = (planes[0] for planes in found)
+    for plane in others:
+        ctx.table.equate(result, plane)
+        shape = torch.broadcast_shapes(result.shape, plane.shape)
+        result = fill_unlabelled(result.expand(shape), plane)
+    return [result]
+
+
+def _reason(ctx: Context, plane: Tensor) -> str:
+    """Why channels stay that are summed over; the op's name follows."""
+    owner = ctx.attention(plane)
+    what = 'multiplied with an activation by'
+    if owner is None or owner.kind is not None:
+        return what
+    return f'in heads, for whose count in {owner.module} there is no HeadKind, {what}'

@@ -25,9 +25,12 @@ def reduce(ctx: Context, operands: Operands) -> list[Value]:
         dims = range(rank)  # a full reduction
     reduced = frozenset(ctx.signed_dims(dims, rank))
     keepdim = len(ctx.shape) == rank
+    what = 'channels are reduced, before any mask on them, by'
+    if value.from_parameters:  # as weight standardisation does
+        what = 'read with a weight that is normalised over its input channels by'
     planes = []
     for plane in value.planes:
-        if ctx.mixed(plane, reduced, 'channels are reduced by'):
+        if ctx.mixed(plane, reduced, what):
             continue
         if not keepdim:
             kept = [size for d, size in enumerate(plane.shape) if d not in reduced]
@@ -36,7 +39,7 @@ def reduce(ctx: Context, operands: Operands) -> list[Value]:
     return [ctx.value(planes, like=value, shape=shape) for shape in ctx.out_shapes]
 
 
-@register_rule('Softmax', 'LogSoftmax', 'Cumsum')
+@register_rule('Softmax', 'SafeSoftmax', 'LogSoftmax', 'Cumsum')
 def along(ctx: Context, operands: Operands) -> Value:
     """Elements along one dimension are mixed."""
     value = operands[0]

@@ -29,14 +29,28 @@ def view(ctx: Context, operands: Operands) -> Value:
 def _keep_rows(ctx: Context, source: Shape, plane: Tensor, result: Tensor) -> Tensor:
     """Keep a split of C into (groups, C / groups) possible with fewer channels.
 
-    The number of groups is fixed, so that one channel of each goes at a time.
+    The number of groups is fixed, so that one channel of each goes at a time. Where
+    the groups are heads whose number is not fixed, whole heads go.
     """
     for ins, outs in blocks(source, ctx.shape):
         split = [d for d in outs if d in varying(result)]
         if len(split) > len(varying(plane) & set(ins)):
-            for dim in split[:-1]:
-                result = ctx.merge(result, dim)
+            kept = outs[-2] if _splits_heads(ctx, result, outs) else split[-1]
+            for dim in split:
+                if dim != kept:
+                    result = ctx.merge(result, dim)
     return result
+
+
+def _splits_heads(ctx: Context, plane: Tensor, dims: range) -> bool:
+    """Whether C was split into (..., heads, C / heads) by a module that counts them."""
+    owner = ctx.attention(plane)
+    return (
+        owner is not None
+        and owner.kind is not None
+        and len(dims) > 1
+        and plane.shape[dims[-2]] == owner.heads > 1
+    )
 
 
 @register_rule('Permute')
@@ -170,22 +184,20 @@ def cat(ctx: Context, operands: Operands) -> Value:
     if all(dim not in varying(p) for v in values for p in v.planes):
         labels_elsewhere = [v.planes for v in values]
         return _joined(ctx, labels_elsewhere, values)
-    parts = []
+    parts, others = [], []
     for value in values:
         own = [p for p in value.planes if dim in varying(p)]
-        for plane in value.planes:
-            if not any(plane is p for p in own):
-                ctx.freeze(plane, 'joined unevenly by')
-        if own:
-            parts.append(own[0])
-        else:
-            parts.append(torch.full((1,) * len(ctx.shape), NO_LABEL))
+        others.append([p for p in value.planes if dim not in varying(p)])
+        parts.append(own[0] if own else torch.full((1,) * len(ctx.shape), NO_LABEL))
+        for plane in own[1:]:
+            ctx.freeze(plane, 'joined unevenly by')
+    beside = _joined(ctx, others, values).planes  # heads of tokens, for one
     sizes = list(torch.broadcast_shapes(*(_with(p, dim, 1).shape for p in parts)))
     expanded = []
     for part, value in zip(parts, values, strict=True):
         sizes[dim] = value.shape[dim]
         expanded.append(part.expand(sizes))
-    return ctx.value([torch.cat(expanded, dim)], like=values[0])
+    return ctx.value([torch.cat(expanded, dim), *beside], like=values[0])
 
 
 @register_rule('Stack')
@@ -204,13 +216,15 @@ def _joined(
     ctx: Context, planes: Sequence[Sequence[Tensor]], values: Sequence[Value]
 ) -> Value:
     """Join along a dimension without labels: what lies behind each other is equated."""
+    planes = [sorted(own, key=lambda p: sorted(varying(p))) for own in planes]
     most = max(planes, key=len)
     for others in planes:
-        if len(others) != len(most):
+        pairs = list(zip(most, others, strict=False))
+        if len(pairs) < len(most) or not all(varying(a) & varying(b) for a, b in pairs):
             for plane in [*most, *others]:
                 ctx.freeze(plane, 'joined with a tensor of fixed width by')
             return Value(ctx.shape)
-        for a, b in zip(most, others, strict=True):
+        for a, b in pairs:
             ctx.table.equate(a, b)
     return ctx.value(most, like=values[0])
 

@@ -1,0 +1,1 @@
+"""Networks that the libraries lack; a config imports the module it needs."""

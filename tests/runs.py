@@ -1,0 +1,290 @@
+"""Pruning runs in processes of their own, which tests may kill or let meet.
+
+Processes are forked off one that has imported the libraries, so that each starts fast.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import DATASETS
+from mmengine.runner import Runner
+
+ROOT = Path(__file__).parent.parent
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(
+    ['mmgfp.engine.hook', 'mmdet.models', 'mmdet.datasets', 'mmpretrain.models']
+)
+
+
+@DATASETS.register_module(force=True)
+class Dots(torch.utils.data.Dataset):
+    """Noise (3, 16, 16) with a label, flipped at random in the process that loads it."""
+
+    def __init__(self, length=12, flip=True):
+        self.length, self.flip = length, flip
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        from mmpretrain.structures import DataSample
+
+        image = torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i))
+        if self.flip and np.random.random() < 0.5:
+            image = image.flip(2)
+        return dict(inputs=image, data_samples=DataSample().set_gt_label(i % 3))
+
+
+def tiny_classifier(folder, **hook):
+    """A pruning run of a ResNet-18 whose head has dropout, with validation."""
+    data = dict(
+        num_workers=0,
+        dataset=dict(type='Dots'),
+        collate_fn=dict(type='default_collate'),
+    )
+    steady = dict(type='DefaultSampler', shuffle=False)
+    config = dict(
+        default_scope='mmpretrain',
+        experiment_name='tiny',
+        work_dir=str(folder / 'work'),
+        randomness=dict(seed=0),
+        model=dict(
+            type='ImageClassifier',
+            data_preprocessor=dict(num_classes=3),
+            backbone=dict(type='ResNet', depth=18, base_channels=4, stem_channels=4),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(
+                type='StackedLinearClsHead',
+                num_classes=3,
+                in_channels=32,
+                mid_channels=[16],
+                dropout_rate=0.5,
+            ),
+        ),
+        train_dataloader=dict(
+            **data, batch_size=4, sampler=dict(type='InfiniteSampler', shuffle=True)
+        ),
+        val_dataloader=dict(**data, batch_size=4, sampler=steady),
+        val_evaluator=dict(type='Accuracy', topk=1),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=14, val_interval=4),
+        val_cfg=dict(type='ValLoop'),
+        optim_wrapper=dict(
+            optimizer=dict(type='SGD', lr=0.02, momentum=0.9, weight_decay=1e-4)
+        ),
+        default_hooks=dict(
+            checkpoint=dict(
+                type='CheckpointHook',
+                by_epoch=False,
+                interval=2,
+                max_keep_ckpts=1,
+                save_best='auto',
+            ),
+            logger=dict(type='LoggerHook', interval=100),
+        ),
+        log_processor=dict(by_epoch=False),
+        custom_hooks=[
+            dict(
+                type='FisherPruningHook',
+                interval=3,
+                units_per_step=4,
+                target=[dict(flops=0.93), dict(flops=0.5)],
+                **hook,
+            )
+        ],
+    )
+    return Config(config)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a run is killed.
+
+    Attributes:
+        place: One of `PLACES`.
+        iteration: In which iteration, from 1; at the places that write a file, that of
+            the file's name.
+    """
+
+    place: str
+    iteration: int
+
+
+#: Within an iteration, in the order in which they come; then while files are written.
+ITERATION = ('loaded', 'backward', 'stepped', 'decided', 'end')
+SAVING = ('saving', 'noting')
+PLACES = (*ITERATION, *SAVING, 'artifact')
+
+
+class _Killer(Hook):
+    """Ends the process at a cut, as a lack of power would."""
+
+    def __init__(self, cut, place):
+        self.cut, self.place = cut, place
+
+    def before_train_iter(self, runner, *args, **kwargs):
+        if runner.iter + 1 == self.cut.iteration:
+            if self.place == 'loaded':
+                die()
+            if self.place == 'backward':
+                *_, last = (p for p in runner.model.parameters() if p.requires_grad)
+                last.register_hook(lambda grad: die())
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if runner.iter + 1 == self.cut.iteration and self.place in ITERATION[2:]:
+            die()
+
+
+def die(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _arrange(runner, cut):
+    order = {'stepped': 'VERY_HIGH', 'decided': 'NORMAL'}
+    if cut.place in ITERATION:
+        killer = _Killer(cut, cut.place)
+        runner.register_hook(killer, order.get(cut.place, 'LOWEST'))
+    elif cut.place == 'saving':
+        name = f'iter_{cut.iteration}.pth'
+        Path.write_bytes = lambda path, data: _half(path, data, name)
+    elif cut.place == 'noting':
+        import mmengine.hooks.checkpoint_hook as module
+
+        def opened(path, mode):
+            file = open(path, mode)  # noqa: SIM115 - it is to stay empty
+            return die() if _noted(runner, cut) else file
+
+        module.open = opened
+    else:
+        import mmgfp.io
+
+        mmgfp.io.torch.save = lambda data, path: _half(path, b'PK' * 500, 'flops')
+
+
+def _noted(runner, cut):
+    return runner.iter + 1 == cut.iteration
+
+
+def _half(path, data, name):
+    with open(path, 'wb') as file:
+        file.write(data if name not in path.name else data[: len(data) // 2])
+    if name in path.name:
+        die()
+
+
+def _tool():
+    path = ROOT / 'tools/train.py'
+    spec = importlib.util.spec_from_file_location('tool_train', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _train(config, resume, cut, change, rank, processes, port):
+    """Train as tools/train.py does, then write ``end_<rank>.pth``."""
+    torch.set_num_threads(1)
+    tool = _tool()
+    if processes > 1:
+        os.environ |= {
+            'RANK': str(rank),
+            'LOCAL_RANK': str(rank),
+            'WORLD_SIZE': str(processes),
+            'MASTER_ADDR': '127.0.0.1',
+            'MASTER_PORT': str(port),
+        }
+        config.launcher = 'pytorch'
+        tool.use_cpus(config)
+    tool.apply_resume(config, 'auto' if resume else None)
+    runner = Runner.from_cfg(config)
+    if cut is not None:
+        _arrange(runner, cut)
+    if change is not None:
+        change(runner, rank)
+    runner.train()
+    module = getattr(runner.model, 'module', runner.model)
+    hook = next(h for h in runner.hooks if type(h).__name__ == 'FisherPruningHook')
+    end = {
+        'iteration': runner.iter,
+        'weights': module.state_dict(),
+        'optimizer': runner.optim_wrapper.state_dict(),
+        'alive': hook.pruner.alive.tolist(),
+    }
+    torch.save(end, Path(runner.work_dir) / f'end_{rank}.pth')
+
+
+def train(config, resume=False, cut=None, change=None, processes=1, limit=240):
+    """Run a config to its end, or to where it is cut.
+
+    Args:
+        config: What to run.
+        resume: Whether as with ``--resume``.
+        cut: Where to kill it.
+        change: Called with the runner and the rank before training; a function of a
+            module.
+        processes: How many train together.
+        limit: Seconds, after which all are killed.
+
+    Returns:
+        list: The exit codes.
+    """
+    port = 20000 + (os.getpid() * 7 + time.time_ns() // 1000) % 20000
+    jobs = [
+        FORKS.Process(
+            target=_train, args=(config, resume, cut, change, r, processes, port)
+        )
+        for r in range(processes)
+    ]
+    for job in jobs:
+        job.start()
+    end = time.monotonic() + limit
+    for job in jobs:
+        job.join(max(0.0, end - time.monotonic()))
+        if job.is_alive():
+            job.kill()
+            job.join()
+    return [job.exitcode for job in jobs]
+
+
+def ended(config, rank=0):
+    """What a finished run leaves."""
+    return torch.load(Path(config.work_dir) / f'end_{rank}.pth', weights_only=True)
+
+
+def assert_same_end(config, other):
+    """Compare two finished runs bit by bit: weights, optimizer, masks and artifacts."""
+    first, second = ended(config), ended(other)
+    assert first['iteration'] == second['iteration']
+    assert first['alive'] == second['alive']
+    _assert_equal(first, second)
+    one, two = (
+        {p.name: torch.load(p, weights_only=True) for p in artifacts(c)}
+        for c in (config, other)
+    )
+    assert one.keys() == two.keys() and one
+    for name in one:
+        assert one[name]['prune_structure'] == two[name]['prune_structure']
+        _assert_equal(one[name]['state_dict'], two[name]['state_dict'])
+
+
+def artifacts(config):
+    """Compact models that a run has saved."""
+    return sorted(Path(config.work_dir).glob('*_flops*.pth'))
+
+
+def _assert_equal(one, two):
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            _assert_equal(one[key], two[key])
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    else:
+        assert one == two
