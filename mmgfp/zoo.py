@@ -221,7 +221,7 @@ def _prune(model: Any, calls: BatchCalls) -> dict[str, Any]:
     pruner = GroupFisherPruner(model)
     work = calls.work(model)
     start = time.perf_counter()
-    grouping = pruner.prepare(calls.loss, calls.forward, calls.images, work)
+    grouping = pruner.prepare(calls.loss, calls.check, calls.images, work)
     prepared = time.perf_counter() - start
     pruner.close()
     alive = random_units(grouping.groups, 0.3, np.random.default_rng(1))

@@ -59,7 +59,7 @@ def analyze(
     calls = BatchCalls(model, demo_batch(cfg))
     work = calls.work(model, shape)
     pruner = GroupFisherPruner(model, strict=strict)
-    pruner.prepare(calls.loss, calls.forward, calls.images, work)
+    pruner.prepare(calls.loss, calls.check, calls.images, work)
     return report(pruner, work)
 
 

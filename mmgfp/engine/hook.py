@@ -192,7 +192,7 @@ class FisherPruningHook(Hook):
 
     def _discover(self, pruner: GroupFisherPruner, calls: BatchCalls) -> dict[str, Any]:
         work = calls.work(pruner.model, self.input_shape)
-        return pruner.discover(calls.loss, calls.forward, calls.images, work).to_dict()
+        return pruner.discover(calls.loss, calls.check, calls.images, work).to_dict()
 
     def _log_groups(
         self, runner: Runner, pruner: GroupFisherPruner, calls: BatchCalls

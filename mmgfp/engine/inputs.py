@@ -35,6 +35,7 @@ class BatchCalls:
         self.images = len(views[0])
         self.size = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else None
         self._mode: str | None = None
+        self._loss_infers: bool | None = None
 
     def loss(self, model: Any) -> Tensor:
         """The training loss, a scalar."""
@@ -53,6 +54,33 @@ class BatchCalls:
         gives belongs to the outputs.
         """
         return self._outputs(model, self.data)
+
+    def check(self, model: nn.Module) -> Any:
+        """All outputs, as `forward` gives them; the loss must run as well.
+
+        Its value is not compared: where two candidates are as good as each other,
+        the last bit decides which of them a loss assigns. But a compact model that
+        cannot compute it cannot be trained: a detached target keeps its width, say.
+
+        The first call, which comes before anything is cut, shows whether the loss
+        runs in eval mode at all.
+        """
+        outputs = self.forward(model)
+        if self._loss_infers is None:
+            try:
+                self.steady_loss(model)
+            except Exception as error:
+                print_log(
+                    f'the loss of {type(model).__name__} cannot be computed in eval '
+                    f'mode ({type(error).__name__}: {error}): only outputs are checked',
+                    'current',
+                )
+                self._loss_infers = False
+            else:
+                self._loss_infers = True
+        elif self._loss_infers:
+            self.steady_loss(model)
+        return outputs
 
     def work(
         self, model: nn.Module, shape: tuple[int, ...] | None = None
