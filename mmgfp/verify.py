@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,31 +93,42 @@ def disagreement(
 
     Both run in double precision and in eval mode, with norms and biases set at random
     so that no layer is blind to its inputs.
+
+    Raises:
+        Exception: What ``forward`` raises for the masked copy, which is no fault of
+            the groups.
     """
     probe = copy_module(model).double()
     probe.eval()  # returns nothing where distillation overrides it
     _randomize_norms(probe)
-    outputs = []
-    try:
-        for copied in masked_and_compact(probe, groups, alive):
-            with undisturbed(copied), InDouble():
-                torch.manual_seed(0)
-                outputs.append(forward(copied))
+    masked, small = masked_and_compact(probe, groups, alive)
+    try:  # first the one that may fail at once
+        outputs = _outputs(small, forward)
     except Exception as error:  # whatever the model raises is the answer
-        if not outputs:
-            raise
+        _outputs(masked, forward)
         return f'{type(error).__name__}: {str(error)}'.splitlines()[0]
     try:
-        worst = difference(*outputs)
+        worst = difference(_outputs(masked, forward), outputs)
     except ValueError:
         return 'another number of outputs'
+    if worst == float('inf'):
+        return 'outputs differ in shape, or are not finite'
     return None if worst <= TOLERANCE else f'outputs differ by {worst:.2g}'
+
+
+def _outputs(model: nn.Module, forward: Forward) -> Any:
+    with undisturbed(model), InDouble():
+        torch.manual_seed(0)
+        return forward(model)
 
 
 def find_disagreements(
     model: nn.Module, grouping: Grouping, forward: Forward, seed: int = 0
 ) -> list[Disagreement]:
-    """Drop random units of all groups; if that fails, halve until the culprits stand.
+    """Drop random units of all groups; if that fails, look for the culprits.
+
+    A culprit is found by halving. With it fall the groups of the same layers in other
+    blocks, since code that fails in one block fails in the next.
 
     Args:
         model: The traced model, not masked yet.
@@ -132,19 +144,41 @@ def find_disagreements(
     kept = random_units(groups, shares, rng)
     group_of = grouping.group_of
 
-    def search(members: np.ndarray) -> list[Disagreement]:
+    def trial(members: np.ndarray) -> str | None:
         alive = kept | ~np.isin(group_of, members)
-        reason = disagreement(model, groups, alive, forward)
-        if reason is None:
-            return []
-        if len(members) == 1:
-            return [Disagreement(groups[members[0]], reason)]
-        half = len(members) // 2
-        found = search(members[:half]) + search(members[half:])
-        # Fine one by one but not together: none of them can be trusted.
-        return found or [Disagreement(groups[m], reason) for m in members]
+        return disagreement(model, groups, alive, forward)
 
-    return search(np.arange(len(groups))) if groups else []
+    doubted = np.arange(len(groups))
+    found: list[Disagreement] = []
+    while len(doubted) and (reason := trial(doubted)):
+        culprits, reason = _narrow(doubted, reason, trial)
+        kinds = {_kind(groups[c]) for c in culprits}
+        fallen = np.array([_kind(groups[g]) in kinds for g in doubted])
+        found += [Disagreement(groups[g], reason) for g in doubted[fallen]]
+        doubted = doubted[~fallen]
+    return found
+
+
+def _narrow(
+    members: np.ndarray, reason: str, trial: Callable[[np.ndarray], str | None]
+) -> tuple[np.ndarray, str]:
+    """One group that fails on its own, or several that only do so together."""
+    while len(members) > 1:
+        half = len(members) // 2
+        for part in (members[:half], members[half:]):
+            if found := trial(part):
+                members, reason = part, found
+                break
+        else:
+            break
+    return members, reason
+
+
+def _kind(group: ChannelGroup) -> frozenset[tuple[str, int, str]]:
+    """What a group has in common with its like in other blocks of a model."""
+    return frozenset(
+        (re.sub(r'\b\d+\b', '*', m.name), m.dim, m.role) for m in group.members
+    )
 
 
 def _randomize_norms(model: nn.Module) -> None:

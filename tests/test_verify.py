@@ -1,11 +1,13 @@
 """The proof finds wrong groups, tells them from right ones, and disturbs nothing."""
 
+import copy
 import dataclasses
 import logging
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from toys import (
     TOYS,
     ConvPair,
@@ -146,6 +148,41 @@ def test_several_wrong_groups_are_singled_out():
     wrong = misplaced(wrong, 5, 'cls_pred.weight')
     found = find_disagreements(net, wrong, forward)
     assert [f.group for f in found] == [wrong.groups[1], wrong.groups[5]]
+
+
+class Blocks(nn.Module):
+    """Blocks of two branches; one of the branches counts on its 6 channels."""
+
+    def __init__(self):
+        super().__init__()
+        parts = {'a': conv(4, 6), 'b': conv(4, 5), 'c': conv(6, 4), 'd': conv(5, 4)}
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(copy.deepcopy(parts)) for _ in range(8)
+        )
+        self.stem, self.head = conv(3, 4), conv(4, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            y = block['a'](x).reshape(len(x), 6, *x.shape[2:])
+            x = x + block['c'](y) + block['d'](block['b'](x))
+        return self.head(x)
+
+
+def test_groups_of_the_same_layers_fall_together(monkeypatch):
+    trials = []
+
+    def counted(*args):
+        trials.append(args)
+        return disagreement(*args)
+
+    monkeypatch.setattr('mmgfp.verify.disagreement', counted)
+    net = Blocks()
+    grouping = grouped(net)
+    assert len(grouping.groups) == 17  # the residual stream, and two of each block
+    found = find_disagreements(net, grouping, forward)
+    assert {f.group.name for f in found} == {f'blocks.{i}.a' for i in range(8)}
+    assert len(trials) <= 2 + 2 * 5  # all of them, halving once, and what is left
 
 
 def fixed_width():
