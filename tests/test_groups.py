@@ -468,3 +468,26 @@ def test_matches(layer, pattern, fits):
 def test_module_of():
     assert module_of('neck.conv.weight') == 'neck.conv'
     assert module_of('weight') == ''
+
+
+def test_weights_that_a_controller_makes_freeze_both_factors():
+    """Its kernels depend on the image, though the image itself is in no graph."""
+
+    def run(net, x):
+        kernels = net.controller(net.a(x)).mean((2, 3))  # (N, 6)
+        y = F.conv2d(net.b(x), kernels[:, :, None, None])
+        return net.head(net.last(y.relu()))
+
+    net = Net(
+        run,
+        a=conv(3, 5),
+        controller=conv(5, 6),
+        b=conv(3, 6),
+        last=conv(2, 4),  # reads one channel for each of the two images
+        head=conv(4, 4),
+    )
+    grouping = grouped(net)
+    assert [g.name for g in grouping.groups] == ['a', 'last']
+    reasons = {f.layer: f.reason for f in grouping.frozen}
+    what = 'multiplied with an activation by Convolution'
+    assert what in reasons['b'] and what in reasons['controller']

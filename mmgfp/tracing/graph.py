@@ -87,9 +87,14 @@ def _postorder(roots: list[Node]) -> tuple[list[Node], dict[Node, Edges]]:
 
 
 def _from_parameters(nodes: list[Node], edges: dict[Node, Edges]) -> set[Node]:
-    """Nodes that depend on parameters and on nothing else in the graph."""
+    """Nodes that depend on parameters and on nothing else in the graph.
+
+    A layer's results do not count: images, which need no gradient, are not in it.
+    """
     found: set[Node] = set()
     for node in nodes:
+        if op_name(node) in LAYER_OPS:
+            continue
         operands = [n for n, _ in edges[node] if n is not None]
         if hasattr(node, 'variable') or (
             operands and all(n in found for n in operands)

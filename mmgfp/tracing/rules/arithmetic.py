@@ -40,7 +40,7 @@ def elementwise(ctx: Context, operands: Operands) -> Value:
             if _holds_without_labels(value, plane):
                 ctx.freeze(plane, 'combined with a tensor of fixed width by')
     result = Value(
-        ctx.shape, (), all(v is not None and v.from_parameters for v in operands)
+        ctx.shape, (), bool(values) and all(v.from_parameters for v in values)
     )
     return ctx.value(merged, like=result)
 

@@ -80,6 +80,10 @@ def _convolve(ctx: Context, operands: Operands, transposed: bool, groups: int) -
     if weight is None:
         ctx.freeze_value(value, 'read with a fixed weight by')
         return Value(ctx.shape)
+    if not weight.from_parameters:
+        for factor in operands:
+            ctx.freeze_value(factor, 'multiplied with an activation by')
+        return Value(ctx.shape)
     out_dim, in_dim = (1, 0) if transposed else (0, 1)
     channels = value.shape[1] if value else _input_channels(weight, in_dim, groups)
     labels = _input_vector(ctx, value, channels)
