@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmgfp.errors import StructureError
+from mmgfp.errors import SavingError, StructureError
 from mmgfp.io import atomic_write, load_weights_only, save_checkpoint
 
 
@@ -43,15 +43,17 @@ def test_write_creates_the_folder_and_leaves_one_readable_file(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
-def test_failing_writer_leaves_the_old_file_whole(tmp_path):
+@pytest.mark.parametrize('kind', [OSError, RuntimeError])  # torch.save's is the latter
+def test_failing_writer_leaves_the_old_file_whole(kind, tmp_path):
     path = tmp_path / 'file.txt'
     path.write_text('old')
 
     def fail(tmp):
         tmp.write_text('half')
-        raise OSError('disk full')
+        raise kind('disk full\nand more')
 
-    with pytest.raises(OSError, match='disk full'):
+    words = 'file.txt: expected to be written whole, got disk full; what was there'
+    with pytest.raises(SavingError, match=words):
         atomic_write(path, fail)
     assert path.read_text() == 'old'
     assert listing(tmp_path) == ['file.txt']

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,16 @@ from rich.table import Table
 from mmgfp.analysis import costs_of
 from mmgfp.cli import load_config, run_cli
 from mmgfp.engine.demo_batch import demo_batch
-from mmgfp.engine.deployment import Deployable, deploy, read_deployable
+from mmgfp.engine.deployment import (
+    Deployable,
+    deploy,
+    read_deployable,
+    recorded_shape,
+)
 from mmgfp.engine.inputs import BatchCalls
-from mmgfp.errors import ConfigError
 from mmgfp.io import atomic_write
 from mmgfp.latency import measure_latency
 
-#: Largest image side that is believed of a checkpoint.
-MAX_SIDE = 8192
 DEFAULT_SHAPES = {'mmdet': (3, 800, 1280), 'mmpretrain': (3, 224, 224)}
 
 
@@ -46,26 +47,6 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     return parser.parse_args()
-
-
-def recorded_shape(meta: dict[str, Any]) -> Sequence[int] | None:
-    """The image size that a checkpoint names, which nobody has looked at yet.
-
-    Raises:
-        ConfigError: It is no (C, H, W), or so large that it would fill the memory.
-    """
-    shape = meta.get('input_shape')
-    if shape is None:
-        return None
-    three = isinstance(shape, list | tuple) and len(shape) == 3
-    if not three or not all(type(s) is int and 1 <= s <= MAX_SIDE for s in shape):
-        raise ConfigError(
-            'meta.input_shape of the checkpoint',
-            f'(C, H, W), each at most {MAX_SIDE}',
-            repr(shape)[:60],
-            'name the size with --input-shape',
-        )
-    return shape
 
 
 def summarize(

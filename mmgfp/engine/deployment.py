@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from mmgfp.io import atomic_write, load_weights_only
 from mmgfp.structure import STRUCTURE_KEY, PruneStructure
 from mmgfp.surgery import compact
 
+#: Largest image side that is believed of a checkpoint.
+MAX_SIDE = 8192
 REMEDY = 'give the config and the checkpoint of one and the same run'
 
 
@@ -101,6 +104,26 @@ def load_training_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def recorded_shape(meta: dict[str, Any]) -> Sequence[int] | None:
+    """The image size that a checkpoint names, which nobody has looked at yet.
+
+    Raises:
+        ConfigError: It is no (C, H, W), or so large that it would fill the memory.
+    """
+    shape = meta.get('input_shape')
+    if shape is None:
+        return None
+    three = isinstance(shape, list | tuple) and len(shape) == 3
+    if not three or not all(type(s) is int and 1 <= s <= MAX_SIDE for s in shape):
+        raise ConfigError(
+            'meta.input_shape of the checkpoint',
+            f'(C, H, W), each at most {MAX_SIDE}',
+            repr(shape)[:60],
+            'name the size with --input-shape',
+        )
+    return shape
+
+
 def write_config(cfg: Config, item: Deployable, structure: str, path: Path) -> None:
     """Write a config that loads the compact model from beside itself.
 
@@ -135,7 +158,7 @@ def deploy(cfg: Config, item: Deployable, out: Path, name: str) -> dict[str, Pat
     Raises:
         ConfigError: ``out`` is a file, or ``name`` leads out of it.
     """
-    if not name or name != Path(name).name:
+    if name in ('', '.', '..') or name != Path(name).name:
         raise ConfigError(
             '--name', 'a file name', repr(name), 'name the folder with --out'
         )

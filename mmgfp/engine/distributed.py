@@ -35,9 +35,12 @@ def use_cpus(cfg: Config) -> None:
     if cfg.get('launcher') != 'pytorch' or get_device() != 'cpu':
         return
     torch.distributed.init_process_group('gloo')
-    unused = cfg.get('find_unused_parameters', False)
-    wrapper = {'broadcast_buffers': False, 'find_unused_parameters': unused}
-    cfg.setdefault('model_wrapper_cfg', wrapper).setdefault('device_ids', None)
+    default = {
+        'broadcast_buffers': False,
+        'find_unused_parameters': cfg.get('find_unused_parameters', False),
+    }
+    wrapper = cfg.get('model_wrapper_cfg') or default
+    cfg.model_wrapper_cfg = {**wrapper, 'device_ids': None}
 
 
 def made_once(make: Callable[[], Any]) -> Any:

@@ -268,8 +268,8 @@ class FisherPruningHook(Hook):
             runner.train_loop.stop_training = True
         elif not len(step.units):
             runner.logger.warning(
-                'no unit is left that may be pruned; see min_channels, max_ratio and '
-                'keep'
+                'no unit was pruned: none has gradients and may go; see min_channels, '
+                'max_ratio and keep'
             )
 
     def after_train(self, runner: Runner) -> None:
