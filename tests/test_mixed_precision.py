@@ -13,7 +13,7 @@ from toys import ConvPair, images, square_loss
 
 from mmgfp import GroupFisherPruner
 from mmgfp.engine.demo_batch import build_model, demo_batch
-from mmgfp.engine.hook import _loss_scale
+from mmgfp.engine.host import loss_scale
 from mmgfp.engine.inputs import BatchCalls
 from mmgfp.errors import ConfigError
 
@@ -54,7 +54,7 @@ def importance(model, calls, pruner, dtype=None, factor=1.0, **scaler):
         torch.manual_seed(seed)
         data = copy.deepcopy(calls.data)
         data['inputs'] += 0.3 * torch.randn_like(data['inputs'])
-        scale = _loss_scale(wrapper)
+        scale = loss_scale(wrapper)
         with wrapper.optim_context(model):
             losses = model(**data, mode='loss')
         wrapper.update_params(model.parse_losses(losses)[0] * factor)
@@ -121,7 +121,7 @@ def decisions(folder, **options):
         hook=dict(interval=4, units_per_step=3, target=dict(flops=0.1)),
         hooks=[
             Call(
-                before_train_iter=lambda r: scales.append(_loss_scale(r.optim_wrapper)),
+                before_train_iter=lambda r: scales.append(loss_scale(r.optim_wrapper)),
                 after_train_iter=lambda r: alive.append(pruner_of(r).alive.tolist()),
             )
         ],
@@ -191,4 +191,4 @@ def test_wrappers_that_hide_the_scale_are_refused(kind):
         f'{kind.__name__}; use OptimWrapper, or AmpOptimWrapper for mixed precision'
     )
     with pytest.raises(ConfigError, match=words):
-        _loss_scale(wrapper)
+        loss_scale(wrapper)

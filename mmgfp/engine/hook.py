@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,7 @@ from mmengine.dist import (
     get_world_size,
     is_main_process,
 )
-from mmengine.hooks import CheckpointHook, EMAHook, Hook
-from mmengine.model import is_model_wrapper
-from mmengine.optim import ApexOptimWrapper, OptimWrapperDict
+from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -30,7 +26,15 @@ from mmgfp.engine.distributed import (
     made_once,
     reduction,
 )
+from mmgfp.engine.host import (
+    averaged_model,
+    check_widths,
+    loss_scale,
+    saves_now,
+    unwrapped,
+)
 from mmgfp.engine.inputs import BatchCalls
+from mmgfp.engine.progress import Progress
 from mmgfp.engine.random_state import random_state, set_random_state
 from mmgfp.engine.registry import PRUNERS
 from mmgfp.engine.termination import Termination
@@ -126,7 +130,6 @@ class FisherPruningHook(Hook):
         PRUNERS.build({**self.config, 'model': None})
         self.pruner: GroupFisherPruner | None = None
         self._resumed: dict[str, Any] | None = None
-        self._started = (0.0, 0, 1.0)
         self._loss_scale = 1.0
         self._ema_mask: ColumnMask | None = None
         self._termination = Termination()
@@ -166,44 +169,33 @@ class FisherPruningHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Find the coupled channels on the first batch."""
-        self._loss_scale = _loss_scale(runner.optim_wrapper)
+        self._loss_scale = loss_scale(runner.optim_wrapper)
         if self.pruner is not None:
             return
         pruner = self._build(runner)
         calls = BatchCalls(pruner.model, data_batch)
         found = made_once(lambda: self._discover(pruner, calls))
         pruner.begin(Discovery.from_dict(found, pruner.model))
-        self._log_groups(runner, pruner, calls)
         self._watch(runner, pruner)
+        self.progress.log_groups(self.input_shape or calls.size)
 
     def _build(self, runner: Runner) -> GroupFisherPruner:
-        return PRUNERS.build({**self.config, 'model': _unwrapped(runner.model)})
+        return PRUNERS.build({**self.config, 'model': unwrapped(runner.model)})
 
     def _watch(self, runner: Runner, pruner: GroupFisherPruner) -> None:
         """Start to prune, or to go on with it."""
         self.pruner = pruner
-        averaged = _averaged(runner)
+        averaged = averaged_model(runner)
         if averaged is not None:
             self._ema_mask = ColumnMask(averaged, pruner.grouping.groups)
             self._ema_mask.update(pruner.alive)
         if pruner.done:
             runner.train_loop.stop_training = True
-        self._started = (time.time(), runner.iter, self._gap())
+        self.progress = Progress(runner, pruner)
 
     def _discover(self, pruner: GroupFisherPruner, calls: BatchCalls) -> dict[str, Any]:
         work = calls.work(pruner.model, self.input_shape)
         return pruner.discover(calls.loss, calls.check, calls.images, work).to_dict()
-
-    def _log_groups(
-        self, runner: Runner, pruner: GroupFisherPruner, calls: BatchCalls
-    ) -> None:
-        grouping, shape = pruner.grouping, self.input_shape or calls.size
-        runner.logger.info(
-            f'pruning {grouping.units} units in {len(grouping.groups)} groups; costs '
-            f'are for one image of {shape}: {_costs_text(pruner)}'
-        )
-        for layer in grouping.frozen:
-            runner.logger.info(f'{layer.layer} keeps channels: {layer.reason}')
 
     def after_train_iter(
         self,
@@ -218,7 +210,7 @@ class FisherPruningHook(Hook):
         if step is not None:
             self._decided(runner, step)
         self._termination.agreed = self._ends(runner, step)
-        if self._termination.agreed or any(_saves_now(h, runner) for h in runner.hooks):
+        if self._termination.agreed or any(saves_now(h, runner) for h in runner.hooks):
             self._gather()
 
     def _ends(self, runner: Runner, step: PruneStep | None) -> bool:
@@ -260,7 +252,7 @@ class FisherPruningHook(Hook):
         check_agreement(pruner.alive)
         if self._ema_mask is not None:
             self._ema_mask.update(pruner.alive)
-        self._log(runner, step)
+        self.progress.log_step(step)
         for target in step.reached:
             self._save(runner, target.label)
         if pruner.done:
@@ -278,7 +270,7 @@ class FisherPruningHook(Hook):
             return
         if not self.pruner.done:
             target = self.pruner.pending[0]
-            ratio = self._ratio(target)
+            ratio = self.progress.ratio(target)
             runner.logger.warning(
                 f'the schedule ended before the target {target.cost}='
                 f'{target.ratio:g}; reached {target.cost}={ratio:.4f}. Train longer, '
@@ -302,7 +294,7 @@ class FisherPruningHook(Hook):
                 weights are of another width.
         """
         if runner._resume or STRUCTURE_KEY in checkpoint:
-            _check_widths(_unwrapped(runner.model), checkpoint.get('state_dict', {}))
+            check_widths(unwrapped(runner.model), checkpoint.get('state_dict', {}))
         if not runner._resume:
             return
         self._resumed = checkpoint.get(STATE_KEY)
@@ -313,40 +305,6 @@ class FisherPruningHook(Hook):
                 'a checkpoint without one',
                 'to prune these weights, name them in load_from and do not resume',
             )
-
-    def _ratio(self, target: Target) -> float:
-        pruner = self.pruner
-        assert pruner is not None
-        return float(pruner.totals[target.cost] / pruner.full[target.cost])
-
-    def _gap(self) -> float:
-        """How far the last target is, in shares of the full cost."""
-        pruner = self.pruner
-        assert pruner is not None
-        return max((self._ratio(t) - t.ratio for t in pruner.pending), default=0.0)
-
-    def _log(self, runner: Runner, step: PruneStep) -> None:
-        pruner = self.pruner
-        assert pruner is not None
-        scalars = {
-            f'pruning/{cost}_{kind}': value
-            for cost, kinds in describe(step.totals, pruner.full).items()
-            for kind, value in kinds.items()
-        }
-        runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
-        runner.logger.info(
-            f'pruned {len(step.units)} units, {int(pruner.alive.sum())} left: '
-            f'{_costs_text(pruner)}, eta to the target {self._eta(runner)}'
-        )
-
-    def _eta(self, runner: Runner) -> str:
-        """Time to the last target at the pace so far."""
-        started, first, gap = self._started
-        covered = gap - self._gap()
-        if covered <= 0:
-            return 'unknown'
-        seconds = (time.time() - started) * self._gap() / covered
-        return str(datetime.timedelta(seconds=int(seconds)))
 
     def _save(self, runner: Runner, label: str) -> None:
         """Write ``<config>_<label>.pth`` into the work directory."""
@@ -364,7 +322,7 @@ class FisherPruningHook(Hook):
             'costs': describe(pruner.totals, pruner.full),
             'input_shape': self.input_shape,
         }
-        structure, averaged = pruner.structure(), _averaged(runner)
+        structure, averaged = pruner.structure(), averaged_model(runner)
         model = pruner.compact()
         if averaged is None:
             save_artifact(path, model, structure, meta)
@@ -372,69 +330,3 @@ class FisherPruningHook(Hook):
             average = compact(copy_module(averaged), structure)
             save_artifact(path, average, structure, meta, {'source': model})
         runner.logger.info(f'saved the compact model to {path}')
-
-
-def _saves_now(hook: Hook, runner: Runner) -> bool:
-    """Whether ``hook`` is about to write a checkpoint of this iteration."""
-    return (
-        isinstance(hook, CheckpointHook)
-        and not hook.by_epoch
-        and (
-            hook.every_n_train_iters(runner, hook.interval)
-            or hook.is_last_train_iter(runner)
-        )
-    )
-
-
-def _averaged(runner: Runner) -> Any:
-    """The averaged copy of the model that an `EMAHook` keeps, or None."""
-    hooks = [h for h in runner.hooks if isinstance(h, EMAHook)]
-    return hooks[0].ema_model.module if hooks else None
-
-
-def _check_widths(model: Any, weights: Mapping[str, Any]) -> None:
-    """Refuse weights of other widths, which loading would skip with a warning.
-
-    Raises:
-        ConfigError: A tensor has another shape than the model's.
-    """
-    for name, own in model.state_dict().items():
-        shape = getattr(weights.get(name), 'shape', own.shape)
-        if shape != own.shape:
-            raise ConfigError(
-                f'checkpoint: {name}',
-                f'shape {list(own.shape)} as in the model that is pruned',
-                str(list(shape)),
-                'give a checkpoint of that model, not one that was cut down',
-            )
-
-
-def _loss_scale(optim_wrapper: Any) -> float:
-    """What losses are multiplied with under mixed precision.
-
-    Raises:
-        ConfigError: The wrapper does not say it.
-    """
-    if isinstance(optim_wrapper, ApexOptimWrapper | OptimWrapperDict):
-        raise ConfigError(
-            'optim_wrapper.type',
-            'one that shows by what it scales the loss',
-            type(optim_wrapper).__name__,
-            'use OptimWrapper, or AmpOptimWrapper for mixed precision',
-        )
-    scaler = getattr(optim_wrapper, 'loss_scaler', None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
-
-
-def _unwrapped(model: Any) -> Any:
-    return model.module if is_model_wrapper(model) else model
-
-
-def _costs_text(pruner: GroupFisherPruner) -> str:
-    units = {'macs': ('MACs', 'G', 1e9), 'memory': ('memory', 'M elements', 1e6)}
-    units['params'] = ('params', 'M', 1e6)
-    costs = describe(pruner.totals, pruner.full)
-    return ', '.join(
-        f'{label} {costs[key]["left"] / scale:.4g} {unit} ({costs[key]["ratio"]:.1%})'
-        for key, (label, unit, scale) in units.items()
-    )

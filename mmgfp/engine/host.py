@@ -1,0 +1,70 @@
+"""What the pruning hook wants to know about the runner and the hooks beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import ApexOptimWrapper, OptimWrapperDict
+from mmengine.runner import Runner
+
+from mmgfp.errors import ConfigError
+
+
+def saves_now(hook: Hook, runner: Runner) -> bool:
+    """Whether ``hook`` is about to write a checkpoint of this iteration."""
+    return (
+        isinstance(hook, CheckpointHook)
+        and not hook.by_epoch
+        and (
+            hook.every_n_train_iters(runner, hook.interval)
+            or hook.is_last_train_iter(runner)
+        )
+    )
+
+
+def averaged_model(runner: Runner) -> Any:
+    """The averaged copy of the model that an `EMAHook` keeps, or None."""
+    hooks = [h for h in runner.hooks if isinstance(h, EMAHook)]
+    return hooks[0].ema_model.module if hooks else None
+
+
+def check_widths(model: Any, weights: Mapping[str, Any]) -> None:
+    """Refuse weights of other widths, which loading would skip with a warning.
+
+    Raises:
+        ConfigError: A tensor has another shape than the model's.
+    """
+    for name, own in model.state_dict().items():
+        shape = getattr(weights.get(name), 'shape', own.shape)
+        if shape != own.shape:
+            raise ConfigError(
+                f'checkpoint: {name}',
+                f'shape {list(own.shape)} as in the model that is pruned',
+                str(list(shape)),
+                'give a checkpoint of that model, not one that was cut down',
+            )
+
+
+def loss_scale(optim_wrapper: Any) -> float:
+    """What losses are multiplied with under mixed precision.
+
+    Raises:
+        ConfigError: The wrapper does not say it.
+    """
+    if isinstance(optim_wrapper, ApexOptimWrapper | OptimWrapperDict):
+        raise ConfigError(
+            'optim_wrapper.type',
+            'one that shows by what it scales the loss',
+            type(optim_wrapper).__name__,
+            'use OptimWrapper, or AmpOptimWrapper for mixed precision',
+        )
+    scaler = getattr(optim_wrapper, 'loss_scaler', None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of a wrapper such as DDP."""
+    return model.module if is_model_wrapper(model) else model
