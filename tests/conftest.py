@@ -27,6 +27,8 @@ def small_prune_config(folder, **hook):
     config.model.neck.in_channels = [8, 16, 32, 64]
     config.load_from = None
     config.work_dir = str(folder / 'work')
+    # MMEngine hands out visualizers by name, those of earlier runs as well.
+    config.visualizer.name = str(folder)
     config.train_cfg.max_iters = 12
     config.default_hooks.checkpoint.interval = 4
     config.custom_hooks[0].update(

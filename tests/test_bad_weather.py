@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
+from conftest import small_prune_config
 from mmengine.hooks import Hook
+from mmengine.runner import Runner
 from reference import mask_fisher
 from test_mixed_precision import slim_retinanet
 from toy_runner import Call, pruner_of, toy_runner
 from toys import ConvPair, TinyDetector, images, square_loss
 
-from mmgfp import GroupFisherPruner
+from mmgfp import FisherPruningHook, GroupFisherPruner
+from mmgfp.engine.inputs import BatchCalls
 from mmgfp.errors import ConfigError, StatisticsError
 
 
@@ -155,6 +158,24 @@ def test_batches_without_boxes_do_not_cost_the_box_tower_its_channels(retinanet)
     assert any(
         f'group {n} got no gradient in 2' in w for n in tower for w in pruner._warned
     )
+
+
+def test_a_batch_says_whether_it_has_boxes(retinanet):
+    _, calls = retinanet
+    assert not calls.without_boxes
+    assert not without_boxes(calls, 0).without_boxes
+    assert without_boxes(calls, 0, 1).without_boxes
+
+
+def test_pruning_begins_with_the_first_batch_that_has_boxes(tmp_path, monkeypatch):
+    flags = iter([True, True, False])
+    monkeypatch.setattr(BatchCalls, 'without_boxes', property(lambda _: next(flags)))
+    config = small_prune_config(tmp_path)
+    config.train_cfg.max_iters = 3
+    runner = Runner.from_cfg(config)
+    runner.train()
+    (hook,) = (h for h in runner.hooks if isinstance(h, FisherPruningHook))
+    assert runner.iter == 3 and hook.pruner.iteration == 1
 
 
 def test_first_batch_without_boxes_finds_the_same_groups(retinanet):

@@ -74,6 +74,7 @@ class FisherPruningHook(Hook):
             the size of the first training batch.
         strict: Raise at what cannot be pruned for lack of understanding.
         max_dropped: Iterations in a row without finite gradients that end the run.
+        statistics_every: Iterations from one that is watched to the next.
         pruner: Which algorithm, and further arguments of it.
 
     Raises:
@@ -96,6 +97,7 @@ class FisherPruningHook(Hook):
         input_shape: Sequence[int] | None = None,
         strict: bool = False,
         max_dropped: int = 100,
+        statistics_every: int = 1,
         pruner: dict | None = None,
         **unknown: Any,
     ) -> None:
@@ -105,7 +107,8 @@ class FisherPruningHook(Hook):
                 'a known argument',
                 repr(unknown),
                 'use interval, normalize, target, units_per_step, min_channels, '
-                'max_ratio, keep, coupled, input_shape, strict, max_dropped or pruner',
+                'max_ratio, keep, coupled, input_shape, strict, max_dropped, '
+                'statistics_every or pruner',
             )
         if input_shape is not None and len(input_shape) != 3:
             raise ConfigError(
@@ -124,6 +127,7 @@ class FisherPruningHook(Hook):
             'coupled': coupled,
             'strict': strict,
             'max_dropped': max_dropped,
+            'statistics_every': statistics_every,
             **(pruner or {}),
         }
         # Built once without a model, so that bad arguments fail before the run.
@@ -168,12 +172,15 @@ class FisherPruningHook(Hook):
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Find the coupled channels on the first batch."""
+        """Find the coupled channels on the first batch, or the first with boxes."""
         self._loss_scale = loss_scale(runner.optim_wrapper)
         if self.pruner is not None:
             return
         pruner = self._build(runner)
         calls = BatchCalls(pruner.model, data_batch)
+        if made_once(lambda: calls.without_boxes):
+            runner.logger.info('a batch without boxes: pruning begins with another')
+            return
         found = made_once(lambda: self._discover(pruner, calls))
         pruner.begin(Discovery.from_dict(found, pruner.model))
         self._watch(runner, pruner)
@@ -205,7 +212,8 @@ class FisherPruningHook(Hook):
         outputs: Any = None,
     ) -> None:
         """Gather statistics; prune, log and save when it is time."""
-        assert self.pruner is not None
+        if self.pruner is None:
+            return
         step = self.pruner.step(self._loss_scale, reduction())
         if step is not None:
             self._decided(runner, step)

@@ -37,6 +37,16 @@ class BatchCalls:
         self._mode: str | None = None
         self._loss_infers: bool | None = None
 
+    @property
+    def without_boxes(self) -> bool:
+        """Whether these are images for detection on which nothing is annotated.
+
+        Some heads read nothing then, and the graph does not show what they share.
+        """
+        samples = self.data.get('data_samples') or ()
+        found = [s.gt_instances for s in samples if 'gt_instances' in s]
+        return bool(found) and not any(len(instances) for instances in found)
+
     def loss(self, model: Any) -> Tensor:
         """The training loss, a scalar."""
         losses = model(**copy.deepcopy(self.data), mode='loss')
