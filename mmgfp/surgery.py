@@ -41,6 +41,7 @@ def compact(model: nn.Module, structure: PruneStructure) -> nn.Module:
             touched[id(module)] = module
     for module in reversed(list(model.modules())):  # blocks after their layers
         if id(module) in touched or _wraps(module, touched):
+            touched[id(module)] = module
             fix_attributes(module)
     for name, width in structure.attributes.items():
         module_name, _, attribute = name.rpartition('.')
@@ -174,6 +175,14 @@ def _fix_conv_block(block: Any) -> None:
 def _fix_split_block(block: Any) -> None:
     """Res2Net splits its channels into parts of ``width``."""
     block.width = block.convs[0].in_channels
+
+
+@register_attributes(
+    lambda m: all(hasattr(m, n) for n in ('channels', 'expansion', 'global_avgpool'))
+)
+def _fix_dynamic_relu(relu: Any) -> None:
+    """MMDetection's `DyReLU` splits what it computes into parts of ``channels``."""
+    relu.channels = relu.conv2.out_channels // relu.expansion
 
 
 @register_attributes(lambda m: head_kind(m) is not None)

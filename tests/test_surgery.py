@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mmcv.cnn import ConvModule
+from mmdet.models.layers import DyReLU
 from torch import nn
 from toys import (
     TOYS,
@@ -26,7 +27,12 @@ from toys import (
 
 from mmgfp.structure import PruneStructure, shapes_of
 from mmgfp.surgery import compact
-from mmgfp.verify import difference, masked_and_compact, random_units
+from mmgfp.verify import (
+    difference,
+    disagreement,
+    masked_and_compact,
+    random_units,
+)
 
 
 def without(net, gone):
@@ -247,3 +253,23 @@ def test_untouched_tensors_are_not_copied():
     bias = net.conv2.bias
     compact(net, structure)
     assert net.conv2.bias is bias
+
+
+def test_dynamic_relu_counts_the_channels_that_it_splits_into():
+    """One channel of ``a`` takes along the four coefficients that scale it."""
+    net = Net(
+        lambda net, x: net.head(net.relu(net.a(x))),
+        a=conv(3, 8),
+        relu=DyReLU(8),
+        head=conv(8, 4),
+    )
+    groups = grouped(net).groups
+    assert {g.name: g.units for g in groups} == {'a': 8, 'relu.conv1.conv': 2}
+    (coefficients,) = (
+        m for m in groups[0].members if m.name == 'relu.conv2.conv.weight'
+    )
+    assert coefficients.width == 4
+    alive = random_units(groups, 0.4, np.random.default_rng(0))
+    assert disagreement(net, groups, alive, lambda m: m(images())) is None
+    _, small = masked_and_compact(net, groups, alive)
+    assert small.relu.channels == small.a.out_channels == 5
