@@ -23,8 +23,11 @@ def slim_retinanet(**backbone):
     cfg = get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
     options = dict(depth=18, base_channels=8, frozen_stages=-1, init_cfg=None)
     cfg.model.backbone.update(options | backbone)
-    cfg.model.neck.update(in_channels=[8, 16, 32, 64], out_channels=8)
+    # Three levels: on maps of one pixel, bfloat16 kernels of torch for some CPUs give
+    # gradients of weights that are not even finite.
+    cfg.model.neck.update(in_channels=[8, 16, 32, 64], out_channels=8, num_outs=3)
     cfg.model.bbox_head.update(in_channels=8, feat_channels=8, num_classes=3)
+    cfg.model.bbox_head.anchor_generator.strides = [8, 16, 32]
     torch.manual_seed(0)
     model = build_model(cfg)
     return model, BatchCalls(model, demo_batch(cfg, 2, (64, 64)))
@@ -79,9 +82,7 @@ def agreement(pruner, expected, found):
 def test_bfloat16_ranks_like_fp32(detector):
     found = importance(*detector[:3], torch.bfloat16)
     every, group, _ = agreement(*detector[2:], found)
-    # Torch picks from several CPU kernels; the coarsest gave 0.993, 0.81 and the
-    # finest 0.9996, 0.98. What all units have in common changes no decision.
-    assert every > 0.99 and group > 0.75
+    assert every > 0.999 and group > 0.9
     assert (found != detector[3]).mean() > 0.9  # it was half precision
 
 
