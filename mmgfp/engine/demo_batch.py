@@ -38,7 +38,7 @@ def build_model(cfg: Config) -> nn.Module:
         model_cfg.setdefault('data_preprocessor', copy.deepcopy(cfg.data_preprocessor))
     for node in _dicts(model_cfg):
         init_cfg = node.get('init_cfg')
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+        if isinstance(init_cfg, dict) and 'checkpoint' in init_cfg:  # of any type
             node['init_cfg'] = None
         for key in ('teacher_ckpt', 'pretrained'):
             if isinstance(node.get(key), str):
