@@ -89,28 +89,37 @@ class CostTable:
         self.tensor_of = np.array([t for _, t in removal], dtype=int)  # (P,)
         self.removal = np.array([*removal.values()]).reshape(-1, rank)  # (P, D)
 
+        # Which pairs change when a group shrinks: those of its tensors.
+        self.pairs_of = [np.flatnonzero(self.group_of == g) for g in range(self.groups)]
+        self.touched_by = [
+            np.flatnonzero(np.isin(self.tensor_of, self.tensor_of[pairs]))
+            for pairs in self.pairs_of
+        ]
+
     def totals(self, removed: np.ndarray) -> Totals:
         """Costs of the model without ``removed`` units of each group, (G,)."""
-        return Totals(*self._costs(self._sizes(removed), slice(None)).sum(1))
+        return Totals(*self.costs(self.sizes_without(removed), slice(None)).sum(1))
 
-    def savings(self, removed: np.ndarray) -> Totals:
-        """What removing one more unit of each group saves, three arrays (G,)."""
-        sizes = self._sizes(removed)[self.tensor_of]  # (P, D)
-        now = self._costs(sizes, self.tensor_of)
-        saved = now - self._costs(sizes - self.removal, self.tensor_of)  # (3, P)
-        return Totals(*(np.bincount(self.group_of, s, self.groups) for s in saved))
+    def savings(self, removed: np.ndarray, more: np.ndarray | None = None) -> Totals:
+        """What removing more of each group by itself saves, three arrays (G,).
 
-    def _sizes(self, removed: np.ndarray) -> np.ndarray:
+        Args:
+            removed: Units gone from each group, (G,).
+            more: Units that go next, (G,); one of each by default.
+        """
+        return RunningCosts(self, removed, more).savings
+
+    def sizes_without(self, removed: np.ndarray) -> np.ndarray:
         """Sizes of all tensors without the ``removed`` units, (T, D)."""
         sizes = self.sizes.copy()
         gone = np.asarray(removed)[self.group_of, None] * self.removal
         np.subtract.at(sizes, self.tensor_of, gone)
         return sizes
 
-    def _costs(self, sizes: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+    def costs(self, sizes: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
         """MACs, memory and parameters of the tensors ``rows`` of ``sizes``, (3, R)."""
         elements = sizes.prod(1)  # (R,)
-        outputs = np.take_along_axis(sizes, self.out_dims[rows, None], 1)[:, 0]
+        outputs = sizes[np.arange(len(sizes)), self.out_dims[rows]]  # (R,)
         return np.stack(
             [
                 elements * self.positions[rows],
@@ -118,3 +127,52 @@ class CostTable:
                 elements,
             ]
         )
+
+
+class RunningCosts:
+    """Costs that follow a model as it shrinks, worked out anew where it did only.
+
+    Args:
+        table: The model's costs.
+        removed: Units gone from each group, (G,).
+        more: Units that go next from each group, for its savings, (G,); one of each
+            by default.
+    """
+
+    def __init__(
+        self, table: CostTable, removed: np.ndarray, more: np.ndarray | None = None
+    ) -> None:
+        self.table = table
+        self._more = np.ones(table.groups) if more is None else more.astype(float)
+        self._sizes = table.sizes_without(removed)  # (T, D)
+        self._costs = table.costs(self._sizes, slice(None))  # (3, T)
+        self._saved = self._savings_of(slice(None))  # (3, P)
+
+    @property
+    def totals(self) -> Totals:
+        """Costs of what is left."""
+        return Totals(*self._costs.sum(1))
+
+    @property
+    def savings(self) -> Totals:
+        """What the next units of each group save, three arrays (G,)."""
+        of, count = self.table.group_of, self.table.groups
+        return Totals(*(np.bincount(of, saved, count) for saved in self._saved))
+
+    def remove(self, group: int, units: int, more: int = 1) -> None:
+        """Take ``units`` off a group; then ``more`` would go next."""
+        table, pairs = self.table, self.table.pairs_of[group]
+        tensors = table.tensor_of[pairs]
+        self._sizes[tensors] -= units * table.removal[pairs]
+        self._costs[:, tensors] = table.costs(self._sizes[tensors], tensors)
+        self._more[group] = more
+        touched = table.touched_by[group]
+        self._saved[:, touched] = self._savings_of(touched)
+
+    def _savings_of(self, pairs: np.ndarray | slice) -> np.ndarray:
+        """What the next units of a pair's group take off its tensor, (3, R)."""
+        table = self.table
+        tensors = table.tensor_of[pairs]
+        gone = self._more[table.group_of[pairs], None] * table.removal[pairs]
+        rest = table.costs(self._sizes[tensors] - gone, tensors)
+        return self._costs[:, tensors] - rest

@@ -8,11 +8,12 @@ Where a layer's rows are RoIs, those of one image are summed before the square.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from mmgfp.tracing.rows import (
     Lost,
@@ -25,30 +26,65 @@ from mmgfp.tracing.rows import (
 
 #: Under this name a layer's tapped input knows what it was before.
 UNTAPPED = 'mmgfp_untapped'
+#: Under this name a tensor knows how it was tapped last.
+TAPPED = 'mmgfp_tapped'
+#: Elements whose product is held at once: half a MiB, which stays in a core's cache;
+#: elsewhere more of them, since each tile costs the start of a few kernels.
+TILE, DEVICE_TILE = 2**17, 2**22
 #: Why a layer's gradients are incomplete; the detail follows the first.
 UNTOLD = 'its rows cannot be told to images'
 FROZEN = 'its input needs no gradient, as behind frozen layers'
 
 
-def mask_gradient(x: Tensor, grad: Tensor, channel_dim: int) -> Tensor:
-    """Gradient of a mask on the channels of ``x``, one row per sample.
+def mask_gradient(
+    x: Tensor, grad: Tensor, channel_dim: int, rows: Rows | None = None
+) -> Tensor:
+    """Gradient of a mask on the channels of ``x``, for each sample or image.
+
+    The product of the two is never held whole: one tile after the other is multiplied
+    and summed while it is in a cache, whatever the memory format.
 
     Args:
         x: Input of a layer, (N, C, H, W) with ``channel_dim`` 1 or (N, ..., C) with -1.
         grad: Gradient of the loss by ``x``, of the same shape.
         channel_dim: The dimension that holds the channels.
+        rows: Images that the samples belong to; those of one image are summed.
 
     Returns:
-        Tensor: ``Σ x · grad`` over all but samples and channels, (N, C), float32.
+        Tensor: ``Σ x · grad`` over all but samples and channels, (N, C), of at least
+        single precision.
     """
-    if channel_dim == 1:
-        x, grad, what = x.flatten(2), grad.flatten(2), 'ncp,ncp->nc'
-    else:
-        shape, what = (len(x), -1, x.shape[-1]), 'npc,npc->nc'
-        x, grad = x.reshape(shape), grad.reshape(shape)
-    # Somebody may call backward inside autocast, which would sum in half precision.
-    with torch.autocast(x.device.type, enabled=False):
-        return torch.einsum(what, x.float(), grad.float())
+    channel_dim %= x.dim()
+    index, count = None, len(x)
+    if rows is not None and rows.index is not None:
+        index, count = rows.index % (rows.images + 1), rows.images + 1
+    # With an index, the last row takes samples of no image.
+    # Half precision would overflow, or sum to too little.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total = x.new_zeros(count, x.shape[channel_dim], dtype=dtype)
+    summed = [d for d in range(1, x.dim()) if d != channel_dim]
+    for tile in _tiles(x):
+        part = x[tile].to(dtype) * grad[tile].to(dtype)
+        part = part.sum(summed) if summed else part  # (n, c)
+        columns = tile[channel_dim] if channel_dim < len(tile) else slice(None)
+        if index is None:
+            total[tile[0], columns] += part
+        else:
+            total[:, columns].index_add_(0, index[tile[0]], part)
+    return total if index is None else total[:-1]
+
+
+def _tiles(x: Tensor) -> Iterator[tuple[slice, ...]]:
+    """Indices that cut ``x`` into tiles, along samples and the next outer dimension."""
+    size = TILE if x.device.type == 'cpu' else DEVICE_TILE
+    outer = max(range(1, x.dim()), key=x.stride)
+    between = (slice(None),) * (outer - 1)
+    sample = max(1, x[0].numel())
+    samples = max(1, size // sample)
+    length = max(1, size * x.shape[outer] // sample)
+    for n in range(0, len(x), samples):
+        for k in range(0, x.shape[outer], length):
+            yield slice(n, n + samples), *between, slice(k, k + length)
 
 
 def weight_owners(model: nn.Module) -> dict[str, list[str]]:
@@ -83,16 +119,6 @@ def untapped(
     return reasons
 
 
-def sum_by_image(gradients: Tensor, rows: Rows) -> Tensor:
-    """Sum the gradients (R, C) of the rows of each image, (N, C)."""
-    if rows.index is None:
-        return gradients
-    total = gradients.new_zeros(rows.images + 1, gradients.shape[1])
-    # The last row takes those of no image.
-    total.index_add_(0, rows.index % (rows.images + 1), gradients)
-    return total[:-1]
-
-
 def unit_gradients(
     gradients: Mapping[str, Tensor], units: Mapping[str, Tensor], count: int
 ) -> Tensor:
@@ -106,11 +132,22 @@ def unit_gradients(
     Returns:
         Tensor: (N, U).
     """
-    first = next(iter(gradients.values()))
-    total = first.new_zeros(len(first), count + 1)  # the last column takes the rest
-    for layer, gradient in gradients.items():
-        total.index_add_(1, units[layer].to(gradient.device) % (count + 1), gradient)
+    every = torch.cat(list(gradients.values()), 1)
+    index = torch.cat([units[layer] for layer in gradients]).to(every.device)
+    total = every.new_zeros(len(every), count + 1)  # the last column takes the rest
+    total.index_add_(1, index % (count + 1), every)
     return total[:, :count]
+
+
+def _shareable(x: Tensor) -> bool:
+    """Whether other layers may read ``x`` through the same tap.
+
+    A leaf may outlive the graph. Whoever watches what is saved for backward, as
+    checkpointing does, must see the same again when it runs a part twice; where torch
+    does not say whether somebody watches, nothing is shared.
+    """
+    hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
+    return x.grad_fn is not None and hooks is not None and hooks(True) is None
 
 
 class _Tap(torch.autograd.Function):
@@ -133,13 +170,19 @@ class FisherTap:
     """Takes mask gradients off the layers of a model, call by call.
 
     Nothing outlives backward but one (N, C) sum per layer; several calls of a shared
-    layer add up.
+    layer add up. Layers that read the same tensor are tapped together, as the sum of
+    their mask gradients is all that matters: it stands under the name of the first.
 
     Args:
         layers: Modules to tap, by the name of their weight.
         use: What the layers read; where it does not say, the rows are followed
             through the graph.
         first: Modules that read the images themselves.
+        units: The unit of each input channel by layer, (C,). Layers of other units
+            are not tapped together, and none without it.
+
+    Attributes:
+        active: Whether calls are tapped; otherwise they cost nothing.
     """
 
     def __init__(
@@ -147,10 +190,22 @@ class FisherTap:
         layers: Mapping[str, nn.Module],
         use: RowUse = RowUse(),  # noqa: B008
         first: Iterable[nn.Module] = (),
+        units: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.layers = dict(layers)
         self.use = use
         self.first = tuple(first)
+        self.active = True
+        #: Equal for layers that read one tensor in the same way.
+        self._ways: dict[str, Any] = {
+            name: (
+                self._channel_dim(name),
+                name in use.images,
+                name in use.rois,
+                name if units is None else units[name].numpy().tobytes(),
+            )
+            for name in self.layers
+        }
         self.gradients: dict[str, Tensor] = {}
         self.lost: dict[str, str] = {}
         self._handles: list[Any] = []
@@ -172,15 +227,21 @@ class FisherTap:
         self._handles.clear()
 
     def _tap(self, name: str, args: tuple[Any, ...]) -> Any:
-        x = args[0]
-        if not (torch.is_grad_enabled() and len(x)):
+        if not (self.active and torch.is_grad_enabled() and len(args[0])):
             return None
+        x = args[0]
         if not x.requires_grad:
             self.lost[name] = FROZEN
             return None
         # A layer inside another one, such as the offsets of a deformable convolution,
         # reads the same input but has a mask copy of its own.
         x = getattr(x, UNTAPPED, x)
+        reading = (id(self), x._version, self._ways[name])
+        shareable = x is args[0] and _shareable(x)
+        if shareable and hasattr(x, TAPPED):
+            *other, tapped = getattr(x, TAPPED)
+            if (*other,) == reading and tapped() is not None:
+                return tapped(), *args[1:]
         rows = self._rows(name, x)
         if isinstance(rows, Lost):
             self.lost[name] = f'{UNTOLD}: {rows.reason}'
@@ -188,7 +249,12 @@ class FisherTap:
         tapped = _Tap.apply(x, self, name, rows)
         mark_rows(tapped, rows)
         setattr(tapped, UNTAPPED, x)
+        if shareable:
+            setattr(x, TAPPED, (*reading, TensorWeakRef(tapped)))
         return tapped, *args[1:]
+
+    def _channel_dim(self, name: str) -> int:
+        return -1 if isinstance(self.layers[name], nn.Linear) else 1
 
     def _rows(self, name: str, x: Tensor) -> Rows | Lost:
         if name in self.use.images:
@@ -200,8 +266,7 @@ class FisherTap:
 
     def add(self, layer: str, x: Tensor, grad: Tensor, rows: Rows) -> None:
         """Add one call's mask gradients to the layer's sum."""
-        dim = -1 if isinstance(self.layers[layer], nn.Linear) else 1
-        gradient = sum_by_image(mask_gradient(x, grad, dim), rows)  # (N, C)
+        gradient = mask_gradient(x, grad, self._channel_dim(layer), rows)  # (N, C)
         others = next(iter(self.gradients.values()), gradient)
         if len(gradient) != len(others):
             found = f'{len(gradient)} images where others saw {len(others)}'

@@ -18,7 +18,15 @@ from mmgfp.fisher import FisherTap, weight_owners
 from mmgfp.groups import Grouping
 from mmgfp.masking import ColumnMask
 from mmgfp.recording import Forward, LossFunction, copy_module
-from mmgfp.selection import NORMALIZATIONS, Limits, Target, select_units
+from mmgfp.selection import (
+    NORMALIZATIONS,
+    Limits,
+    Target,
+    auto_bound,
+    rest_steps,
+    select_units,
+    waypoints,
+)
 from mmgfp.statistics import Importance, Reduce, UnitStatistics
 from mmgfp.structure import PruneStructure, shapes_of
 from mmgfp.surgery import compact
@@ -57,7 +65,12 @@ class GroupFisherPruner:
             -M), ``'flops'`` (-F) or ``'none'`` (-U).
         target: When to stop, such as ``dict(flops=0.5)``; a list gives several
             stations on the way.
-        units_per_step: Units that go at each decision.
+        units_per_step: Units that go at each decision; ``'auto'`` takes as many as
+            together have, at worst, little of all importance (`auto_bound`).
+        iterations: Iterations in which the last target is reached, at an even pace of
+            its cost; instead of ``units_per_step``.
+        divisor: Channels of a group come to rest at multiples of this number only, if
+            at all they get fewer.
         min_channels: Output channels that always stay in each group.
         max_ratio: Largest share of a group that may go.
         keep: Names or glob patterns of layers that are never pruned.
@@ -67,6 +80,8 @@ class GroupFisherPruner:
             instead of leaving it alone and reporting it.
         max_dropped: Iterations in a row with gradients that are not finite, after
             which it is an error; one such iteration is merely not counted.
+        statistics_every: Iterations from one that is watched to the next; those
+            between cost what plain training costs, and decisions rest on less.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -78,21 +93,39 @@ class GroupFisherPruner:
         interval: int = 10,
         normalize: str = 'memory',
         target: Mapping[str, float] | Sequence[Mapping[str, float]] = {'flops': 0.5},  # noqa: B006
-        units_per_step: int = 1,
+        units_per_step: int | str = 1,
         min_channels: int = 1,
         max_ratio: float = 1.0,
         keep: Sequence[str] = (),
         coupled: bool = True,
         strict: bool = False,
         max_dropped: int = 100,
+        statistics_every: int = 1,
+        iterations: int | None = None,
+        divisor: int = 1,
     ) -> None:
         targets = list(target) if isinstance(target, list | tuple) else [target]
         self.targets = [Target.parse(t) for t in targets]
         _check('target', bool(self.targets), 'at least one target', target)
         _check_count('interval', interval)
-        _check_count('units_per_step', units_per_step)
+        if units_per_step != 'auto':
+            what = 'a whole number of at least 1, or auto'
+            _check_count('units_per_step', units_per_step, what)
+        if iterations is not None:
+            least = interval * len(self.targets)
+            what = f'a whole number, at least the interval for each target: {least}'
+            _check_count('iterations', iterations, what, least)
+            alone = units_per_step == 1
+            expected = 'not given beside iterations, which sets the pace'
+            _check('units_per_step', alone, expected, units_per_step)
+        _check_count('divisor', divisor)
         _check_count('min_channels', min_channels)
         _check_count('max_dropped', max_dropped)
+        _check_count('statistics_every', statistics_every)
+        expected = f'at most the interval, {interval}'
+        _check(
+            'statistics_every', statistics_every <= interval, expected, statistics_every
+        )
         fine = isinstance(max_ratio, int | float) and 0 < max_ratio <= 1
         _check('max_ratio', fine, 'a number in (0, 1]', max_ratio)
         _check(
@@ -119,12 +152,15 @@ class GroupFisherPruner:
         self.interval = interval
         self.normalize = normalize
         self.units_per_step = units_per_step
+        self.iterations = iterations
+        self.divisor = divisor
         self.min_channels = min_channels
         self.max_ratio = max_ratio
         self.keep = tuple(keep)
         self.coupled = coupled
         self.strict = strict
         self.max_dropped = max_dropped
+        self.statistics_every = statistics_every
         self.discovery: Discovery | None = None
         self.grouping = Grouping((), (), {})
         self.iteration = 0
@@ -199,12 +235,17 @@ class GroupFisherPruner:
             {name: modules[name] for name in units},
             discovery.rows,
             [modules[name] for name in discovery.rows.first],
+            units,
         )
+        self._watch_next()
         self.tap.attach()
         self.mask = ColumnMask(self.model, groups)
-        widths = [next(m.width for m in g.members if m.role == 'out') for g in groups]
+        widths = np.array(
+            [next(m.width for m in g.members if m.role == 'out') for g in groups]
+        )
+        self._steps = rest_steps(widths, self.divisor)
         sizes = np.array([g.units for g in groups])
-        least = -(-self.min_channels // np.array(widths))
+        least = -(-self.min_channels // widths)
         self.limits = Limits.of(sizes, least, self.max_ratio)
 
     # -- state ---------------------------------------------------------------
@@ -310,6 +351,7 @@ class GroupFisherPruner:
         self.iteration, self.alive, self.reached = iteration, alive, reached
         self.statistics.load_state_dict(statistics)
         self.mask.update(self.alive)
+        self._watch_next()
 
     # -- one iteration -------------------------------------------------------
 
@@ -343,12 +385,29 @@ class GroupFisherPruner:
         if self.iteration % self.interval == 0 and not self.done:
             step = self._prune(reduce)
         self.mask.apply()
+        self._watch_next()
         return step
+
+    def _watch_next(self) -> None:
+        """Let the next iteration be watched if it is its turn."""
+        self.tap.active = (self.iteration + 1) % self.statistics_every == 0
 
     def _prune(self, reduce: Reduce | None) -> PruneStep:
         importance = self.statistics.collect(reduce)
         self._judge(importance)
-        full = self.full
+        totals, full = self.totals, self.full
+        count, bound, line = float('inf'), float('inf'), []
+        if self.iterations is not None:
+            line = waypoints(totals, full, self.pending, self._decisions_left)
+        elif isinstance(self.units_per_step, str):
+            bound = auto_bound(importance.values, self.alive)
+        else:
+            count = self.units_per_step
+
+        def enough(now: Totals) -> bool:
+            on_line = bool(line) and all(t.reached(now, full) for t in line)
+            return on_line or any(t.reached(now, full) for t in self.pending)
+
         units = select_units(
             importance.values,
             self._group_of,
@@ -356,8 +415,10 @@ class GroupFisherPruner:
             self.costs,
             self.limits,
             self.normalize,
-            self.units_per_step,
-            lambda now: any(t.reached(now, full) for t in self.pending),
+            count,
+            enough,
+            self._steps,
+            bound,
         )
         self.alive[units] = False
         self.statistics.reset()
@@ -366,6 +427,12 @@ class GroupFisherPruner:
         reached = tuple(t for t in self.pending if t.reached(totals, full))
         self.reached += reached
         return PruneStep(units, totals, reached)
+
+    @property
+    def _decisions_left(self) -> int:
+        """Decisions up to ``iterations``, this one among them."""
+        assert self.iterations is not None
+        return self.iterations // self.interval - self.iteration // self.interval + 1
 
     def _judge(self, importance: Importance) -> None:
         """Say which groups saw no gradient; stop if no iteration is any good."""
@@ -422,6 +489,11 @@ def _check_alive(alive: np.ndarray, grouping: Grouping, remedy: str) -> None:
         raise ConfigError('checkpoint', expected, got, remedy)
 
 
-def _check_count(field: str, value: object) -> None:
-    fine = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    _check(field, fine, 'a whole number of at least 1', value)
+def _check_count(
+    field: str,
+    value: object,
+    expected: str = 'a whole number of at least 1',
+    least: int = 1,
+) -> None:
+    fine = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    _check(field, fine, expected, value)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from mmgfp.costs import CostTable, Totals
+from mmgfp.costs import CostTable, RunningCosts, Totals
 from mmgfp.errors import ConfigError
 
 NORMALIZATIONS = ('memory', 'flops', 'none')
 TARGETS = ('flops', 'memory', 'params')
+#: Largest importance that the units of one automatic decision may have together, at
+#: worst, as a share of what all units have.
+AUTO_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,52 @@ class Limits:
         return cls(np.maximum(np.minimum(min_units, units), np.maximum(by_ratio, 1)))
 
 
+def rest_steps(widths: np.ndarray, divisor: int) -> np.ndarray:
+    """Units between two sizes at which a group may come to rest, (G,).
+
+    Args:
+        widths: Channels of one unit of each group, (G,).
+        divisor: What a group's number of channels is a multiple of.
+    """
+    return divisor // np.gcd(widths, divisor)
+
+
+def waypoints(
+    now: Totals, full: Totals, targets: Sequence[Target], decisions: int
+) -> list[Target]:
+    """Where straight lines from here to the targets are after one decision.
+
+    Args:
+        now: Costs of what is left.
+        full: Costs of the unpruned model.
+        targets: Targets not reached yet.
+        decisions: Decisions left until the targets, this one among them. As a
+            decision ends at a target, one is kept in hand for each further one.
+    """
+    decisions -= len(targets) - 1
+    if decisions <= 1:
+        return list(targets)
+    shares = [float(now[t.cost] / full[t.cost]) for t in targets]
+    return [
+        Target(t.cost, share + (t.ratio - share) / decisions)
+        for t, share in zip(targets, shares, strict=True)
+    ]
+
+
+def auto_bound(importance: np.ndarray, alive: np.ndarray) -> float:
+    """How important the units of one decision may be together, at worst.
+
+    This is `AUTO_SHARE` of the importance that all units have since the last
+    decision, so that a factor on the loss changes nothing.
+
+    Args:
+        importance: Accumulated Fisher information, (U,); NaN where nothing is known.
+        alive: Units not pruned yet, (U,).
+    """
+    known = importance[alive & np.isfinite(importance)]
+    return AUTO_SHARE * float(known.sum())
+
+
 def normalized(importance: np.ndarray, savings: Totals, normalize: str) -> np.ndarray:
     """Importance per cost that a removal saves (paper, section 3.3), (G,)."""
     if normalize == 'none':
@@ -91,58 +140,82 @@ def select_units(
     costs: CostTable,
     limits: Limits,
     normalize: str,
-    count: int,
+    count: float,
     done: Callable[[Totals], bool],
+    steps: np.ndarray | None = None,
+    bound: float = np.inf,
 ) -> np.ndarray:
     """Greedily pick the units to prune now.
 
     Each pick takes the unit with the least normalised importance at the costs that
-    the earlier picks leave.
+    the earlier picks leave. Where groups come to rest at some sizes only, it takes the
+    bundle of a group's least important units that leads to the next one: their
+    importances add up, and so does what they save.
 
     Args:
         importance: Accumulated Fisher information, (U,); NaN where nothing is known,
             which is never picked.
-        group_of: Group of each unit, (U,).
+        group_of: Group of each unit, ascending, (U,).
         alive: Units not pruned yet, (U,).
         costs: The model's costs.
         limits: How far each group may shrink.
         normalize: ``'memory'``, ``'flops'`` or ``'none'``.
-        count: Units to pick at most.
+        count: Picks end when so many units are picked; a bundle is never cut.
         done: Whether costs are low enough to stop.
+        steps: The sizes at which each group may rest are multiples of this, (G,).
+        bound: Largest importance of all picks as one unit, at worst: their number
+            times the sum of their importances. The first pick is free.
 
     Returns:
-        np.ndarray: Numbers of the picked units; fewer than ``count`` where ``done``
-        or the limits say so.
+        np.ndarray: Numbers of the picked units; fewer than ``count`` where ``done``,
+        ``bound`` or the limits say so.
     """
     groups = len(limits.least)
+    steps = np.ones(groups, dtype=int) if steps is None else steps
     left = np.bincount(group_of[alive], minlength=groups)
     removed = np.bincount(group_of, minlength=groups) - left
+    bundles = _bundles(left, steps)
+    running = RunningCosts(costs, removed, bundles)
     # Units of a group save the same, so only the least of each group can be next.
-    queues = _queues(importance, group_of, alive & ~np.isnan(importance), groups)
+    queues = _queues(importance, group_of, alive & np.isfinite(importance), groups)
 
     def least(g: int) -> float:
-        closed = not queues[g] or left[g] <= limits.least[g]
-        return np.inf if closed else importance[queues[g][-1]]
+        few = len(queues[g]) < bundles[g]
+        if few or left[g] - bundles[g] < limits.least[g]:
+            return np.inf
+        return float(importance[queues[g][: bundles[g]]].sum())
 
     heads = np.array([least(g) for g in range(groups)])  # (G,)
     picked: list[int] = []
-    while len(picked) < count and not done(costs.totals(removed)):
-        scores = normalized(heads, costs.savings(removed), normalize)
+    total = 0.0
+    while len(picked) < count and not done(running.totals):
+        scores = normalized(heads, running.savings, normalize)
         g = int(scores.argmin())
         if not np.isfinite(scores[g]):
             break
-        picked.append(queues[g].pop())
-        left[g] -= 1
-        removed[g] += 1
+        size, total = bundles[g], total + heads[g]
+        if picked and (len(picked) + size) * total > bound:
+            break
+        picked += queues[g][:size].tolist()
+        queues[g] = queues[g][size:]
+        left[g] -= size
+        bundles[g] = _bundles(left[g], steps[g])
+        running.remove(g, size, bundles[g])
         heads[g] = least(g)
     return np.array(picked, dtype=int)
 
 
+def _bundles(left: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Units between ``left`` ones and the next multiple of ``steps`` below, (G,)."""
+    return (left - 1) % steps + 1
+
+
 def _queues(
     importance: np.ndarray, group_of: np.ndarray, candidate: np.ndarray, groups: int
-) -> list[list[int]]:
-    """Candidates by group; the least important comes last, of equal ones the first."""
+) -> list[np.ndarray]:
+    """Candidates by group, the least important first, of equal ones the first."""
     units = np.flatnonzero(candidate)
-    units = units[np.lexsort((importance[units], group_of[units]))]
     ends = np.searchsorted(group_of[units], np.arange(1, groups))
-    return [part[::-1].tolist() for part in np.split(units, ends)]
+    return [
+        part[importance[part].argsort(kind='stable')] for part in np.split(units, ends)
+    ]

@@ -18,7 +18,7 @@ from toys import (
 )
 
 from mmgfp import GroupFisherPruner
-from mmgfp.costs import CostTable
+from mmgfp.costs import CostTable, RunningCosts
 from mmgfp.recording import record_work
 from mmgfp.verify import random_units
 
@@ -179,3 +179,36 @@ def test_savings_are_differences_of_totals():
             values(pruner.costs.totals(removed)), values(more), savings, strict=True
         ):
             assert now - then == saved[g]
+
+
+@pytest.mark.parametrize('toy', [*TOYS, Loop])
+def test_costs_that_follow_are_those_worked_out_anew(toy):
+    def loss(model):
+        return square_loss(model(images()))
+
+    pruner = GroupFisherPruner(toy())
+    sizes = [g.units for g in pruner.prepare(loss, loss, 2).groups]
+    rng = np.random.default_rng(0)
+    removed, more = np.zeros(len(sizes), dtype=int), np.ones(len(sizes))
+    running = RunningCosts(pruner.costs, removed)
+    for _ in range(6):
+        g = int(rng.integers(len(sizes)))
+        units = min(int(rng.integers(1, 3)), sizes[g] - removed[g])
+        removed[g] += units
+        more[g] = min(int(rng.integers(1, 3)), sizes[g] - removed[g])
+        running.remove(g, units, more[g])
+        assert values(running.totals) == values(pruner.costs.totals(removed))
+        expected = pruner.costs.savings(removed, more)
+        for now, then in zip(values(running.savings), values(expected), strict=True):
+            assert now.tolist() == then.tolist()
+
+
+def test_savings_of_two_units_at_once():
+    def loss(model):
+        return square_loss(model(images()))
+
+    pruner = GroupFisherPruner(Loop())
+    pruner.prepare(loss, loss, 2)
+    saved = pruner.costs.savings(np.zeros(1), np.array([2]))
+    # stem 2·3, mid from 6·6 to 4·4, head 2·4, on 64 positions each
+    assert saved.macs.tolist() == [(6 + 20 + 8) * 64]

@@ -1,7 +1,9 @@
 """Models and batches that are made up for configs of the installed libraries."""
 
 import copy
+from pathlib import Path
 
+import mmdet
 import pytest
 import torch
 from mmengine.hub import get_config
@@ -70,7 +72,9 @@ def test_norms_that_need_several_gpus_become_plain_ones():
 
 
 @pytest.mark.slow
-def test_a_distilled_detector_is_built_without_its_teachers_weights():
+def test_a_distilled_detector_is_built_without_its_teachers_weights(monkeypatch):
+    # It names its teacher's config by a path from the root of the library's configs.
+    monkeypatch.chdir(Path(mmdet.__file__).parent / '.mim')
     config = get_config(DISTILLED)
     assert config.model.teacher_ckpt
     model = build_model(config)

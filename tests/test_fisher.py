@@ -4,6 +4,7 @@ In the hand-made networks all kernels are 1 x 1 and have no bias, so a layer is 
 matrix. With A the input of a layer, the gradient of a unit's mask is Σ A · dL/dA.
 """
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from toys import TOYS, ConvPair, ResidualPair, images, square_loss
 
-from mmgfp import GroupFisherPruner
+from mmgfp import GroupFisherPruner, fisher
 from mmgfp.engine.demo_batch import build_model, demo_batch
 from mmgfp.engine.inputs import BatchCalls
+from mmgfp.errors import ConfigError
 from mmgfp.fisher import FisherTap, mask_gradient, unit_gradients
+from mmgfp.tracing.rows import Rows
 
 NEVER = 10**6
 ROOT = Path(__file__).parent.parent
@@ -188,6 +191,53 @@ def test_half_precision_is_summed_in_float32(dtype):
     assert total.item() == 3000
 
 
+def laid_out(shape, how):
+    """A random tensor whose elements lie in memory in another order."""
+    if how == 'channels_last':
+        return torch.randn(shape).to(memory_format=torch.channels_last)
+    if how == 'slice':
+        return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+    if how == 'expanded':
+        return torch.randn(*shape[:2], 1, 1).expand(shape)
+    return torch.randn(shape)
+
+
+@pytest.mark.parametrize('tile', [1, 7, 50, 10**6])
+@pytest.mark.parametrize('how', ['contiguous', 'channels_last', 'slice', 'expanded'])
+def test_mask_gradient_in_tiles(monkeypatch, tile, how):
+    """However small the tiles are, down to one element, and wherever they lie."""
+    monkeypatch.setattr(fisher, 'TILE', tile)
+    torch.manual_seed(0)
+    x, grad = laid_out((3, 4, 5, 6), how), torch.randn(3, 4, 5, 6)
+    for a, b in ((x, grad), (grad, x)):
+        torch.testing.assert_close(mask_gradient(a, b, 1), (x * grad).sum((2, 3)))
+        torch.testing.assert_close(mask_gradient(a, b, -1), (x * grad).sum((1, 2)))
+    flat = (x * grad)[..., 0, 0]
+    found = mask_gradient(x[..., 0, 0], grad[..., 0, 0], -1)
+    torch.testing.assert_close(found, flat)
+
+
+@pytest.mark.parametrize('tile', [1, 3, 10**6])
+def test_rows_of_an_image_are_summed_tile_by_tile(monkeypatch, tile):
+    # Rows 0 and 3 are of image 1, row 1 is of image 0, row 2 of none.
+    monkeypatch.setattr(fisher, 'TILE', tile)
+    rows = Rows(2, torch.tensor([1, 0, -1, 1]))
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
+    expected = [[30, 40], [80, 100]]  # times ten
+    assert mask_gradient(x, torch.full_like(x, 10), -1, rows).tolist() == expected
+    pixels = x[..., None, None]
+    grad = torch.full_like(pixels, 10)
+    assert mask_gradient(pixels, grad, 1, rows).tolist() == expected
+
+
+def test_no_product_of_the_input_s_size_is_held():
+    x = torch.randn(2, 64, 128, 128).to(memory_format=torch.channels_last)
+    with torch.profiler.profile(profile_memory=True) as seen:
+        mask_gradient(x, x, 1)
+    largest = max(event.cpu_memory_usage for event in seen.events())
+    assert 0 < largest <= 4 * fisher.TILE < x.nbytes / 8
+
+
 def test_unit_gradients_leave_out_channels_of_no_unit():
     gradients = {'p': torch.tensor([[1.0, 10.0, 100.0]]), 'q': torch.tensor([[5.0]])}
     units = {'p': torch.tensor([1, -1, 0]), 'q': torch.tensor([1])}
@@ -325,6 +375,90 @@ def test_detached_tap_leaves_no_hook():
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
+class TwoReaders(nn.Module):
+    """Two layers read one tensor; so does the sum, which is no layer."""
+
+    def __init__(self, change=False):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.left, self.right = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.head = nn.Conv2d(4, 2, 1)
+        self.change = change
+
+    def forward(self, x):
+        x = self.stem(x)
+        left = self.left(x)
+        if self.change:
+            x += 1  # the same tensor with other values
+        return self.head(left + self.right(x) + x)
+
+
+def test_a_tensor_is_contracted_once_for_all_its_readers(monkeypatch):
+    torch.manual_seed(0)
+    x, seen = images().double(), []
+
+    def counted(x, *args):
+        seen.append(tuple(x.shape))
+        return mask_gradient(x, *args)
+
+    monkeypatch.setattr(fisher, 'mask_gradient', counted)
+    model = TwoReaders().double()
+    assert_equals_masks(model, lambda m: square_loss(m(x)), 2)
+    assert len(seen) == 2  # of left with right, and of head
+
+
+@pytest.mark.parametrize('units', [None, [0, 1, 2, -1]])
+def test_layers_of_other_units_are_not_tapped_together(units):
+    model = TwoReaders()
+    layers = {n: model.get_submodule(n) for n in ('left', 'right')}
+    index = units and {'left': torch.arange(4), 'right': torch.tensor(units)}
+    tap = FisherTap(layers, units=index)
+    tap.attach()
+    square_loss(model(images())).backward()
+    assert set(tap.take()) == {'left', 'right'}
+
+
+def test_a_leaf_that_outlives_the_graph_is_tapped_anew():
+    x = torch.ones(1, 2, requires_grad=True)
+    layers = {'a': nn.Linear(2, 1), 'b': nn.Linear(2, 1)}
+    units = dict.fromkeys(layers, torch.arange(2))
+    FisherTap(layers, units=units).attach()
+    for _ in range(2):
+        (layers['a'](x) + layers['b'](x)).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_forward_without_backward_leaves_nothing_behind():
+    model = TwoReaders()
+    layers = {n: model.get_submodule(n) for n in ('left', 'right', 'head')}
+    FisherTap(layers, units=dict.fromkeys(layers, torch.arange(4))).attach()
+    storages = []
+    model.right.register_forward_pre_hook(
+        lambda _, args: storages.append(StorageWeakRef(args[0].untyped_storage()))
+    )
+    gc.disable()
+    try:
+        model(images())
+        assert storages[0].expired()
+    finally:
+        gc.enable()
+
+
+def test_silent_tap_adds_no_node_to_the_graph():
+    model = ConvPair()
+    tap = tapped(model)
+    tap.active = False
+    loss = square_loss(model(images()))
+    stack, names = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        names.add(node.name())
+        stack += [n for n, _ in node.next_functions if n is not None]
+    assert not any('Tap' in n for n in names)
+    loss.backward()
+    assert tap.take() == {}
+
+
 @pytest.mark.parametrize('frozen', ['conv1', 'conv2', 'all'])
 def test_frozen_weights_are_seen_through(frozen):
     """A layer that does not train still has a mask."""
@@ -361,3 +495,50 @@ def test_in_place_ops_after_layers():
     x = images().double()
     model = InPlace().double()
     assert_equals_masks(model, lambda m: square_loss(m(x)), 2)
+
+
+# -- every k-th iteration -----------------------------------------------------
+
+
+def test_statistics_of_every_third_iteration_only():
+    """Iterations 3 and 6 are watched; all count for the interval."""
+    torch.manual_seed(0)
+    batches = [images() for _ in range(7)]
+    model = ResidualPair()
+
+    def loss(model):
+        return square_loss(model(batches[0]))
+
+    pruner = watched(model, loss, len(batches[0]), statistics_every=3)
+    sums = []
+    for x in batches:
+        square_loss(model(x)).backward()
+        pruner.step()
+        sums.append(pruner.importance.copy())
+    assert pruner.iteration == 7
+    assert not sums[0].any() and not sums[1].any()
+    assert pruner.statistics.seen.max() == 2
+    assert (sums[2] == sums[4]).all() and (sums[4] <= sums[5]).all()
+    assert (sums[5] == sums[6]).all() and sums[5].sum() > sums[4].sum() > 0
+
+
+def test_resumed_pruner_keeps_the_turn():
+    x = images()
+
+    def prepared():
+        return watched(
+            ConvPair(), lambda m: square_loss(m(x)), len(x), statistics_every=2
+        )
+
+    first, second = prepared(), prepared()
+    first.model(x).sum().backward()
+    first.step()
+    assert first.tap.active
+    second.load_state_dict(first.state_dict())
+    assert second.tap.active
+
+
+@pytest.mark.parametrize('every', [0, 11, 1.5])
+def test_statistics_every_must_fit_the_interval(every):
+    with pytest.raises(ConfigError, match='statistics_every'):
+        GroupFisherPruner(ConvPair(), interval=10, statistics_every=every)

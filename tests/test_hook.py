@@ -137,6 +137,9 @@ def test_resumed_run_continues_from_the_saved_masks(tmp_path):
         (dict(target=[]), 'target: expected at least one target'),
         (dict(interval=0), 'interval: expected a whole number of at least 1, got 0'),
         (dict(units_per_step=1.5), 'units_per_step: expected a whole number'),
+        (dict(iterations=5), 'iterations: .*, at least the interval .*: 10, got 5'),
+        (dict(iterations=50, units_per_step=2), 'units_per_step: expected not given'),
+        (dict(divisor=0), 'divisor: expected a whole number of at least 1, got 0'),
         (dict(normalize='latency'), 'normalize: expected one of memory, flops, none'),
         (dict(max_ratio=2), 'max_ratio: expected a number in'),
         (dict(keep='neck'), 'keep: expected a list of layer names or patterns'),
@@ -160,6 +163,19 @@ def test_nothing_to_prune_stops_the_run(tmp_path):
     config = small_prune_config(tmp_path, keep=['*'])
     with pytest.raises(TraceError, match='at least one group .* kept as configured'):
         Runner.from_cfg(config).train()
+
+
+def test_run_meets_its_target_in_the_given_iterations(tmp_path):
+    config = small_prune_config(tmp_path, units_per_step=1, iterations=6, divisor=4)
+    runner = Runner.from_cfg(config)
+    runner.train()
+    pruner = hook_of(runner).pruner
+    assert runner.iter == pruner.iteration == 6
+    assert 0.4 < pruner.totals.macs / pruner.full.macs <= 0.5
+    assert next(Path(config.work_dir).glob('*_flops50.pth'))
+    sizes = np.array([g.units for g in pruner.grouping.groups])
+    left = (sizes - pruner.removed)[pruner.removed > 0]
+    assert len(left) and not (left % 4).any()
 
 
 def test_kept_layers_keep_their_shape(tmp_path):

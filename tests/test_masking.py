@@ -137,6 +137,29 @@ def test_update_replaces_the_mask():
     assert [i for i in range(6) if not gradient[:, i].any()] == [0]
 
 
+def test_update_touches_only_what_changed():
+    pruner, loss = prepared(TinyDetector())
+    names = [g.name for g in pruner.grouping.groups]
+    first = int(np.flatnonzero(pruner._group_of == names.index('fpn1'))[0])
+    pruner.alive[first] = False
+    pruner.mask.update(pruner.alive)
+    hooks = {n: p._backward_hooks for n, p in pruner.model.named_parameters()}
+    with torch.no_grad():
+        pruner.model.cls_tower.weight[:, 0] = 1
+    pruner.alive[first + 2] = False
+    pruner.mask.update(pruner.alive)
+    weight = pruner.model.cls_tower.weight
+    # what went earlier is left to `apply`
+    assert [i for i in range(3) if not weight[:, i].any()] == [2]
+    pruner.mask.apply()
+    assert [i for i in range(3) if not weight[:, i].any()] == [0, 2]
+    loss(pruner.model).backward()
+    assert [i for i in range(3) if not weight.grad[:, i].any()] == [0, 2]
+    masked = [n for n, h in hooks.items() if h]
+    assert masked == ['cls_tower.weight', 'reg_tower.weight']
+    assert all(len(hooks[n]) == 1 for n in masked)
+
+
 def test_full_mask_touches_nothing():
     model = ConvPair()
     before = {n: p.clone() for n, p in model.named_parameters()}

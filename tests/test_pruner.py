@@ -117,10 +117,11 @@ def test_decision_is_that_of_the_paper(normalize):
 @pytest.mark.parametrize('normalize', ['memory', 'flops', 'none'])
 def test_scale_of_the_loss_changes_no_decision(normalize):
     """As under mixed precision, where it is scaled by 65536."""
-    options = dict(interval=2, units_per_step=3, normalize=normalize)
-    plain, scaled = (Run(scale=s, **options).train(8) for s in (1.0, 65536.0))
-    assert picked(scaled) == picked(plain)
-    assert len(picked(plain)[-1]) == 3
+    for pace in (3, 'auto'):
+        options = dict(interval=2, units_per_step=pace, normalize=normalize)
+        plain, scaled = (Run(scale=s, **options).train(8) for s in (1.0, 65536.0))
+        assert picked(scaled) == picked(plain)
+        assert len(picked(plain)[1]) == 3 or pace == 'auto'
 
 
 def test_overflowed_iterations_do_not_count():
@@ -158,6 +159,75 @@ def test_pruned_units_stay_pruned():
     run = Run(interval=1, units_per_step=4)
     gone = np.concatenate([s.units for s in run.train(5)])
     assert len(set(gone.tolist())) == len(gone) == (~run.pruner.alive).sum()
+
+
+# -- how many at once ---------------------------------------------------------
+
+
+@pytest.mark.parametrize('iterations', [12, 13])
+def test_iterations_reach_the_target_along_a_straight_line(iterations):
+    run = Run(interval=2, iterations=iterations, target=dict(flops=0.4))
+    full = run.pruner.full.macs
+    for decision in range(1, 7):
+        before = run.pruner.totals.macs / full
+        step = run.train(2)[-1]
+        point = before + (0.4 - before) / (7 - decision)
+        assert step.totals.macs / full <= point + 1e-12 <= 1 - 0.6 * decision / 6 + 1e-9
+        run.pruner.alive[step.units[-1]] = True
+        assert run.pruner.totals.macs / full > point  # and not further than that
+        run.pruner.alive[step.units[-1]] = False
+    assert run.pruner.done and run.iteration == 12
+
+
+def test_iterations_with_stations_end_in_time():
+    targets = [dict(flops=0.55), dict(memory=0.6), dict(flops=0.5)]
+    run = Run(interval=2, iterations=10, target=targets)
+    steps = [s for s in run.train(10) if s is not None]
+    assert run.pruner.done
+    assert [r for s in steps for r in s.reached] == run.pruner.reached
+    # a station is not passed by
+    (at_first,) = [s for s in steps if Target('flops', 0.55) in s.reached]
+    assert Target('flops', 0.5) not in at_first.reached
+
+
+def test_late_iterations_go_on_to_the_target():
+    run = Run(interval=1, iterations=2)
+    run.pruner.iteration = 5
+    run.train(1)
+    assert run.pruner.done
+
+
+def test_auto_takes_what_is_least_important_together():
+    run = Run(interval=1, units_per_step='auto', normalize='none')
+    importance = np.full(run.pruner.grouping.units, 1000.0)
+    importance[[1, 4, 7, 9]] = 1, 2, 5, 400
+    others = 1000 * (len(importance) - 4)
+    bound = 0.01 * (others + 408)
+    assert 3 * (1 + 2 + 5) <= bound < 4 * (1 + 2 + 5 + 400)
+    state = run.pruner.statistics.state_dict()
+    state[: len(importance)] = torch.from_numpy(importance)
+    state[len(importance) : -2] = 1
+    run.pruner.statistics.load_state_dict(state)
+    assert run.pruner.step().units.tolist() == [1, 4, 7]
+
+
+@pytest.mark.parametrize(
+    'pace', [dict(units_per_step=1), dict(iterations=5), dict(units_per_step='auto')]
+)
+@pytest.mark.parametrize(('toy', 'divisor'), [(TinyDetector, 2), (GroupConv, 4)])
+def test_groups_end_at_multiples_of_the_divisor(toy, divisor, pace):
+    run = Run(toy, interval=1, divisor=divisor, target=dict(flops=0.6), **pace)
+    groups = run.pruner.grouping.groups
+    assert {g.members[0].width for g in groups} == {2 if toy is GroupConv else 1}
+    for _ in range(30):
+        run.train(1)
+        left = np.array([g.units for g in groups]) - run.pruner.removed
+        for group, units in zip(groups, left, strict=True):
+            if units < group.units:
+                assert units * group.members[0].width % divisor == 0
+        if run.pruner.done:
+            break
+    assert run.pruner.done and run.pruner.removed.any()
 
 
 # -- limits, targets, keep ----------------------------------------------------
@@ -267,6 +337,18 @@ def test_keep_must_name_a_layer():
         ),
         (dict(interval=2.5), r'interval: expected a whole number .*, got 2\.5'),
         (dict(units_per_step=True), 'units_per_step: expected a whole number'),
+        (dict(units_per_step='all'), "units_per_step: .*, or auto, got 'all'"),
+        (dict(divisor=0), 'divisor: expected a whole number of at least 1, got 0'),
+        (dict(iterations=9), 'iterations: .*, at least the interval .*: 10, got 9'),
+        (
+            dict(iterations=19, target=[dict(flops=0.9), dict(flops=0.5)]),
+            'iterations: .*, at least the interval for each target: 20, got 19',
+        ),
+        (
+            dict(iterations=99, units_per_step='auto'),
+            "units_per_step: expected not given beside iterations, .* got 'auto'",
+        ),
+        (dict(iterations=99, units_per_step=2), 'units_per_step: .* got 2; change'),
         (dict(min_channels=0), 'min_channels: expected .* of at least 1, got 0'),
         (dict(max_ratio=0), r'max_ratio: expected a number in \(0, 1\], got 0'),
         (dict(max_ratio='1'), r"max_ratio: expected a number in \(0, 1\], got '1'"),
@@ -446,10 +528,18 @@ def test_state_is_a_snapshot():
     assert not state['statistics'].any()
 
 
+@pytest.mark.parametrize(
+    'pace',
+    [
+        dict(units_per_step=2),
+        dict(units_per_step='auto', divisor=2),
+        dict(iterations=12, target=dict(flops=0.3)),
+    ],
+)
 @pytest.mark.parametrize('cut', [4, 5, 6])
-def test_resumed_run_decides_as_if_it_had_not_stopped(cut):
+def test_resumed_run_decides_as_if_it_had_not_stopped(cut, pace):
     """Cut before, on and after a decision; nothing but saved state is carried over."""
-    options = dict(interval=3, units_per_step=2)
+    options = dict(interval=3, **pace)
     whole = Run(**options)
     expected = picked(whole.train(12))
     first = Run(**options)

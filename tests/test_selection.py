@@ -7,10 +7,17 @@ All kernels are 1 x 1, so MACs are channels in · channels out · positions.
 import numpy as np
 import pytest
 
-from mmgfp.costs import CostTable, LayerWork
+from mmgfp.costs import CostTable, LayerWork, Totals
 from mmgfp.errors import ConfigError
 from mmgfp.groups import ChannelGroup, Member
-from mmgfp.selection import Limits, Target, select_units
+from mmgfp.selection import (
+    Limits,
+    Target,
+    auto_bound,
+    rest_steps,
+    select_units,
+    waypoints,
+)
 
 NONE_LEAST = Limits(np.array([0, 0]))
 
@@ -50,6 +57,8 @@ def pick(importance, costs=None, count=99, alive=None, done=None, **options):
         options.get('normalize', 'none'),
         count,
         done or (lambda now: False),
+        options.get('steps'),
+        options.get('bound', np.inf),
     )
     return units.tolist()
 
@@ -185,18 +194,114 @@ def test_several_targets_stop_at_the_first():
     assert picked == [2]  # 22 / 23 elements < 0.96, while 23 / 26 MACs > 0.85
 
 
-def test_work_per_pick_does_not_grow_with_the_units(monkeypatch):
-    """Costs are worked out once per pick, and never unit by unit."""
-    costs = chain(10_000)
-    calls = []
-    savings = CostTable.savings
-    monkeypatch.setattr(
-        CostTable, 'savings', lambda *args: calls.append(0) or savings(*args)
-    )
+def test_work_per_pick_does_not_grow_with_the_model(monkeypatch):
+    """After a pick only the tensors of its group are worked out, here 2 of 3."""
+    table, rows = chain(10_000), []
+    costs = CostTable.costs
+
+    def counted(self, sizes, which):
+        rows.append(len(sizes))
+        return costs(self, sizes, which)
+
+    monkeypatch.setattr(CostTable, 'costs', counted)
     importance = np.random.default_rng(0).random(20_000)
-    picked = pick(importance, costs, 3000)
+    picked = pick(importance, table, 3000)
     assert picked == np.argsort(importance)[:3000].tolist()
-    assert len(calls) <= 3000
+    # at first all 3 tensors and 4 pairs; then 2 tensors and their 3 pairs per pick
+    assert sorted(rows[:2]) == [3, 4] and len(rows) == 2 + 2 * 3000
+    assert max(rows[2:]) == 3
+
+
+# -- sizes at which groups rest -----------------------------------------------
+
+
+def test_rest_steps_by_hand():
+    # units of 1, 2, 3, 6 and 8 channels until the next multiple of 8
+    widths = np.array([1, 2, 3, 6, 8])
+    assert rest_steps(widths, 8).tolist() == [8, 4, 8, 4, 1]
+    assert rest_steps(widths, 1).tolist() == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ('count', 'picked'),
+    [
+        (99, [9, 0, 1, 2, 5, 6]),
+        (4, [9, 0, 1, 2]),
+        (3, [9, 0, 1, 2]),  # a bundle is not cut
+        (2, [9, 0]),
+    ],
+)
+def test_groups_rest_at_multiples(count, picked):
+    # Both go from 5 to 4 by one unit, 1 or 0.5; then by two to 2: 2 + 3 or 5 + 5.
+    # Another two would leave none.
+    importance = [1, 2, 3, 4, 9, 5, 5, 5, 5, 0.5]
+    options = dict(steps=np.array([2, 2]), limits=Limits(np.array([1, 1])))
+    assert pick(importance, count=count, **options) == picked
+
+
+def test_bundles_stop_above_the_limit():
+    options = dict(steps=np.array([4, 4]), limits=Limits(np.array([3, 5])))
+    # 8 units rest at 4, which is fewer than the 5 that must stay in B
+    assert pick([1] * 16, **options) == [0, 1, 2, 3]
+
+
+def test_bundles_compete_with_all_that_they_cost_and_save():
+    # B first: 1/3. Then the two units of A: 25 / (2·10 + 2·1) < 4/3; then the rest.
+    options = dict(normalize='flops', steps=np.array([2, 1]))
+    assert pick([5, 20, 1, 4], **options) == [2, 0, 1, 3]
+    # 35/22 > 4/3
+    assert pick([5, 30, 1, 4], **options) == [2, 3, 0, 1]
+
+
+def test_bundle_needs_enough_known_units():
+    assert pick([1, np.nan, 3, 4], steps=np.array([2, 2])) == [2, 3]
+
+
+# -- how many at once ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('bound', 'picked'),
+    [
+        (0.1, [0]),  # there is always one
+        (5.9, [0]),
+        (6, [0, 1]),  # 2 units of 1 + 2
+        (17.9, [0, 1]),
+        (18, [0, 1, 2]),  # 3 units of 1 + 2 + 3
+    ],
+)
+def test_bound_on_the_importance_of_all_picks(bound, picked):
+    assert pick([1, 2, 3, 94], bound=bound) == picked
+
+
+def test_bound_holds_in_the_worst_case():
+    """Mask gradients of units that go together add up before they are squared."""
+    rng = np.random.default_rng(0)
+    alike = np.outer(rng.normal(size=50), [1.0, 1, 1, 1])  # (N, units)
+    for gradients in (alike, rng.normal(size=(50, 4))):
+        together = np.square(gradients.sum(1)).sum()
+        worst = 4 * np.square(gradients).sum()
+        assert together <= worst * (1 + 1e-12)
+    assert np.square(alike.sum(1)).sum() == pytest.approx(4 * np.square(alike).sum())
+
+
+def test_auto_bound_by_hand():
+    importance = np.array([100, 250, np.nan, 7, 150.0])
+    alive = np.array([True, True, True, False, True])
+    assert auto_bound(importance, alive) == pytest.approx(0.01 * 500)
+    assert auto_bound(importance * 65536, alive) == pytest.approx(65536 * 5)
+
+
+def test_waypoints_lie_on_straight_lines():
+    now, full = Totals(90, 160, 50), Totals(100, 200, 50)
+    flops, memory = Target('flops', 0.5), Target('memory', 0.5)
+    (point,) = waypoints(now, full, [flops], 4)
+    assert (point.cost, point.ratio) == ('flops', pytest.approx(0.8))
+    # One of the four is kept in hand, as a decision ends where it meets a target.
+    points = waypoints(now, full, [flops, memory], 4)
+    assert [p.ratio for p in points] == pytest.approx([0.9 - 0.4 / 3, 0.7])
+    for late in (2, 1, 0, -3):
+        assert waypoints(now, full, [flops, memory], late) == [flops, memory]
 
 
 # -- limits and targets -------------------------------------------------------

@@ -64,7 +64,10 @@ class FisherPruningHook(Hook):
         normalize: ``'memory'``, ``'flops'`` or ``'none'``; see `GroupFisherPruner`.
         target: Such as ``dict(flops=0.5)``, a share of the unpruned model's
             multiply-accumulates; a list of such dicts gives several checkpoints.
-        units_per_step: Units that go at each decision.
+        units_per_step: Units that go at each decision, or ``'auto'``.
+        iterations: Iterations of the run in which the last target is reached, instead
+            of ``units_per_step``.
+        divisor: Groups that get smaller end at a multiple of so many channels.
         min_channels: Output channels that always stay in each group.
         max_ratio: Largest share of a group that may go.
         keep: Names or patterns of layers that are never pruned.
@@ -89,7 +92,9 @@ class FisherPruningHook(Hook):
         interval: int = 10,
         normalize: str = 'memory',
         target: dict | Sequence[dict] = {'flops': 0.5},  # noqa: B006
-        units_per_step: int = 1,
+        units_per_step: int | str = 1,
+        iterations: int | None = None,
+        divisor: int = 1,
         min_channels: int = 1,
         max_ratio: float = 1.0,
         keep: Sequence[str] = (),
@@ -106,9 +111,9 @@ class FisherPruningHook(Hook):
                 f'FisherPruningHook.{next(iter(unknown))}',
                 'a known argument',
                 repr(unknown),
-                'use interval, normalize, target, units_per_step, min_channels, '
-                'max_ratio, keep, coupled, input_shape, strict, max_dropped, '
-                'statistics_every or pruner',
+                'use interval, normalize, target, units_per_step, iterations, divisor, '
+                'min_channels, max_ratio, keep, coupled, input_shape, strict, '
+                'max_dropped, statistics_every or pruner',
             )
         if input_shape is not None and len(input_shape) != 3:
             raise ConfigError(
@@ -121,6 +126,8 @@ class FisherPruningHook(Hook):
             'normalize': normalize,
             'target': target,
             'units_per_step': units_per_step,
+            'iterations': iterations,
+            'divisor': divisor,
             'min_channels': min_channels,
             'max_ratio': max_ratio,
             'keep': keep,

@@ -1,0 +1,1 @@
+"""What pruning costs: `python -m benchmarks --help`."""

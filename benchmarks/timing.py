@@ -1,0 +1,68 @@
+"""Times and peaks of several things that take turns in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+Times = dict[str, list[dict[str, float]]]
+
+
+def take_turns(
+    actions: Mapping[str, Callable[[], Any]], repeats: int, device: str, warmup: int = 1
+) -> Times:
+    """Run all actions one after the other, `repeats` times over.
+
+    Whatever else the machine does meets all of them; the order alternates, so that
+    none always profits by what another has left in caches.
+
+    Args:
+        actions: What to run, by name.
+        repeats: Timed rounds.
+        device: Where the work is done; it is waited for.
+        warmup: Rounds that do not count.
+
+    Returns:
+        By name, of each round the seconds of ``wall`` and of this process' ``cpu``.
+    """
+    times: Times = {name: [] for name in actions}
+    for turn in range(warmup + repeats):
+        for name in sorted(actions, key=[*actions].index, reverse=turn % 2 == 0):
+            with stopwatch(times[name] if turn >= warmup else [], device):
+                actions[name]()
+    return times
+
+
+@contextmanager
+def stopwatch(times: list[dict[str, float]], device: str) -> Iterator[None]:
+    """Append the seconds that the body takes."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    synchronize(device)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    times.append({'wall': wall, 'cpu': cpu})
+
+
+def ratios(times: Times, name: str, base: str, clock: str) -> list[float]:
+    """Of each round the time of ``name`` over that of ``base``."""
+    pairs = zip(times[name], times[base], strict=True)
+    return [own[clock] / other[clock] for own, other in pairs]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """The median with the quartiles around it."""
+    if len(values) < 2:
+        return dict.fromkeys(('median', 'low', 'high'), values[0])
+    low, _, high = quantiles(values, n=4, method='inclusive')
+    return {'median': median(values), 'low': low, 'high': high}
+
+
+def synchronize(device: str) -> None:
+    """Wait for a GPU."""
+    if device != 'cpu':
+        torch.cuda.synchronize(device)
