@@ -491,3 +491,18 @@ def test_weights_that_a_controller_makes_freeze_both_factors():
     reasons = {f.layer: f.reason for f in grouping.frozen}
     what = 'multiplied with an activation by Convolution'
     assert what in reasons['b'] and what in reasons['controller']
+
+
+def test_a_shared_layer_that_also_reads_the_image_reads_all_channels():
+    """What it reads in one call cannot go, as the image keeps its channels."""
+    net = Net(
+        lambda net, x: net.head(net.shared(x) + net.shared(net.a(x))),
+        a=conv(3, 3),
+        shared=conv(3, 5),
+        head=conv(5, 4),
+    )
+    grouping = grouped(net)
+    assert [g.name for g in grouping.groups] == ['shared']
+    reasons = {f.layer: f.reason for f in grouping.frozen}
+    assert 'channels that no layer makes' in reasons['a']
+    assert find_disagreements(net, grouping, lambda m: m(images())) == []

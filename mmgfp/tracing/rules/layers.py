@@ -142,6 +142,10 @@ def _read(ctx: Context, labels: Tensor, vector: Tensor | None) -> None:
         )
         return
     ctx.table.equate(labels, vector)
+    # A layer may read other channels in another call, which cannot go without these.
+    ctx.freeze(
+        vector[labels == NO_LABEL], 'input channels that no layer makes are read by'
+    )
     ctx.table.consume(vector)
 
 
