@@ -102,13 +102,15 @@ def disagreement(
     probe.eval()  # returns nothing where distillation overrides it
     _randomize_norms(probe)
     masked, small = masked_and_compact(probe, groups, alive)
-    try:  # first the one that may fail at once
+    expected = _outputs(
+        masked, forward
+    )  # first: a whole model shows what can be called
+    try:
         outputs = _outputs(small, forward)
     except Exception as error:  # whatever the model raises is the answer
-        _outputs(masked, forward)
         return f'{type(error).__name__}: {str(error)}'.splitlines()[0]
     try:
-        worst = difference(_outputs(masked, forward), outputs)
+        worst = difference(expected, outputs)
     except ValueError:
         return 'another number of outputs'
     if worst == float('inf'):
