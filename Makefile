@@ -41,7 +41,7 @@ test-slow: $(STAMP)  ## run the tests that take minutes
 quality: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy mmgfp tools
+	$(BIN)/mypy mmgfp tools benchmarks
 
 format: $(STAMP)  ## apply what quality would complain about
 	$(BIN)/ruff check --fix .
