@@ -1,5 +1,6 @@
 """A model's way through pruning without a runner: trace, prune, train, reload."""
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,3 +95,13 @@ def seeded_loss(calls, model):
     """The loss on the same samples, and on the same proposals, at each call."""
     torch.manual_seed(0)
     return calls.steady_loss(model.train())
+
+
+def without_boxes(calls, *images):
+    """The same batch with nothing annotated in some images."""
+    fewer = copy.copy(calls)
+    fewer.data = copy.deepcopy(calls.data)
+    for n in images:
+        sample = fewer.data['data_samples'][n]
+        sample.gt_instances = sample.gt_instances[torch.zeros(0, dtype=torch.long)]
+    return fewer

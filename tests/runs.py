@@ -3,7 +3,6 @@
 Processes are forked off one that has imported the libraries, so that each starts fast.
 """
 
-import importlib.util
 import multiprocessing
 import os
 import signal
@@ -18,8 +17,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
+from tooling import load_tool
 
-ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context('forkserver')
 FORKS.set_forkserver_preload(
     ['mmgfp.engine.hook', 'mmdet.models', 'mmdet.datasets', 'mmpretrain.models']
@@ -187,14 +186,6 @@ def _half(path, data, name):
         die()
 
 
-def _tool():
-    path = ROOT / 'tools/train.py'
-    spec = importlib.util.spec_from_file_location('tool_train', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _train(config, resume, cut, change, rank, processes, port):
     """Train as tools/train.py does, then write ``end_<rank>.pth``."""
     torch.set_num_threads(1)
@@ -212,7 +203,7 @@ def _train(config, resume, cut, change, rank, processes, port):
             'MASTER_PORT': str(port),
         }
         config.launcher = 'pytorch'
-    tool = _tool()
+    tool = load_tool('train')
 
     def main():
         tool.apply_resume(config, 'auto' if resume else None)

@@ -1,6 +1,5 @@
 """Variants of the hook, and the comparison of what they leave."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,8 +7,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from mmengine.config import Config
+from tooling import ROOT, load_tool
 
 from mmgfp.engine import FisherPruningHook
 from mmgfp.engine.demo_batch import build_model
@@ -22,15 +21,7 @@ CIFAR = [
 ]
 
 
-def load_tool():
-    path = ROOT / 'tools/ablation.py'
-    spec = importlib.util.spec_from_file_location('tool_ablation', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-ablation = load_tool()
+ablation = load_tool('ablation')
 
 
 def parse(*flags):

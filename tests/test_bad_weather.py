@@ -8,8 +8,9 @@ from conftest import small_prune_config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from reference import mask_fisher
+from roundtrip import without_boxes
 from test_mixed_precision import slim_retinanet
-from toy_runner import Call, pruner_of, toy_runner
+from toy_runner import Call, pruner_of, toy_loader, toy_runner
 from toys import ConvPair, TinyDetector, images, square_loss
 
 from mmgfp import FisherPruningHook, GroupFisherPruner
@@ -110,16 +111,6 @@ def _loss(model):
 
 
 # -- images without boxes, heads without gradients --------------------------------
-
-
-def without_boxes(calls, *numbers):
-    """The same images of which some have no ground truth."""
-    fewer = copy.copy(calls)
-    fewer.data = copy.deepcopy(calls.data)
-    for n in numbers:
-        sample = fewer.data['data_samples'][n]
-        sample.gt_instances = sample.gt_instances[torch.zeros(0, dtype=torch.long)]
-    return fewer
 
 
 @pytest.fixture(scope='module')
@@ -246,13 +237,7 @@ def test_uneven_last_batch_counts_each_of_its_images(tmp_path):
         hook=dict(interval=10**6),
         optim=dict(optimizer=dict(type='SGD', lr=0.0)),
         train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1),
-        train_dataloader=dict(
-            batch_size=2,
-            num_workers=0,
-            dataset=dict(type='ToyImages', count=5),
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            collate_fn=dict(type='default_collate'),
-        ),
+        train_dataloader=toy_loader(2, count=5),
     )
     runner.train()
     model, groups = runner.model, pruner_of(runner).grouping.groups

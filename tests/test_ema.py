@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS
-from toy_runner import Call, pruner_of, toy_runner
+from toy_runner import Call, pruner_of, toy_loader, toy_runner
 
 from mmgfp.structure import PruneStructure
 from mmgfp.verify import difference
@@ -83,13 +83,7 @@ def run(tmp_path_factory):
             )
         )
 
-    loader = dict(
-        batch_size=4,
-        num_workers=0,
-        dataset=dict(type='ToyImages', count=4),
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        collate_fn=dict(type='default_collate'),
-    )
+    loader = toy_loader(4, count=4)
     runner = toy_runner(
         folder,
         iters=40,

@@ -1,6 +1,5 @@
 """tools/train.py and tools/test.py."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from tooling import load_tool
 
 from mmgfp.cli import run_cli
 from mmgfp.errors import ConfigError
@@ -16,15 +16,7 @@ TOOLS = Path(__file__).parent.parent / 'tools'
 DEMO = TOOLS.parent / 'configs/demo'
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(f'tool_{name}', TOOLS / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-train, tester = load('train'), load('test')
+train, tester = load_tool('train'), load_tool('test')
 
 
 def call(module, monkeypatch, *args):

@@ -12,7 +12,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_checkpoint
 from mmengine.structures import InstanceData
 from reference import mask_fisher
-from roundtrip import assert_prunes, traced
+from roundtrip import assert_prunes, traced, without_boxes
 from torch import nn
 
 from mmgfp import GroupFisherPruner, PruneStructure
@@ -256,16 +256,6 @@ def test_images_of_a_batch_count_as_they_do_alone(mask_rcnn):
         model.train()
         assert float(alone[0].min()) >= 0 and float(together.sum()) > 0
         assert_close(together, alone[0] + alone[1])
-
-
-def without_boxes(calls, *images):
-    """The same batch with nothing annotated in some images."""
-    fewer = copy.copy(calls)
-    fewer.data = copy.deepcopy(calls.data)
-    for n in images:
-        sample = fewer.data['data_samples'][n]
-        sample.gt_instances = sample.gt_instances[torch.zeros(0, dtype=torch.long)]
-    return fewer
 
 
 def test_image_without_boxes(mask_rcnn):

@@ -205,7 +205,11 @@ def test_crafted_statistics_are_refused(state):
 
 def test_state_as_it_was_is_accepted(state):
     """The changes above are what is refused."""
-    GroupFisherPruner(TinyDetector(), interval=1).load_state_dict(state)
+    pruner = GroupFisherPruner(TinyDetector(), interval=1)
+    pruner.load_state_dict(state)
+    assert pruner.iteration == state['iteration']
+    assert pruner.alive.tolist() == state['alive'].tolist()
+    assert torch.equal(pruner.statistics.state_dict(), state['statistics'])
 
 
 # -- structures -------------------------------------------------------------------

@@ -133,6 +133,17 @@ class CpuAmpOptimWrapper(AmpOptimWrapper):
             yield
 
 
+def toy_loader(batch, sampler='DefaultSampler', count=8):
+    """A loader of ``count`` images in order."""
+    return dict(
+        batch_size=batch,
+        num_workers=0,
+        dataset=dict(type='ToyImages', count=count),
+        sampler=dict(type=sampler, shuffle=False),
+        collate_fn=dict(type='default_collate'),
+    )
+
+
 def toy_runner(folder, iters=8, batch=2, hooks=(), optim=None, hook=None, **config):
     """A runner that prunes a `ToyDetector`.
 
@@ -154,13 +165,7 @@ def toy_runner(folder, iters=8, batch=2, hooks=(), optim=None, hook=None, **conf
     arguments = dict(
         model=dict(type='ToyDetector'),
         work_dir=str(Path(folder) / 'work'),
-        train_dataloader=dict(
-            batch_size=batch,
-            num_workers=0,
-            dataset=dict(type='ToyImages'),
-            sampler=dict(type='InfiniteSampler', shuffle=False),
-            collate_fn=dict(type='default_collate'),
-        ),
+        train_dataloader=toy_loader(batch, 'InfiniteSampler'),
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=iters, val_interval=iters),
         optim_wrapper=wrapper | (optim or {}),
         default_hooks=dict(

@@ -76,6 +76,8 @@ class BatchCalls:
         runs in eval mode at all.
         """
         outputs = self.forward(model)
+        if self._mode == 'loss':  # it has just run
+            return outputs
         if self._loss_infers is None:
             try:
                 self.steady_loss(model)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from mmgfp.nests import tensors_in
 from mmgfp.tracing.labels import varying
 from mmgfp.tracing.value import Value
 
@@ -48,7 +49,11 @@ def watch_widths(
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             tensors = {'input': [*args, *kwargs.values()][:1], 'output': output}
             for side in sides:
-                nodes = [(t.grad_fn, t.output_nr) for t in _tensors(tensors[side])]
+                nodes = [
+                    (t.grad_fn, t.output_nr)
+                    for t in tensors_in(tensors[side])
+                    if t.grad_fn is not None and t.numel()
+                ]
                 attributes = [a for a, s in WIDTH_ATTRIBUTES.items() if s == side]
                 for attribute in attributes:
                     found.setdefault(f'{name}.{attribute}', []).extend(nodes)
@@ -66,19 +71,6 @@ def watch_widths(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _tensors(nest: Any) -> Iterator[Tensor]:
-    """Tensors with a graph and with elements, in lists, tuples and dicts."""
-    if isinstance(nest, Tensor):
-        if nest.grad_fn is not None and nest.numel():
-            yield nest
-    elif isinstance(nest, dict):
-        for value in nest.values():
-            yield from _tensors(value)
-    elif isinstance(nest, list | tuple):
-        for value in nest:
-            yield from _tensors(value)
 
 
 def width_labels(
