@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -135,6 +135,58 @@ class Grouping:
         """Group number of each unit, shape (units,)."""
         sizes = [g.units for g in self.groups]
         return np.repeat(np.arange(len(sizes)), sizes)
+
+    def left(self, alive: np.ndarray) -> Grouping:
+        """The groups of the model that is cut down to the units ``alive``, (U,).
+
+        Units are numbered anew; groups stay in order and keep some units each.
+        """
+        gone = gone_entries(self.groups, alive)
+        parts = np.split(alive, np.cumsum([g.units for g in self.groups])[:-1])
+        groups = [
+            ChannelGroup(
+                group.name, tuple(_moved(m, gone, some) for m in group.members)
+            )
+            for group, some in zip(self.groups, parts, strict=True)
+        ]
+        number = np.append(np.cumsum(alive) - 1, -1)  # the last one is for no unit
+        stays = np.append(alive, True)
+        inputs = {n: number[index[stays[index]]] for n, index in self.inputs.items()}
+        return Grouping(tuple(groups), self.frozen, inputs)
+
+
+def gone_entries(
+    groups: Sequence[ChannelGroup], alive: np.ndarray
+) -> dict[tuple[str, int], np.ndarray]:
+    """Which entries of each tensor's dimensions are those of units that went.
+
+    Args:
+        groups: The groups of the units.
+        alive: Units that stay, (U,).
+
+    Returns:
+        dict: Ascending entries by name and dimension, where there are any.
+    """
+    gone: dict[tuple[str, int], list[np.ndarray]] = {}
+    start = 0
+    for group in groups:
+        went = ~alive[start : start + group.units]
+        start += group.units
+        for member in group.members if went.any() else ():
+            parts = gone.setdefault((member.name, member.dim), [])
+            parts.append(member.index[went].reshape(-1))
+    return {key: np.unique(np.concatenate(parts)) for key, parts in gone.items()}
+
+
+def _moved(
+    member: Member, gone: Mapping[tuple[str, int], np.ndarray], alive: np.ndarray
+) -> Member:
+    """A member of the units ``alive`` alone, where entries before it are ``gone``."""
+    index = member.index[alive]
+    before = gone.get((member.name, member.dim))
+    if before is not None:
+        index = index - np.searchsorted(before, index)
+    return replace(member, index=index)
 
 
 def module_of(tensor: str) -> str:

@@ -69,10 +69,13 @@ class ColumnMask:
         self._index[columns] = torch.from_numpy(gone).to(parameter.device)
         if parameter.requires_grad and columns not in self._handles:
 
-            def hook(grad: Tensor) -> Tensor:
-                return grad.index_fill(dim, self._index[columns], 0)
+            def hook(parameter: Tensor) -> None:
+                # In place, as a copy of the gradient could be the step's peak memory.
+                if parameter.grad is not None:
+                    parameter.grad.index_fill_(dim, self._index[columns], 0)
 
-            self._handles[columns] = parameter.register_hook(hook)
+            handle = parameter.register_post_accumulate_grad_hook(hook)
+            self._handles[columns] = handle
 
     @torch.no_grad()
     def _zero(self, columns: Columns, entries: np.ndarray) -> None:

@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from mmgfp.costs import CostTable, LayerWork, Totals
 from mmgfp.discovery import Discovery, discover
-from mmgfp.errors import ConfigError, StatisticsError
+from mmgfp.errors import StatisticsError
 from mmgfp.fisher import FisherTap, weight_owners
 from mmgfp.groups import Grouping
+from mmgfp.live import cut_live
 from mmgfp.masking import ColumnMask
+from mmgfp.options import check_not_compiled, check_options, parse_targets
 from mmgfp.recording import Forward, LossFunction, copy_module
 from mmgfp.selection import (
-    NORMALIZATIONS,
     Limits,
     Target,
     auto_bound,
@@ -27,14 +29,12 @@ from mmgfp.selection import (
     select_units,
     waypoints,
 )
+from mmgfp.state import PrunerState
 from mmgfp.statistics import Importance, Reduce, UnitStatistics
 from mmgfp.structure import PruneStructure, shapes_of
 from mmgfp.surgery import compact
 
 logger = logging.getLogger('mmgfp')
-
-#: Version of what `GroupFisherPruner.state_dict` gives.
-STATE_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -104,50 +104,24 @@ class GroupFisherPruner:
         iterations: int | None = None,
         divisor: int = 1,
     ) -> None:
-        targets = list(target) if isinstance(target, list | tuple) else [target]
-        self.targets = [Target.parse(t) for t in targets]
-        _check('target', bool(self.targets), 'at least one target', target)
-        _check_count('interval', interval)
-        if units_per_step != 'auto':
-            what = 'a whole number of at least 1, or auto'
-            _check_count('units_per_step', units_per_step, what)
-        if iterations is not None:
-            least = interval * len(self.targets)
-            what = f'a whole number, at least the interval for each target: {least}'
-            _check_count('iterations', iterations, what, least)
-            alone = units_per_step == 1
-            expected = 'not given beside iterations, which sets the pace'
-            _check('units_per_step', alone, expected, units_per_step)
-        _check_count('divisor', divisor)
-        _check_count('min_channels', min_channels)
-        _check_count('max_dropped', max_dropped)
-        _check_count('statistics_every', statistics_every)
-        expected = f'at most the interval, {interval}'
-        _check(
-            'statistics_every', statistics_every <= interval, expected, statistics_every
+        self.targets = parse_targets(target)
+        check_options(
+            {
+                'interval': interval,
+                'normalize': normalize,
+                'units_per_step': units_per_step,
+                'min_channels': min_channels,
+                'max_ratio': max_ratio,
+                'keep': keep,
+                'coupled': coupled,
+                'max_dropped': max_dropped,
+                'statistics_every': statistics_every,
+                'iterations': iterations,
+                'divisor': divisor,
+            },
+            len(self.targets),
         )
-        fine = isinstance(max_ratio, int | float) and 0 < max_ratio <= 1
-        _check('max_ratio', fine, 'a number in (0, 1]', max_ratio)
-        _check(
-            'normalize',
-            normalize in NORMALIZATIONS,
-            'one of ' + ', '.join(NORMALIZATIONS),
-            normalize,
-        )
-        _check(
-            'keep',
-            isinstance(keep, list | tuple) and all(isinstance(k, str) for k in keep),
-            'a list of layer names or patterns',
-            keep,
-        )
-        _check('coupled', isinstance(coupled, bool), 'True or False', coupled)
-        if hasattr(model, '_orig_mod') or getattr(model, '_compiled_call_impl', None):
-            raise ConfigError(
-                'model',
-                'a module without torch.compile, as pruning looks into every layer',
-                f'a compiled {type(getattr(model, "_orig_mod", model)).__name__}',
-                'prune first; the compact model can be compiled for fine-tuning',
-            )
+        check_not_compiled(model)
         self.model = model
         self.interval = interval
         self.normalize = normalize
@@ -162,7 +136,8 @@ class GroupFisherPruner:
         self.max_dropped = max_dropped
         self.statistics_every = statistics_every
         self.discovery: Discovery | None = None
-        self.grouping = Grouping((), (), {})
+        self.grouping = self.left = Grouping((), (), {})
+        self._copies: list[nn.Module] = []
         self.iteration = 0
         self._dropped = 0
         self.reached: list[Target] = []
@@ -214,32 +189,17 @@ class GroupFisherPruner:
                 another one or before an interruption.
         """
         self.discovery = discovery
-        self.grouping = discovery.grouping
+        self.grouping = self.left = discovery.grouping
         groups = self.grouping.groups
         parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
         self.costs = CostTable(parameters, discovery.work, groups)
         self.shapes = shapes_of(self.model)
         self.alive = np.ones(self.grouping.units, dtype=bool)
+        self.present = self.alive.copy()
         self._group_of = self.grouping.group_of
-        owners = weight_owners(self.model)
-        units = {
-            module: torch.from_numpy(index)
-            for weight, index in self.grouping.inputs.items()
-            for module in owners.get(weight, ())
-            if (index >= 0).any()
-        }
         device = next(self.model.parameters()).device
-        self.statistics = UnitStatistics(units, self._group_of, device)
-        modules = dict(self.model.named_modules())
-        self.tap = FisherTap(
-            {name: modules[name] for name in units},
-            discovery.rows,
-            [modules[name] for name in discovery.rows.first],
-            units,
-        )
-        self._watch_next()
-        self.tap.attach()
-        self.mask = ColumnMask(self.model, groups)
+        self.statistics = UnitStatistics({}, self._group_of, device)
+        self._watch()
         widths = np.array(
             [next(m.width for m in g.members if m.role == 'out') for g in groups]
         )
@@ -247,6 +207,51 @@ class GroupFisherPruner:
         sizes = np.array([g.units for g in groups])
         least = -(-self.min_channels // widths)
         self.limits = Limits.of(sizes, least, self.max_ratio)
+
+    def follow(self, copied: nn.Module) -> None:
+        """Mask and cut a copy of the model along with it, such as an averaged one.
+
+        Args:
+            copied: A module with tensors of the same names and shapes.
+        """
+        self._copies.append(copied)
+        if self.discovery is not None:
+            self._masks.append(self._masked(copied))
+
+    def _watch(self) -> None:
+        """Tap and mask the model as it is now."""
+        assert self.discovery is not None
+        # Units keep their first numbers in all statistics.
+        numbers = np.append(np.flatnonzero(self.present), -1)
+        owners = weight_owners(self.model)
+        units = {
+            module: torch.from_numpy(numbers[index])
+            for weight, index in self.left.inputs.items()
+            for module in owners.get(weight, ())
+            if (index >= 0).any()
+        }
+        self.statistics.read(units)
+        modules, rows = dict(self.model.named_modules()), self.discovery.rows
+        self.tap = FisherTap(
+            {name: modules[name] for name in units},
+            rows,
+            [modules[name] for name in rows.first],
+            units,
+        )
+        self._watch_next()
+        self.tap.attach()
+        self.mask = self._masked(self.model)
+        self._masks = [self.mask, *map(self._masked, self._copies)]
+
+    def _masked(self, model: nn.Module) -> ColumnMask:
+        """A mask of what went and is still there."""
+        mask = ColumnMask(model, self.left.groups)
+        mask.update(self.alive[self.present])
+        return mask
+
+    def _update_masks(self) -> None:
+        for mask in self._masks:
+            mask.update(self.alive[self.present])
 
     # -- state ---------------------------------------------------------------
 
@@ -283,74 +288,107 @@ class GroupFisherPruner:
         return self.costs.totals(np.zeros(len(self.grouping.groups)))
 
     def structure(self) -> PruneStructure:
-        """What is kept in every tensor dimension."""
+        """What is kept of every tensor dimension of the unpruned model."""
         return PruneStructure.of(self.grouping.groups, self.alive, self.shapes)
 
-    def compact(self) -> nn.Module:
-        """A compact copy of the model as it stands."""
+    def cut_structure(self) -> PruneStructure:
+        """What of the unpruned model is still there, masked or not."""
+        return PruneStructure.of(self.grouping.groups, self.present, self.shapes)
+
+    def compact(self, copied: nn.Module | None = None) -> nn.Module:
+        """A compact copy of the model as it stands, or of one that follows it."""
         self.tap.detach()
         try:
-            copied = copy_module(self.model)
+            made = copy_module(self.model if copied is None else copied)
         finally:
             self.tap.attach()
-        return compact(copied, self.structure())
+        return compact(made, self._rest(self.alive))
+
+    def _rest(self, units: np.ndarray) -> PruneStructure:
+        """What is left of the model as it is now if only ``units``, (U,), stay."""
+        shapes = shapes_of(self.model)
+        return PruneStructure.of(self.left.groups, units[self.present], shapes)
+
+    def shrink(self, optimizers: Sequence[Optimizer] = ()) -> bool:
+        """Cut what was pruned out of the model while it goes on training.
+
+        The model computes what it did, faster. Its parameters are new objects: their
+        gradients, the optimizers and the copies that `follow` it are seen to; anything
+        else that holds on to parameters, such as a wrapper for several processes, must
+        be built anew. Call it between `step` and the next forward pass.
+
+        Args:
+            optimizers: Those that train the model.
+
+        Returns:
+            bool: Whether there was anything to cut.
+
+        Raises:
+            ConfigError: An optimizer's state is of a kind that cannot be cut; nothing
+                has changed then.
+        """
+        return self._cut(self.alive, optimizers)
+
+    def _cut(self, units: np.ndarray, optimizers: Sequence[Optimizer]) -> bool:
+        """Let only ``units``, (U,), stay in the model."""
+        if np.array_equal(units, self.present):
+            return False
+        cut_live(self.model, self._rest(units), optimizers, self._copies)
+        self.close()
+        self.present = units.copy()
+        self.left = self.grouping.left(self.present)
+        self._watch()
+        return True
 
     def close(self) -> None:
         """Take all hooks off the model; masked columns stay at zero."""
         self.tap.detach()
-        self.mask.remove()
+        for mask in self._masks:
+            mask.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, in plain types and tensors."""
         assert self.discovery is not None, 'call prepare first'
-        return {
-            'version': STATE_VERSION,
-            'options': {'keep': list(self.keep), 'coupled': self.coupled},
-            'discovery': self.discovery.to_dict(),
-            'iteration': self.iteration,
-            'alive': torch.from_numpy(self.alive.copy()),
-            'statistics': self.statistics.state_dict(),
-            'reached': [{t.cost: t.ratio} for t in self.reached],
-        }
+        state = PrunerState(
+            self.discovery,
+            self.iteration,
+            self.alive,
+            self.present,
+            self.statistics.state_dict(),
+            self.reached,
+        )
+        return state.to_dict(self._options)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Arguments that a resumed run must not change."""
+        return {'keep': self.keep, 'coupled': self.coupled}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], optimizers: Sequence[Optimizer] = ()
+    ) -> None:
         """Go on where `state_dict` was taken; `prepare` is not needed before.
 
         Groups and costs are those of the interrupted run, whatever a batch of this
-        one would show.
+        one would show. The model is unpruned when this is called, and cut down to what
+        the interrupted run had left of it: its weights are to be loaded afterwards.
+
+        Args:
+            state: What `state_dict` gave.
+            optimizers: Those that train the model.
 
         Raises:
             ConfigError: The state is of another version, model or configuration.
         """
-        remedy = 'resume with the configuration that the run was started with'
-        version = state.get('version')
-        if version != STATE_VERSION:
-            raise ConfigError(
-                'checkpoint',
-                f'a pruning state of version {STATE_VERSION}',
-                repr(version),
-                'start pruning anew from the weights, with load_from',
-            )
-        try:
-            for name, value in state['options'].items():
-                own = getattr(self, name)
-                if (list(own) if isinstance(own, tuple) else own) != value:
-                    raise ConfigError(name, repr(value), repr(own), remedy)
-            discovery = Discovery.from_dict(state['discovery'], self.model)
-            # A runner may have loaded the checkpoint onto a GPU.
-            alive = state['alive'].cpu().numpy().copy()
-            iteration, statistics = int(state['iteration']), state['statistics']
-            reached = [Target.parse(t) for t in state['reached']]
-        except (KeyError, TypeError, AttributeError) as error:
-            got = f'{type(error).__name__}: {error}'
-            raise ConfigError('checkpoint', 'a pruning state', got, remedy) from error
-        _check_alive(alive, discovery.grouping, remedy)
+        found = PrunerState.from_dict(state, self.model, self._options)
         if self.discovery is not None:
             self.close()
-        self.begin(discovery)
-        self.iteration, self.alive, self.reached = iteration, alive, reached
-        self.statistics.load_state_dict(statistics)
-        self.mask.update(self.alive)
+        self.begin(found.discovery)
+        self.iteration, self.alive = found.iteration, found.alive
+        self.reached = found.reached
+        self.statistics.load_state_dict(found.statistics)
+        if not self._cut(found.present, optimizers):
+            self._update_masks()
         self._watch_next()
 
     # -- one iteration -------------------------------------------------------
@@ -422,7 +460,7 @@ class GroupFisherPruner:
         )
         self.alive[units] = False
         self.statistics.reset()
-        self.mask.update(self.alive)
+        self._update_masks()
         totals = self.totals
         reached = tuple(t for t in self.pending if t.reached(totals, full))
         self.reached += reached
@@ -463,37 +501,3 @@ class GroupFisherPruner:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
-
-
-def _check(field: str, fine: bool, expected: str, got: object) -> None:
-    if not fine:
-        raise ConfigError(field, expected, repr(got), 'change the configuration')
-
-
-def _check_alive(alive: np.ndarray, grouping: Grouping, remedy: str) -> None:
-    """Units that stay must be those of the groups, some of each.
-
-    Raises:
-        ConfigError: They are not.
-    """
-    expected, got = f'a mask of {grouping.units} units', str(len(alive))
-    fine = alive.shape == (grouping.units,)
-    if fine:
-        expected, got = f'{expected} that leaves some of each group', str(alive.dtype)
-        fine = alive.dtype == bool
-    if fine:
-        left = np.bincount(grouping.group_of[alive], minlength=len(grouping.groups))
-        empty = [g.name for g, n in zip(grouping.groups, left, strict=True) if not n]
-        fine, got = not empty, f'none of {", ".join(empty)}'
-    if not fine:
-        raise ConfigError('checkpoint', expected, got, remedy)
-
-
-def _check_count(
-    field: str,
-    value: object,
-    expected: str = 'a whole number of at least 1',
-    least: int = 1,
-) -> None:
-    fine = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    _check(field, fine, expected, value)

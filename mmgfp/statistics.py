@@ -50,18 +50,26 @@ class UnitStatistics:
         group_of: np.ndarray,
         device: torch.device | str = 'cpu',
     ) -> None:
-        self._units = {name: index.to(device) for name, index in units.items()}
         self._group_of = group_of
-        self._groups_read = {
-            name: np.unique(group_of[index[index >= 0].numpy()])
-            for name, index in units.items()
-        }
         self._group = torch.from_numpy(group_of).to(device)
         # One flat tensor, so that processes exchange it at once: importance by unit,
         # (U,); iterations with a gradient by group, (G,); iterations dropped in all,
         # and in a row.
         self._parts = (len(group_of), int(group_of.max(initial=-1)) + 1, 2)
         self._flat = torch.zeros(sum(self._parts), dtype=torch.float64, device=device)
+        self.read(units)
+
+    def read(self, units: Mapping[str, Tensor]) -> None:
+        """Go on with layers that read these units, as after some were cut out.
+
+        Args:
+            units: The unit of each input channel by layer, (C,), -1 for none.
+        """
+        self._units = {n: index.to(self._flat.device) for n, index in units.items()}
+        self._groups_read = {
+            name: np.unique(self._group_of[index[index >= 0].numpy()])
+            for name, index in units.items()
+        }
 
     def add(
         self, gradients: Mapping[str, Tensor], lost: Iterable[str], scale: float = 1.0

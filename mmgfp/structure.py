@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mmgfp.errors import StructureError
-from mmgfp.groups import ChannelGroup, is_layer
+from mmgfp.groups import ChannelGroup, gone_entries, is_layer
 from mmgfp.io import atomic_write, load_weights_only
 from mmgfp.tracing import width_attributes
 
@@ -54,18 +54,9 @@ class PruneStructure:
         attributes = {
             m.name for g in groups for m in g.members if m.role == 'attribute'
         }
-        dropped: dict[tuple[str, int], list[np.ndarray]] = {}
-        start = 0
-        for group in groups:
-            gone = ~alive[start : start + group.units]
-            start += group.units
-            for member in group.members if gone.any() else ():
-                dropped.setdefault((member.name, member.dim), []).append(
-                    member.index[gone].reshape(-1)
-                )
         structure = cls()
-        for (name, dim), parts in sorted(dropped.items()):
-            left = np.setdiff1d(np.arange(shapes[name][dim]), np.concatenate(parts))
+        for (name, dim), gone in sorted(gone_entries(groups, alive).items()):
+            left = np.delete(np.arange(shapes[name][dim]), gone)
             if name in attributes:
                 structure.attributes[name] = len(left)
                 continue

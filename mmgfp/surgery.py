@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,30 @@ from torch import Tensor, nn
 
 from mmgfp.structure import PruneStructure
 from mmgfp.tracing import count_heads, head_kind
+
+CHANNELS_LAST = torch.channels_last
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What became of a parameter or buffer.
+
+    Attributes:
+        old: The tensor as it was.
+        new: The smaller one that has taken its place.
+        kept: Kept indices, ascending, by dimension.
+    """
+
+    old: Tensor
+    new: Tensor
+    kept: Mapping[int, Sequence[int]]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """What is left of a tensor that has an entry for each one of the old."""
+        for dim, indices in self.kept.items():
+            index = torch.tensor(indices, device=tensor.device)
+            tensor = tensor.index_select(dim, index)
+        return tensor
 
 
 def compact(model: nn.Module, structure: PruneStructure) -> nn.Module:
@@ -24,20 +49,30 @@ def compact(model: nn.Module, structure: PruneStructure) -> nn.Module:
     Raises:
         StructureError: The structure does not belong to the model.
     """
+    cut(model, structure)
+    return model
+
+
+def cut(model: nn.Module, structure: PruneStructure) -> list[Cut]:
+    """Shrink ``model`` in place, as `compact` does, and tell what took which place.
+
+    Raises:
+        StructureError: The structure does not belong to the model.
+    """
     structure.check_fits(model)
     owners = _owners(model)
     touched: dict[int, nn.Module] = {}
-    done: set[int] = set()
+    cuts: dict[int, Cut] = {}
     for name, kept in structure.kept.items():
         module_name, _, attribute = name.rpartition('.')
         tensor = getattr(model.get_submodule(module_name), attribute)
-        if id(tensor) in done:
+        if id(tensor) in cuts:
             continue
-        smaller = _shrunk(tensor, kept)
-        done.add(id(smaller))
+        made = _made(tensor, kept)
+        cuts[id(made.new)] = made
         for module, key in owners[id(tensor)]:
             _count_groups(module, key, kept)
-            setattr(module, key, smaller)
+            setattr(module, key, made.new)
             touched[id(module)] = module
     for module in reversed(list(model.modules())):  # blocks after their layers
         if id(module) in touched or _wraps(module, touched):
@@ -46,17 +81,16 @@ def compact(model: nn.Module, structure: PruneStructure) -> nn.Module:
     for name, width in structure.attributes.items():
         module_name, _, attribute = name.rpartition('.')
         setattr(model.get_submodule(module_name), attribute, width)
-    return model
+    return [*cuts.values()]
 
 
-def _shrunk(tensor: Tensor, kept: dict[int, list[int]]) -> Tensor:
-    data = tensor.detach()
-    for dim, indices in kept.items():
-        index = torch.tensor(indices, device=data.device)
-        data = data.index_select(dim, index)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(data, requires_grad=tensor.requires_grad)
-    return data
+def _made(old: Tensor, kept: dict[int, list[int]]) -> Cut:
+    new = Cut(old, old, kept).of(old.detach())
+    if not old.is_contiguous() and old.is_contiguous(memory_format=CHANNELS_LAST):
+        new = new.contiguous(memory_format=CHANNELS_LAST)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    return Cut(old, new, kept)
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

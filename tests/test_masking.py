@@ -143,7 +143,9 @@ def test_update_touches_only_what_changed():
     first = int(np.flatnonzero(pruner._group_of == names.index('fpn1'))[0])
     pruner.alive[first] = False
     pruner.mask.update(pruner.alive)
-    hooks = {n: p._backward_hooks for n, p in pruner.model.named_parameters()}
+    hooks = {
+        n: p._post_accumulate_grad_hooks for n, p in pruner.model.named_parameters()
+    }
     with torch.no_grad():
         pruner.model.cls_tower.weight[:, 0] = 1
     pruner.alive[first + 2] = False

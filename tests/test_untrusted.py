@@ -163,7 +163,7 @@ CRAFTED = {
     ),
     'unknown option': (
         lambda s: s['options'].update(evil=1),
-        'a pruning state, got AttributeError',
+        "a pruning state, got KeyError: 'evil'",
     ),
     'no mask': (lambda s: s.update(alive=None), 'a pruning state, got AttributeError'),
     'mask of numbers': (
@@ -173,6 +173,11 @@ CRAFTED = {
     'two masks': (
         lambda s: s.update(alive=s['alive'][None]),
         'a mask of 40 units, got',
+    ),
+    'no units left': (lambda s: s.pop('present'), "got KeyError: 'present'"),
+    'units that were cut out and stay': (
+        lambda s: s['present'][:1].fill_(False),
+        'units that stay among those that were not cut out, got others',
     ),
     'nothing left of a group': (
         lambda s: s['alive'][:4].fill_(False),

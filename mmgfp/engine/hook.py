@@ -27,9 +27,11 @@ from mmgfp.engine.distributed import (
     reduction,
 )
 from mmgfp.engine.host import (
-    averaged_model,
+    averaged_models,
     check_widths,
+    check_wrapper,
     loss_scale,
+    renew,
     saves_now,
     unwrapped,
 )
@@ -39,12 +41,11 @@ from mmgfp.engine.random_state import random_state, set_random_state
 from mmgfp.engine.registry import PRUNERS
 from mmgfp.engine.termination import Termination
 from mmgfp.errors import ConfigError
-from mmgfp.masking import ColumnMask
+from mmgfp.live import check_optimizer
+from mmgfp.options import check_count
 from mmgfp.pruner import GroupFisherPruner, PruneStep
-from mmgfp.recording import copy_module
 from mmgfp.selection import Target
 from mmgfp.structure import STRUCTURE_KEY
-from mmgfp.surgery import compact
 
 #: The key under which training checkpoints hold the state of pruning.
 STATE_KEY = 'pruner'
@@ -78,6 +79,9 @@ class FisherPruningHook(Hook):
         strict: Raise at what cannot be pruned for lack of understanding.
         max_dropped: Iterations in a row without finite gradients that end the run.
         statistics_every: Iterations from one that is watched to the next.
+        compact_every: After so many iterations, at the next decision, what went is cut
+            out of the model, its optimizer and its averaged copy, so that iterations
+            get faster; None only masks it until the end.
         pruner: Which algorithm, and further arguments of it.
 
     Raises:
@@ -103,6 +107,7 @@ class FisherPruningHook(Hook):
         strict: bool = False,
         max_dropped: int = 100,
         statistics_every: int = 1,
+        compact_every: int | None = None,
         pruner: dict | None = None,
         **unknown: Any,
     ) -> None:
@@ -113,13 +118,16 @@ class FisherPruningHook(Hook):
                 repr(unknown),
                 'use interval, normalize, target, units_per_step, iterations, divisor, '
                 'min_channels, max_ratio, keep, coupled, input_shape, strict, '
-                'max_dropped, statistics_every or pruner',
+                'max_dropped, statistics_every, compact_every or pruner',
             )
         if input_shape is not None and len(input_shape) != 3:
             raise ConfigError(
                 'input_shape', '(C, H, W)', repr(input_shape), 'give three numbers'
             )
+        if compact_every is not None:
+            check_count('compact_every', compact_every)
         self.input_shape = tuple(input_shape) if input_shape else None
+        self.compact_every = compact_every
         self.config = {
             'type': 'GroupFisherPruner',
             'interval': interval,
@@ -140,9 +148,9 @@ class FisherPruningHook(Hook):
         # Built once without a model, so that bad arguments fail before the run.
         PRUNERS.build({**self.config, 'model': None})
         self.pruner: GroupFisherPruner | None = None
-        self._resumed: dict[str, Any] | None = None
+        #: What an interrupted run left: the pruner, and the processes' random states.
+        self._resumed: tuple[GroupFisherPruner, list[dict[str, Any]]] | None = None
         self._loss_scale = 1.0
-        self._ema_mask: ColumnMask | None = None
         self._termination = Termination()
         self._before_validation: dict[str, Any] | None = None
         self._others: list[dict[str, Any]] = []
@@ -156,6 +164,9 @@ class FisherPruningHook(Hook):
                 repr(runner.cfg.compile),
                 'remove it; the compact model can be compiled for fine-tuning',
             )
+        if self.compact_every is not None:
+            check_wrapper(runner)
+            check_optimizer(runner.optim_wrapper.optimizer)
         write_whole(runner)
         if self._termination not in runner.hooks:
             runner.register_hook(self._termination)
@@ -165,15 +176,14 @@ class FisherPruningHook(Hook):
         # So that to start an epoch takes nothing from the generator that is restored.
         generator = torch.Generator().manual_seed(runner.seed)
         runner.train_dataloader.generator = generator
-        state, self._resumed = self._resumed, None
-        if state is None:
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
             return
-        pruner = self._build(runner)
-        pruner.load_state_dict(state)
+        pruner, states = resumed
         if not is_main_process():
             pruner.statistics.clear()  # the main process has those of all
-        if len(state['random']) == get_world_size():
-            set_random_state(state['random'][get_rank()])
+        if len(states) == get_world_size():
+            set_random_state(states[get_rank()])
         self._watch(runner, pruner)
 
     def before_train_iter(
@@ -194,15 +204,14 @@ class FisherPruningHook(Hook):
         self.progress.log_groups(self.input_shape or calls.size)
 
     def _build(self, runner: Runner) -> GroupFisherPruner:
-        return PRUNERS.build({**self.config, 'model': unwrapped(runner.model)})
+        pruner = PRUNERS.build({**self.config, 'model': unwrapped(runner.model)})
+        for averaged in averaged_models(runner):
+            pruner.follow(averaged.module)
+        return pruner
 
     def _watch(self, runner: Runner, pruner: GroupFisherPruner) -> None:
         """Start to prune, or to go on with it."""
         self.pruner = pruner
-        averaged = averaged_model(runner)
-        if averaged is not None:
-            self._ema_mask = ColumnMask(averaged, pruner.grouping.groups)
-            self._ema_mask.update(pruner.alive)
         if pruner.done:
             runner.train_loop.stop_training = True
         self.progress = Progress(runner, pruner)
@@ -265,19 +274,32 @@ class FisherPruningHook(Hook):
         pruner = self.pruner
         assert pruner is not None
         check_agreement(pruner.alive)
-        if self._ema_mask is not None:
-            self._ema_mask.update(pruner.alive)
         self.progress.log_step(step)
         for target in step.reached:
             self._save(runner, target.label)
         if pruner.done:
             runner.logger.info('all pruning targets are reached; the run stops')
             runner.train_loop.stop_training = True
-        elif not len(step.units):
+            return
+        if not len(step.units):
             runner.logger.warning(
                 'no unit was pruned: none has gradients and may go; see min_channels, '
                 'max_ratio and keep'
             )
+        if self._compacts() and pruner.shrink([runner.optim_wrapper.optimizer]):
+            renew(runner)
+            runner.logger.info('what went is cut out of the model')
+
+    def _compacts(self) -> bool:
+        """Whether `compact_every` iterations ended since the decision before.
+
+        The iteration alone tells, so that resumed runs cut at the same ones.
+        """
+        every, pruner = self.compact_every, self.pruner
+        if every is None or pruner is None:
+            return False
+        before = pruner.iteration - pruner.interval
+        return pruner.iteration // every > before // every
 
     def after_train(self, runner: Runner) -> None:
         """Say so and save what there is, if the schedule ended too early."""
@@ -289,7 +311,7 @@ class FisherPruningHook(Hook):
             runner.logger.warning(
                 f'the schedule ended before the target {target.cost}='
                 f'{target.ratio:g}; reached {target.cost}={ratio:.4f}. Train longer, '
-                f'or set interval lower or units_per_step higher'
+                f'or set interval or iterations lower, or units_per_step higher'
             )
             reached = Target(target.cost, round(ratio, 4)).label
             self._save(runner, f'{reached}_unfinished')
@@ -300,20 +322,26 @@ class FisherPruningHook(Hook):
         if self.pruner is not None:
             state = self.pruner.state_dict()
             checkpoint[STATE_KEY] = {**state, 'random': [random_state(), *self._others]}
+            if not self.pruner.present.all():
+                checkpoint[STRUCTURE_KEY] = self.pruner.cut_structure().to_dict()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Keep the state until training starts.
+        """Go on with the state of an interrupted run, before its weights are loaded.
 
         Raises:
             ConfigError: The checkpoint to resume from is not of a pruning run, or the
                 weights are of another width.
         """
+        state = checkpoint.get(STATE_KEY) if runner._resume else None
+        if state is not None:
+            pruner = self._build(runner)
+            pruner.load_state_dict(state, [runner.optim_wrapper.optimizer])
+            if not pruner.present.all():
+                renew(runner)
+            self._resumed = pruner, state['random']
         if runner._resume or STRUCTURE_KEY in checkpoint:
             check_widths(unwrapped(runner.model), checkpoint.get('state_dict', {}))
-        if not runner._resume:
-            return
-        self._resumed = checkpoint.get(STATE_KEY)
-        if self._resumed is None:
+        if runner._resume and state is None:
             raise ConfigError(
                 'checkpoint',
                 'the state of a pruning run to resume',
@@ -337,11 +365,11 @@ class FisherPruningHook(Hook):
             'costs': describe(pruner.totals, pruner.full),
             'input_shape': self.input_shape,
         }
-        structure, averaged = pruner.structure(), averaged_model(runner)
-        model = pruner.compact()
-        if averaged is None:
+        structure, model = pruner.structure(), pruner.compact()
+        averaged = averaged_models(runner)
+        if not averaged:
             save_artifact(path, model, structure, meta)
         else:  # as in MMEngine's checkpoints, the averaged weights are those to use
-            average = compact(copy_module(averaged), structure)
+            average = pruner.compact(averaged[0].module)
             save_artifact(path, average, structure, meta, {'source': model})
         runner.logger.info(f'saved the compact model to {path}')

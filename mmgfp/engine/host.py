@@ -9,8 +9,10 @@ from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import ApexOptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
+from torch.nn.parallel import DistributedDataParallel
 
 from mmgfp.errors import ConfigError
+from mmgfp.surgery import fix_attributes
 
 
 def saves_now(hook: Hook, runner: Runner) -> bool:
@@ -25,10 +27,9 @@ def saves_now(hook: Hook, runner: Runner) -> bool:
     )
 
 
-def averaged_model(runner: Runner) -> Any:
-    """The averaged copy of the model that an `EMAHook` keeps, or None."""
-    hooks = [h for h in runner.hooks if isinstance(h, EMAHook)]
-    return hooks[0].ema_model.module if hooks else None
+def averaged_models(runner: Runner) -> list[Any]:
+    """The averaged models of all `EMAHook`, each with its copy in ``module``."""
+    return [h.ema_model for h in runner.hooks if isinstance(h, EMAHook)]
 
 
 def check_widths(model: Any, weights: Mapping[str, Any]) -> None:
@@ -63,6 +64,35 @@ def loss_scale(optim_wrapper: Any) -> float:
         )
     scaler = getattr(optim_wrapper, 'loss_scaler', None)
     return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def renew(runner: Runner) -> None:
+    """Let all that holds on to parameters have those that took their places.
+
+    `MMDistributedDataParallel` puts gradients into buckets of the first sizes.
+    """
+    for averaged in averaged_models(runner):
+        fix_attributes(averaged)
+    if is_model_wrapper(runner.model):
+        model = runner.model.module
+        runner.model = model  # the old wrapper lets go of its parameters
+        runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
+
+
+def check_wrapper(runner: Runner) -> None:
+    """Refuse wrappers that `renew` cannot build again.
+
+    Raises:
+        ConfigError: The model is in one.
+    """
+    model = runner.model
+    if is_model_wrapper(model) and not isinstance(model, DistributedDataParallel):
+        raise ConfigError(
+            'model_wrapper_cfg.type',
+            'MMDistributedDataParallel, or no compact_every',
+            type(model).__name__,
+            'leave compact_every off; units stay masked until the end',
+        )
 
 
 def unwrapped(model: Any) -> Any:

@@ -1,0 +1,110 @@
+"""Live compaction: a model that trains is cut, and what hangs on its tensors follows.
+
+Parameters are replaced by smaller ones, since autograd and its hooks remember the shape
+of those that they have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mmgfp.errors import ConfigError
+from mmgfp.structure import PruneStructure
+from mmgfp.surgery import Cut, cut
+
+REMEDY = 'leave compact_every off, or use SGD, Adam, AdamW or their like'
+
+
+@torch.no_grad()
+def cut_live(
+    model: nn.Module,
+    structure: PruneStructure,
+    optimizers: Sequence[Optimizer] = (),
+    copies: Iterable[nn.Module] = (),
+) -> None:
+    """Shrink a model that trains, with its gradients and all that goes with it.
+
+    What is refused is refused before anything is changed.
+
+    Args:
+        model: The model, shrunk in place.
+        structure: What it is cut down to.
+        optimizers: Those that train its parameters.
+        copies: Further models with tensors of the same names and shapes, such as an
+            averaged one.
+
+    Raises:
+        ConfigError: An optimizer holds what nobody can tell how to cut.
+        StructureError: The structure does not belong to the model.
+    """
+    shrinking = [model.get_parameter(n) for n in structure.kept if _owns(model, n)]
+    for optimizer in optimizers:
+        check_optimizer(optimizer, shrinking)
+    cuts = cut(model, structure)
+    for made in cuts:
+        if made.old.grad is not None:
+            made.new.grad = made.of(made.old.grad)
+    for optimizer in optimizers:
+        cut_optimizer(optimizer, cuts)
+    for copied in copies:
+        cut(copied, structure)
+
+
+def check_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor] = ()) -> None:
+    """Refuse an optimizer whose state cannot follow.
+
+    Args:
+        optimizer: Of any kind that keeps its state by parameter.
+        parameters: Those that are to shrink.
+
+    Raises:
+        ConfigError: It keeps something that is neither a number nor has an entry for
+            each one of its parameter, or only a share of all.
+    """
+    expected = 'one that keeps numbers and tensors of the shapes of its parameters'
+    if any(c.__name__ == 'ZeroRedundancyOptimizer' for c in type(optimizer).__mro__):
+        raise ConfigError('optimizer', expected, type(optimizer).__name__, REMEDY)
+    for parameter in parameters:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            fine = not isinstance(value, Tensor | list | tuple | dict)
+            if isinstance(value, Tensor):
+                fine = value.shape == parameter.shape or value.numel() == 1
+            if not fine:
+                shape = list(getattr(value, 'shape', ()))
+                got = f'{key} of {type(optimizer).__name__}, {type(value).__name__}'
+                raise ConfigError('optimizer', expected, f'{got} {shape}', REMEDY)
+
+
+def cut_optimizer(optimizer: Optimizer, cuts: Iterable[Cut]) -> None:
+    """Let an optimizer train the parameters that took the places of its own.
+
+    Args:
+        optimizer: Changed in place: its groups and its state, such as momentum.
+        cuts: What became of the parameters.
+    """
+    made = {id(c.old): c for c in cuts}
+    for group in optimizer.param_groups:
+        group['params'] = [
+            made[id(p)].new if id(p) in made else p for p in group['params']
+        ]
+    for old in [p for p in optimizer.state if id(p) in made]:
+        state = optimizer.state.pop(old)
+        new = made[id(old)]
+        optimizer.state[new.new] = {k: _followed(v, new) for k, v in state.items()}
+
+
+def _followed(value: Any, made: Cut) -> Any:
+    """An entry of an optimizer's state for the smaller parameter."""
+    whole = isinstance(value, Tensor) and value.shape == made.old.shape
+    return made.of(value) if whole else value
+
+
+def _owns(model: nn.Module, name: str) -> bool:
+    """Whether ``name`` is a parameter, and not a buffer."""
+    module, _, key = name.rpartition('.')
+    return key in model.get_submodule(module)._parameters
