@@ -38,6 +38,31 @@ def validated(folder, compact_every, averages):
     )
 
 
+def test_run_with_a_loss_scaler_ends_like_a_masked_one(tmp_path):
+    """Gradients overflow at first; the scaler finds out on parameters that are new."""
+    scaler = dict(init_scale=2.0**122, growth_interval=5)
+    results = []
+    for every in (None, 1):
+        runner = toy_runner(
+            tmp_path / f'{every}',
+            iters=12,
+            model=dict(type='ToyDetector', double=False, factor=2.0**8),
+            hook=dict(units_per_step=3, compact_every=every, target=dict(flops=0.1)),
+            optim=dict(
+                type='CpuAmpOptimWrapper',
+                optimizer=dict(type='SGD', lr=1e-6, momentum=0.9),
+                scaler=scaler,
+            ),
+        )
+        runner.train()
+        results.append(runner)
+    masked, live = map(pruner_of, results)
+    assert masked.alive.tolist() == live.alive.tolist()
+    assert not live.present.all()
+    scales = [r.optim_wrapper.loss_scaler.get_scale() for r in results]
+    assert scales[0] == scales[1] < 2.0**122
+
+
 def artifact(runner):
     (path,) = Path(runner.work_dir).glob('*_flops50.pth')
     return torch.load(path, weights_only=True)
@@ -78,6 +103,11 @@ def test_checkpoint_of_a_cut_model_holds_its_structure(tmp_path):
     small.load_state_dict(checkpoint['state_dict'], strict=True)
     kept = structure.kept['net.stage2.weight'][0]
     assert small.net.stage2.out_channels == len(kept) < 6
+
+
+def test_config_that_prunes_validates_too(tmp_path):
+    """Where there is no optimizer."""
+    assert validated(tmp_path, 1, averages=False).val() == {'images': 4}
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from mmgfp.engine.host import (
     check_widths,
     check_wrapper,
     loss_scale,
+    optimizer_of,
     renew,
     saves_now,
     unwrapped,
@@ -164,9 +165,6 @@ class FisherPruningHook(Hook):
                 repr(runner.cfg.compile),
                 'remove it; the compact model can be compiled for fine-tuning',
             )
-        if self.compact_every is not None:
-            check_wrapper(runner)
-            check_optimizer(runner.optim_wrapper.optimizer)
         write_whole(runner)
         if self._termination not in runner.hooks:
             runner.register_hook(self._termination)
@@ -176,6 +174,9 @@ class FisherPruningHook(Hook):
         # So that to start an epoch takes nothing from the generator that is restored.
         generator = torch.Generator().manual_seed(runner.seed)
         runner.train_dataloader.generator = generator
+        if self.compact_every is not None:
+            check_wrapper(runner)
+            check_optimizer(optimizer_of(runner.optim_wrapper))
         resumed, self._resumed = self._resumed, None
         if resumed is None:
             return
@@ -286,7 +287,7 @@ class FisherPruningHook(Hook):
                 'no unit was pruned: none has gradients and may go; see min_channels, '
                 'max_ratio and keep'
             )
-        if self._compacts() and pruner.shrink([runner.optim_wrapper.optimizer]):
+        if self._compacts() and pruner.shrink([optimizer_of(runner.optim_wrapper)]):
             renew(runner)
             runner.logger.info('what went is cut out of the model')
 
@@ -335,7 +336,7 @@ class FisherPruningHook(Hook):
         state = checkpoint.get(STATE_KEY) if runner._resume else None
         if state is not None:
             pruner = self._build(runner)
-            pruner.load_state_dict(state, [runner.optim_wrapper.optimizer])
+            pruner.load_state_dict(state, [optimizer_of(runner.optim_wrapper)])
             if not pruner.present.all():
                 renew(runner)
             self._resumed = pruner, state['random']

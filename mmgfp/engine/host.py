@@ -10,6 +10,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import ApexOptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from mmgfp.errors import ConfigError
 from mmgfp.surgery import fix_attributes
@@ -49,21 +50,35 @@ def check_widths(model: Any, weights: Mapping[str, Any]) -> None:
             )
 
 
-def loss_scale(optim_wrapper: Any) -> float:
+def loss_scale(wrapper: Any) -> float:
     """What losses are multiplied with under mixed precision.
 
     Raises:
-        ConfigError: The wrapper does not say it.
+        ConfigError: The optimizer's wrapper does not say it.
     """
-    if isinstance(optim_wrapper, ApexOptimWrapper | OptimWrapperDict):
+    _check_optim_wrapper(wrapper)
+    scaler = getattr(wrapper, 'loss_scaler', None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def optimizer_of(wrapper: Any) -> Optimizer:
+    """The optimizer of all that is trained, out of its wrapper.
+
+    Raises:
+        ConfigError: There are several, or one of Apex.
+    """
+    _check_optim_wrapper(wrapper)
+    return wrapper.optimizer
+
+
+def _check_optim_wrapper(wrapper: Any) -> None:
+    if isinstance(wrapper, ApexOptimWrapper | OptimWrapperDict):
         raise ConfigError(
             'optim_wrapper.type',
             'one that shows by what it scales the loss',
-            type(optim_wrapper).__name__,
+            type(wrapper).__name__,
             'use OptimWrapper, or AmpOptimWrapper for mixed precision',
         )
-    scaler = getattr(optim_wrapper, 'loss_scaler', None)
-    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def renew(runner: Runner) -> None:
