@@ -1,6 +1,6 @@
 """Measure what pruning costs, as ratios of things that take turns in one process.
 
-Each part and model is a line of JSON beside the facts of the machine, and a row of a
+Each part and model is an entry of JSON beside the facts of the machine, and rows of a
 table for docs/performance.md. Absolute times say something about the machine, too.
 """
 
@@ -10,31 +10,100 @@ import argparse
 import json
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import discovering, step
+from benchmarks import decision, discovering, growth, latency, schedule, step
 from benchmarks.models import SUBJECTS
 from mmgfp.cli import run_cli
 from mmgfp.results import machine_facts
 
-#: By name what is measured of a model and how its table looks.
-PARTS: dict[str, tuple[Callable[..., Any], Callable[..., list[list[str]]]]] = {
-    'step': (step.measure_step, step.table),
-    'discovery': (discovering.measure_discovery, discovering.table),
+
+@dataclass(frozen=True)
+class Part:
+    """Something that is measured.
+
+    Attributes:
+        about: What it is.
+        measure: Measures it: a model, its calls, repeats and the device.
+        table: Rows of a table, from what was measured by label.
+        subjects: Names of the models.
+    """
+
+    about: str
+    measure: Callable[..., dict[str, Any]]
+    table: Callable[..., list[list[str]]]
+    subjects: tuple[str, ...]
+
+
+PARTS = {
+    'step': Part(
+        'an iteration of training with and without pruning',
+        step.measure_step,
+        step.table,
+        ('retinanet', 'faster-rcnn', 'resnet50'),
+    ),
+    'discovery': Part(
+        'finding and proving the coupled channels',
+        discovering.measure_discovery,
+        discovering.table,
+        ('retinanet', 'faster-rcnn', 'resnet50'),
+    ),
+    'decision': Part(
+        'a decision for one unit, ten, and as many as are safe',
+        decision.measure_decision,
+        decision.table,
+        ('retinanet', 'retinanet-r101', 'faster-rcnn', 'resnet50'),
+    ),
+    'schedule': Part(
+        'the way to half the MACs, masked and cut; --repeats has no say',
+        schedule.measure_schedule,
+        schedule.table,
+        ('retinanet', 'resnet50'),
+    ),
+    'latency': Part(
+        'pruned models against the original, and which cost tells',
+        latency.measure_latency,
+        latency.table,
+        ('retinanet', 'resnet50'),
+    ),
+    'growth': Part(
+        'steps, discovery and decisions by size of model and image',
+        growth.measure_growth,
+        growth.table,
+        (
+            'retinanet-r18',
+            'retinanet',
+            'retinanet-r101',
+            'retinanet-384',
+            'retinanet-512',
+        ),
+    ),
 }
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's arguments."""
-    parser = argparse.ArgumentParser(prog='python -m benchmarks', description=__doc__)
-    parser.add_argument('--only', default=','.join(PARTS), help='parts, with commas')
-    parser.add_argument('--models', default=','.join(SUBJECTS), help='likewise')
+    parser = argparse.ArgumentParser(
+        prog='python -m benchmarks',
+        description=__doc__,
+        epilog='parts and their models:\n' + _contents(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        '--only', metavar='PARTS', default=','.join(PARTS), help='parts, with commas'
+    )
+    parser.add_argument(
+        '--models',
+        default=','.join(SUBJECTS),
+        help='likewise; each part measures those of its own that are named',
+    )
     parser.add_argument('--device', default='cpu', help='cpu or cuda')
     parser.add_argument('--threads', type=int, help="of torch's, on the CPU")
-    parser.add_argument('--repeats', type=int, default=9)
+    parser.add_argument('--repeats', type=int, default=9, help='rounds that are timed')
     parser.add_argument('--json', type=Path, metavar='FILE')
     parser.add_argument('--page', type=Path, metavar='FILE', help='Markdown tables')
     args = parser.parse_args(argv)
@@ -44,7 +113,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if unknown:
             parser.error(f'--{field}: expected some of {", ".join(known)}: {unknown}')
         setattr(args, field, names)
+    args.only = [n for n in args.only if {*PARTS[n].subjects} & {*args.models}]
+    if not args.only:
+        parser.error(f'--models: no part that is asked for measures {args.models}')
     return args
+
+
+def _contents() -> str:
+    return '\n'.join(
+        f'  {name}: {part.about}\n    {", ".join(part.subjects)}'
+        for name, part in PARTS.items()
+    )
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -68,18 +147,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     results: dict[str, Any] = {'machine': machine(args.device)}
-    for part in args.only:
-        measure, table = PARTS[part]
-        found = results[part] = {}
-        for name in args.models:
-            subject = SUBJECTS[name]
+    for name in args.only:
+        part, found = PARTS[name], results.setdefault(name, {})
+        for subject in (SUBJECTS[n] for n in part.subjects if n in args.models):
             model, calls = subject.build(args.device)
-            found[subject.label] = measure(model, calls, args.repeats, args.device)
+            found[subject.label] = part.measure(model, calls, args.repeats, args.device)
             if args.json:
                 args.json.write_text(json.dumps(results, indent=1) + '\n')
-        print(markdown(table(found)), end='\n\n', flush=True)
+        print(markdown(part.table(found)), end='\n\n', flush=True)
     if args.page:
-        pages = [markdown(PARTS[part][1](results[part])) for part in args.only]
+        pages = [markdown(PARTS[name].table(results[name])) for name in args.only]
         args.page.write_text('\n\n'.join(pages) + '\n')
 
 

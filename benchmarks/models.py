@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 
 from mmgfp.cli import load_config
 from mmgfp.engine.demo_batch import build_model, demo_batch
 from mmgfp.engine.inputs import BatchCalls
+
+#: Nothing is frozen, as in the configs that prune: taps on frozen stages would rest.
+OPTIONS = {'model.backbone.frozen_stages': -1}
+#: Scale of a norm that ends a residual branch, in place of a zero.
+BRANCH_SCALE = 0.2
 
 
 @dataclass(frozen=True)
@@ -40,21 +49,28 @@ class Subject:
     def build(self, device: str) -> tuple[nn.Module, BatchCalls]:
         """The model in training mode, with its calls on a batch."""
         torch.manual_seed(0)
-        config = load_config(self.config)
-        model = build_model(config).to(device)
+        config = load_config(self.config, OPTIONS)
+        model = build_model(config)
+        initialize(model)
+        model.to(device)
         return model, BatchCalls(model, self._batch(config))
 
     def _batch(self, config: Config) -> Any:
         return demo_batch(config, self.images, self.size)
 
 
+def _retinanet(depth: int, side: int = 256) -> Subject:
+    """RetinaNet on two images of ``side`` pixels a side."""
+    config = f'mmdet::retinanet/retinanet_r{depth}_fpn_1x_coco.py'
+    return Subject(f'RetinaNet R{depth}-FPN', config, 2, (side, side))
+
+
 SUBJECTS = {
-    'retinanet': Subject(
-        'RetinaNet R50-FPN',
-        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-        2,
-        (256, 256),
-    ),
+    'retinanet': _retinanet(50),
+    'retinanet-r18': _retinanet(18),
+    'retinanet-r101': _retinanet(101),
+    'retinanet-384': _retinanet(50, 384),
+    'retinanet-512': _retinanet(50, 512),
     'faster-rcnn': Subject(
         'Faster R-CNN R50-FPN',
         'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
@@ -67,17 +83,56 @@ SUBJECTS = {
 }
 
 
-def train_step(
-    model: nn.Module, loss: Callable[[nn.Module], Tensor]
-) -> Callable[[], None]:
-    """One iteration of training with SGD, as the configs have it."""
+@torch.no_grad()
+def initialize(model: Any) -> None:
+    """Give weights the first values of their config, but let all branches take part.
+
+    Residual branches that a norm scales by zero get no gradient at first: all of their
+    units would look useless.
+    """
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('ERROR')  # or each parameter is listed
+    model.init_weights()
+    logger.setLevel(level)
+    for module in model.modules():
+        weight = getattr(module, 'weight', None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1 and not weight.any():
+            weight.fill_(BRANCH_SCALE)
+
+
+def sgd(model: nn.Module, lr: float = 0.0) -> Optimizer:
+    """SGD as the configs have it.
+
+    A rate of zero does all the work and lets the model stay as it is.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # A rate of zero does all the work and lets the model stay as it is.
-    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
+    return SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4)
+
+
+def train_step(
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    optimizer: Optimizer | None = None,
+) -> Callable[[], None]:
+    """One iteration of training, with `sgd` at a rate of zero by default."""
+    updates = optimizer or sgd(model)
 
     def step() -> None:
-        optimizer.zero_grad()
+        updates.zero_grad()
         loss(model).backward()
-        optimizer.step()
+        updates.step()
 
     return step
+
+
+def seeded(work: Callable[[], None]) -> Callable[[], None]:
+    """The same random choices each time: all steps sample the same RoIs."""
+
+    def run() -> None:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        work()
+
+    return run

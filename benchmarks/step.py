@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from benchmarks.models import train_step
+from benchmarks.discovering import unproven
+from benchmarks.models import seeded, train_step
 from benchmarks.timing import ratios, spread, take_turns
 from benchmarks.traffic import bytes_moved, peak_bytes
 from mmgfp import GroupFisherPruner
@@ -23,7 +23,7 @@ NEVER = 10**9
 def pruned_step(model: nn.Module, calls: Any) -> tuple[Callable[[], None], Any]:
     """One iteration as the hook has it, one unit of each group masked; its pruner."""
     pruner = GroupFisherPruner(model, interval=NEVER)
-    pruner.prepare(calls.loss, calls.check, calls.images, calls.work(model))
+    pruner.begin(unproven(model, calls))
     pruner.alive[np.unique(pruner.grouping.group_of, return_index=True)[1]] = False
     pruner.mask.update(pruner.alive)
     train = train_step(model, calls.loss)
@@ -48,6 +48,22 @@ def measure_step(
         repeats: Timed rounds, in which all take turns.
         device: Where the model is.
     """
+    with every_step(model, calls) as (actions, pruner):
+        both = {name: actions[name] for name in ('plain', 'pruning')}
+        return {
+            'layers': len(pruner.tap.layers),
+            'units': pruner.grouping.units,
+            **compare_steps(actions, repeats, device),
+            'bytes_moved': {name: bytes_moved(step) for name, step in both.items()},
+            'peak_bytes': {n: peak_bytes(s, model, device) for n, s in both.items()},
+        }
+
+
+@contextmanager
+def every_step(
+    model: nn.Module, calls: Any
+) -> Iterator[tuple[dict[str, Callable[[], None]], GroupFisherPruner]]:
+    """The steps by name, and the pruner, which is closed in the end."""
     plain = seeded(train_step(copy.deepcopy(model), calls.loss))
     step, pruner = pruned_step(model, calls)
     pruning = seeded(step)
@@ -56,35 +72,26 @@ def measure_step(
         pruner.tap.active = False
         pruning()
 
-    actions = {'plain': plain, 'pruning': pruning, 'between': between}
+    try:
+        yield {'plain': plain, 'pruning': pruning, 'between': between}, pruner
+    finally:
+        pruner.close()
+
+
+def compare_steps(
+    actions: Mapping[str, Callable[[], None]], repeats: int, device: str
+) -> dict[str, Any]:
+    """Times of steps that take turns, and their ratios to ``plain``."""
     times = take_turns(actions, repeats, device)
-    moved = {name: bytes_moved(actions[name]) for name in ('plain', 'pruning')}
-    peaks = {n: peak_bytes(actions[n], model, device) for n in ('plain', 'pruning')}
-    pruner.close()
     return {
-        'layers': len(pruner.tap.layers),
-        'units': pruner.grouping.units,
         'seconds': {n: spread([t['wall'] for t in times[n]]) for n in actions},
         'ratio': {
             name: {c: spread(ratios(times, name, 'plain', c)) for c in ('wall', 'cpu')}
-            for name in ('pruning', 'between')
+            for name in actions
+            if name != 'plain'
         },
-        'peak_bytes': peaks,
-        'bytes_moved': moved,
         'times': times,
     }
-
-
-def seeded(work: Callable[[], None]) -> Callable[[], None]:
-    """The same random choices each time: all steps sample the same RoIs."""
-
-    def run() -> None:
-        torch.manual_seed(0)
-        np.random.seed(0)
-        random.seed(0)
-        work()
-
-    return run
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:
@@ -95,7 +102,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
             [
                 label,
                 f'{found["seconds"]["plain"]["median"]:.3g}',
-                *(_ratio(found['ratio'][n]) for n in ('pruning', 'between')),
+                *(ratio_cell(found['ratio'][n]) for n in ('pruning', 'between')),
                 *(
                     f'× {found[k]["pruning"] / found[k]["plain"]:.3f}'
                     for k in ('peak_bytes', 'bytes_moved')
@@ -105,7 +112,8 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _ratio(found: dict[str, dict[str, float]]) -> str:
+def ratio_cell(found: dict[str, dict[str, float]]) -> str:
+    """The ratio of wall times with the quartiles, and that of CPU times."""
     wall, cpu = found['wall'], found['cpu']
     return (
         f'× {wall["median"]:.3f} ({wall["low"]:.3f} to {wall["high"]:.3f}); '

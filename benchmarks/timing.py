@@ -14,7 +14,11 @@ Times = dict[str, list[dict[str, float]]]
 
 
 def take_turns(
-    actions: Mapping[str, Callable[[], Any]], repeats: int, device: str, warmup: int = 1
+    actions: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    device: str,
+    warmup: int = 1,
+    before: Callable[[], Any] | None = None,
 ) -> Times:
     """Run all actions one after the other, `repeats` times over.
 
@@ -26,6 +30,7 @@ def take_turns(
         repeats: Timed rounds.
         device: Where the work is done; it is waited for.
         warmup: Rounds that do not count.
+        before: Runs before each action, untimed.
 
     Returns:
         By name, of each round the seconds of ``wall`` and of this process' ``cpu``.
@@ -33,6 +38,9 @@ def take_turns(
     times: Times = {name: [] for name in actions}
     for turn in range(warmup + repeats):
         for name in sorted(actions, key=[*actions].index, reverse=turn % 2 == 0):
+            if before is not None:
+                before()
+                synchronize(device)
             with stopwatch(times[name] if turn >= warmup else [], device):
                 actions[name]()
     return times

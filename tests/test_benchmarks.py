@@ -1,26 +1,42 @@
 """The benchmarks run on a toy and say what they should; times are not judged."""
 
 import copy
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import ConvPair, ResidualPair, images, square_loss
+from toys import ConvPair, ResidualPair, TinyDetector, images, square_loss
 
 from benchmarks import __main__ as command
+from benchmarks import decision, latency, schedule, timing
+from benchmarks.discovering import unproven
+from benchmarks.models import SUBJECTS, initialize, sgd, train_step
 from benchmarks.timing import ratios, spread, take_turns
 from benchmarks.traffic import bytes_moved, peak_bytes
+from mmgfp.discovery import discover
+from mmgfp.pruner import GroupFisherPruner
 from mmgfp.recording import record_work
+from mmgfp.selection import select_units
+
+
+class Modal(TinyDetector):
+    """A toy that takes a mode, as models of OpenMMLab do."""
+
+    def forward(self, x, mode='tensor'):
+        return super().forward(x)
 
 
 class ToyCalls:
     """What `BatchCalls` is for a detector."""
 
     images = 2
+    size = (3, 8, 8)
 
-    def __init__(self):
-        self.batch = images()
+    def __init__(self, dtype=torch.float32):
+        self.batch = images().to(dtype)
 
     def loss(self, model):
         return square_loss(model(self.batch))
@@ -35,18 +51,41 @@ class ToySubject:
     label = 'toy'
 
     def build(self, device):
-        return ResidualPair(), ToyCalls()
+        torch.manual_seed(0)
+        return Modal(), ToyCalls()
 
 
-def test_command_writes_json_and_tables(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def toy_parts(monkeypatch):
+    """All parts measure the toy."""
     monkeypatch.setitem(command.SUBJECTS, 'toy', ToySubject())
+    for name, part in command.PARTS.items():
+        own = dataclasses.replace(part, subjects=('toy',))
+        monkeypatch.setitem(command.PARTS, name, own)
+
+
+def run_toy(tmp_path, *options):
+    """The results and the page of a run on the toy."""
     files = {kind: tmp_path / kind for kind in ('json', 'page')}
-    options = [
-        part for kind, path in files.items() for part in (f'--{kind}', str(path))
-    ]
-    command.main(['--models', 'toy', '--repeats', '3', *options])
-    results = json.loads(files['json'].read_text())
+    paths = [part for kind, path in files.items() for part in (f'--{kind}', str(path))]
+    command.main(['--models', 'toy', *options, *paths])
+    return json.loads(files['json'].read_text()), files['page'].read_text()
+
+
+def test_command_writes_json_and_tables(tmp_path, toy_parts, capsys):
+    results, page = run_toy(tmp_path, '--repeats', '2')
     assert results['machine']['device'] == 'cpu'
+    assert list(results) == ['machine', *command.PARTS]
+    rows = [1, 1, 1, 5, 11, 1]  # of step, discovery, ...
+    tables = page.strip().split('\n\n')
+    assert [table.count('| toy |') for table in tables] == rows
+    widths = [{line.count('|') for line in table.splitlines()} for table in tables]
+    assert [len(found) for found in widths] == [1] * 6  # no cell too few
+    assert page.strip() == capsys.readouterr().out.strip()
+
+
+def test_steps(tmp_path, toy_parts):
+    results, _ = run_toy(tmp_path, '--repeats', '3', '--only', 'step,discovery')
     step = results['step']['toy']
     assert [len(times) for times in step['times'].values()] == [3, 3, 3]
     assert step['bytes_moved']['pruning'] > step['bytes_moved']['plain'] > 0
@@ -54,14 +93,200 @@ def test_command_writes_json_and_tables(tmp_path, monkeypatch, capsys):
     found = results['discovery']['toy']
     assert found['units'] == step['units'] > 0
     assert {'loss', 'trace', 'groups', 'all'} == set(found['seconds'])
-    assert files['page'].read_text().count('| toy |') == 2
-    assert files['page'].read_text().strip() == capsys.readouterr().out.strip()
 
 
 def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         command.parse_args(['--only', 'step,speed'])
-    assert "expected some of step, discovery: ['speed']" in capsys.readouterr().err
+    expected = ', '.join(command.PARTS)
+    assert f"expected some of {expected}: ['speed']" in capsys.readouterr().err
+
+
+def test_parts_have_models_of_their_own(capsys):
+    assert command.parse_args([]).only == list(command.PARTS)
+    args = command.parse_args(['--models', 'faster-rcnn,retinanet-r18'])
+    assert args.only == ['step', 'discovery', 'decision', 'growth']
+    with pytest.raises(SystemExit):
+        command.parse_args(['--only', 'latency', '--models', 'faster-rcnn'])
+    assert 'no part that is asked for measures' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.parse_args(['--help'])
+    assert 'retinanet-384, retinanet-512' in capsys.readouterr().out
+    for part in command.PARTS.values():
+        assert {*part.subjects} <= {*SUBJECTS}
+
+
+def test_branches_begin_with_a_scale():
+    """Weights are given their first values; a norm at zero is no first value."""
+    model = ResidualPair()
+    nn.init.zeros_(model.bn2.weight)
+    model.init_weights = lambda: nn.init.ones_(model.stem.weight)
+    initialize(model)
+    assert (model.bn2.weight == 0.2).all() and (model.bn1.weight == 1).all()
+    assert (model.stem.weight == 1).all()
+    assert not model.bn2.bias.any()  # a bias may be zero
+
+
+def test_unproven_groups_are_those_of_discover():
+    model, calls = ToySubject().build('cpu')
+    found = unproven(model, calls)
+    proven = discover(model, calls.loss, calls.check, calls.images)
+    assert repr(found.to_dict()) == repr(proven.to_dict())
+
+
+def test_decisions_all_begin_alike():
+    """Selections are those of unpruned groups, one unit each masked; none adds up."""
+    model, calls = ToySubject().build('cpu')
+    found = decision.measure_decision(model, calls, 1, 'cpu')
+    assert found['picked']['one'] == 1
+    assert 1 <= found['picked']['ten'] <= 10
+    assert found['units'] - found['groups'] > found['picked']['auto'] >= 1
+    rounds = {name: len(times) for name, times in found['times'].items()}
+    assert rounds == dict.fromkeys(decision.PACES, decision.ROUNDS)
+    for name in decision.PACES:
+        whole, part = (found[key][name]['median'] for key in ('seconds', 'selection'))
+        assert whole > part > 0
+    assert found['ratio']['one'] == dict.fromkeys(('median', 'low', 'high'), 1.0)
+    columns = decision.table({'toy': found})
+    assert [len(row) for row in columns] == [7, 7]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def schedule_runs(dtype, **options):
+    """A run with masks and one that is cut, in turns, both to the end."""
+    torch.manual_seed(0)
+    model, calls = Modal().to(dtype), ToyCalls(dtype)
+    found = unproven(model, calls)
+    runs = {
+        name: schedule.Run(copy.deepcopy(model), calls, found, cuts, **options)
+        for name, cuts in (('masks', None), ('live', schedule.INTERVAL))
+    }
+    take_turns({n: r.step for n, r in runs.items()}, 40, 'cpu', warmup=0)
+    return runs['masks'], runs['live'], calls
+
+
+def test_masks_and_live_compaction_end_alike():
+    masks, live, calls = schedule_runs(torch.float64, iterations=40)
+    assert masks.pruner.done and live.pruner.done
+    assert masks.pruner.structure() == live.pruner.structure()
+    alike, decisions = schedule.compare(live.alive, masks.alive), len(masks.alive)
+    expected = {'same_decisions': decisions, 'decisions': decisions, 'share': 1.0}
+    assert alike == expected and decisions > 10
+    sizes = [sum(p.numel() for p in r.pruner.model.parameters()) for r in (masks, live)]
+    compact = masks.pruner.compact()
+    assert sizes[0] > sizes[1] == sum(p.numel() for p in compact.parameters())
+    losses = [calls.loss(r.pruner.model).item() for r in (masks, live)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_schedule_counts_time_by_quarters(monkeypatch):
+    """Masks take 4 s an iteration; a cut run 4, 3, 2, 1 s by quarter."""
+    masks = [{'wall': 4.0}] * 40
+    live = [{'wall': float(seconds)} for seconds in (4, 3, 2, 1) for _ in range(10)]
+    found = schedule._ratios({'masks': masks, 'live': live}, 'live')
+    assert found['all'] == 100 / 160
+    assert [q['median'] for q in found['quarters']] == [1, 0.75, 0.5, 0.25]
+
+
+def test_runs_are_compared_by_units():
+    """Both lose unit 0; then one loses 1 and 2, the other 2 and 3."""
+
+    def alive(*gone):
+        return ~np.isin(np.arange(5), gone)
+
+    one, other = [[alive(0), alive(0, *more)] for more in ((1, 2), (2, 3))]
+    found = schedule.compare(one, other)
+    assert found == {'same_decisions': 1, 'decisions': 2, 'share': 2 / 4}
+
+
+def test_schedule_to_the_target():
+    model, calls = ToySubject().build('cpu')
+    runs = schedule.measure_schedule(model, calls, 1, 'cpu')['runs']
+    assert list(runs) == [*schedule.CUTS, schedule.AUTO, schedule.COUNTED]
+    for name in schedule.CUTS:
+        assert runs[name]['iterations'] == schedule.ITERATIONS
+        assert runs[name]['reached'] and runs[name]['macs'] <= 0.5
+        assert runs[name]['alike']['same_decisions'] > 10
+    assert runs['masks']['ratio']['all'] == 1
+    assert runs[schedule.AUTO]['iterations'] % schedule.INTERVAL == 0
+    assert runs[schedule.AUTO]['reached']
+
+
+def test_one_unit_at_a_time_is_counted_as_it_would_be_picked():
+    """One decision to the target takes what single ones on its statistics take."""
+    model, calls = ToySubject().build('cpu')
+    found = unproven(model, calls)
+    once = schedule.Run(
+        copy.deepcopy(model), calls, found, None, iterations=schedule.INTERVAL
+    )
+    pruner = GroupFisherPruner(model, schedule.INTERVAL, target=schedule.TARGET)
+    pruner.begin(found)
+    train = train_step(model, calls.loss, sgd(model, schedule.LR))
+    once.step()
+    train()
+    pruner.step()
+    once.step()
+    train()
+    pruner.statistics.add(pruner.tap.take(), ())
+    values, single = pruner.importance.copy(), 0
+    while not pruner.targets[0].reached(pruner.totals, pruner.full):
+        unit = select_units(
+            values,
+            pruner.grouping.group_of,
+            pruner.alive,
+            pruner.costs,
+            pruner.limits,
+            'memory',
+            1,
+            lambda now: False,
+        )
+        assert len(unit) == 1
+        pruner.alive[unit] = False
+        single += 1
+    assert once.removed == single > 1
+    assert (once.pruner.alive == pruner.alive).all()
+
+
+def test_a_run_that_does_not_get_there_is_given_up(monkeypatch):
+    monkeypatch.setattr(schedule, 'MOST', 4)
+    model, calls = ToySubject().build('cpu')
+    run = schedule.Run(model, calls, unproven(model, calls), None)
+    times = run.until_done('cpu')
+    assert len(times) == 4 and run.removed == 2
+    cells = schedule._cells(schedule._facts(run, times))
+    assert cells[0].startswith('4, given up at ')
+
+
+def test_latency_of_all_variants():
+    model, calls = ToySubject().build('cpu')
+    found = latency.measure_latency(model, calls, 2, 'cpu')
+    shares, variants = ['50%', '25%'], list(latency.VARIANTS)
+    *reached, missed = ([f'{v}, {share}' for share in shares] for v in variants)
+    assert list(found['points']) == [latency.ORIGINAL, *sum(reached, [])]
+    assert found['missed'] == missed  # no toy has eight channels to spare
+    rows = {row[1]: row[2:] for row in latency.table({'toy': found})}
+    assert rows['-M, divisor 8, 25%'] == ['not reached', '', '', '']
+    for name, point in found['points'].items():
+        most = float(name[-3:-1]) / 100 if name != latency.ORIGINAL else 1
+        assert 0 < point['macs'] <= most and 0 < point['memory'] <= 1
+        assert set(point['ratio']) == {'1', '8'}
+    assert [len(t['-M, 50%']) for t in found['times'].values()] == [8, 2]
+    original = found['points'][latency.ORIGINAL]
+    assert original['ratio']['1']['median'] == original['macs'] == 1
+
+
+def test_correlations_by_hand():
+    """Latency is a straight line of MACs, and falls where memory rises."""
+    points = [
+        {'macs': m, 'memory': y, 'ratio': {'1': {'median': t}}}
+        for m, y, t in [(1.0, 1.0, 1.0), (0.5, 2.0, 0.7), (0.0, 3.0, 0.4)]
+    ]
+    found = latency.correlations(points, '1')
+    assert found == pytest.approx({'macs': 1.0, 'memory': -1.0})
+    points[1]['macs'] = 0.0
+    # Deviations of MACs: 2/3, -1/3, -1/3; of latency: 0.3, 0, -0.3.
+    by_hand = 0.3 / np.sqrt(6 / 9 * 0.18)
+    assert latency.correlations(points, '1')['macs'] == pytest.approx(by_hand)
 
 
 def test_actions_take_turns_in_changing_order():
@@ -70,6 +295,19 @@ def test_actions_take_turns_in_changing_order():
     times = take_turns(actions, 3, 'cpu', warmup=1)
     assert ''.join(calls) == 'baabbaab'
     assert [len(times[name]) for name in 'ab'] == [3, 3]
+
+
+def test_what_runs_before_actions_is_not_timed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, 'perf_counter', lambda: clock[0])
+
+    def work(seconds):
+        clock[0] += seconds
+
+    actions = {'a': lambda: work(2.0), 'b': lambda: work(3.0)}
+    times = take_turns(actions, 2, 'cpu', before=lambda: work(100.0))
+    walls = {name: [t['wall'] for t in found] for name, found in times.items()}
+    assert walls == {'a': [2.0, 2.0], 'b': [3.0, 3.0]}
 
 
 def test_ratios_are_of_rounds():

@@ -1,0 +1,122 @@
+"""What a decision costs: which units go, and the masks that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from torch import nn
+
+from benchmarks.step import pruned_step
+from benchmarks.timing import Times, ratios, spread, stopwatch, take_turns
+from mmgfp import GroupFisherPruner, pruner
+from mmgfp.selection import select_units
+
+#: Units that go at once, by the names that tables have for it.
+PACES: dict[str, int | str] = {'one': 1, 'ten': 10, 'auto': 'auto'}
+#: Decisions of each kind for each repeat, as they take milliseconds.
+ROUNDS = 10
+
+
+def measure_decision(
+    model: nn.Module, calls: Any, repeats: int, device: str
+) -> dict[str, Any]:
+    """Seconds of a decision for one unit, ten units and as many as are safe.
+
+    All begin with the statistics of one iteration and one unit of each group masked,
+    so that every layer has its mask.
+
+    Args:
+        model: The model in training mode.
+        calls: Its loss and outputs on a batch, as `BatchCalls` has them.
+        repeats: Tenths of the timed rounds.
+        device: Where the model is.
+    """
+    step, decider = pruned_step(model, calls)
+    step()
+    decider.interval = 1
+    selection: Times = {name: [] for name in PACES}
+    units: dict[str, int] = {}
+    actions = {
+        name: _decide(decider, name, selection[name], units, device) for name in PACES
+    }
+    rounds = ROUNDS * repeats
+    times = take_turns(actions, rounds, device, before=_rewind(decider))
+    selection = {name: found[-rounds:] for name, found in selection.items()}
+    decider.close()
+    return {
+        'groups': len(decider.grouping.groups),
+        'units': decider.grouping.units,
+        'picked': units,
+        'seconds': {n: spread([t['wall'] for t in times[n]]) for n in PACES},
+        'selection': {n: spread([t['wall'] for t in selection[n]]) for n in PACES},
+        'ratio': {n: spread(ratios(times, n, 'one', 'wall')) for n in PACES},
+        'times': times,
+    }
+
+
+def _decide(
+    decider: GroupFisherPruner,
+    name: str,
+    selection: list[dict[str, float]],
+    units: dict[str, int],
+    device: str,
+) -> Callable[[], None]:
+    """A decision at one of the `PACES`; says how many units go."""
+
+    def run() -> None:
+        decider.units_per_step = PACES[name]
+        with _watch_selection(selection, device):
+            step = decider.step()
+        assert step is not None
+        units[name] = len(step.units)
+
+    return run
+
+
+def _rewind(decider: GroupFisherPruner) -> Callable[[], None]:
+    """Brings the pruner back to where it stands now."""
+    alive, statistics = decider.alive.copy(), decider.statistics.state_dict()
+
+    def run() -> None:
+        decider.alive = alive.copy()
+        decider.reached = []
+        decider.mask.update(decider.alive)
+        decider.statistics.load_state_dict(statistics)
+
+    return run
+
+
+@contextmanager
+def _watch_selection(times: list[dict[str, float]], device: str) -> Iterator[None]:
+    """Time the part of a decision that is numbers only."""
+
+    def watched(*args: Any, **kwargs: Any) -> np.ndarray:
+        with stopwatch(times, device):
+            return select_units(*args, **kwargs)
+
+    with mock.patch.object(pruner, 'select_units', watched):
+        yield
+
+
+def table(results: dict[str, Any]) -> list[list[str]]:
+    """Rows for a page, by the label of what was measured."""
+    heads = ['one unit (ms)', 'ten units (ms)', 'auto (ms)', 'units under auto']
+    rows = [['model', 'groups', 'units', *heads]]
+    for label, found in results.items():
+        counts = (str(found['groups']), str(found['units']))
+        times = (decision_time(found, name) for name in PACES)
+        rows.append([label, *counts, *times, str(found['picked']['auto'])])
+    return rows
+
+
+def decision_time(found: dict[str, Any], name: str) -> str:
+    """Milliseconds of a decision with the quartiles, and of selection in it."""
+    low, middle, high = (
+        f'{found["seconds"][name][k] * 1e3:.3g}' for k in ('low', 'median', 'high')
+    )
+    selection = found['selection'][name]['median'] * 1e3
+    return f'{middle} ({low} to {high}); selection {selection:.3g}'

@@ -1,0 +1,192 @@
+"""How long it takes to get to half the MACs, with masks and with live compaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from benchmarks.discovering import unproven
+from benchmarks.models import seeded, sgd, train_step
+from benchmarks.timing import Times, ratios, spread, stopwatch, take_turns
+from mmgfp import GroupFisherPruner
+from mmgfp.discovery import Discovery
+from mmgfp.recording import copy_module
+
+TARGET = {'flops': 0.5}
+#: Iterations of the runs that take turns, and from one decision to the next.
+ITERATIONS, INTERVAL = 40, 2
+#: Iterations after which a run that sets its own pace is given up.
+MOST = 400
+LR = 1e-4
+#: Runs that take turns, by how many iterations apart they cut the model.
+CUTS = {'masks': None, 'live': INTERVAL, 'live, every 10': 10}
+AUTO, COUNTED = 'auto, live', 'one unit at a time'
+
+
+def measure_schedule(
+    model: nn.Module, calls: Any, repeats: int, device: str
+) -> dict[str, Any]:
+    """Times to the target, iteration by iteration.
+
+    Runs that meet it in the same number of iterations take turns. One that takes as
+    many units as are safe runs after them: its number of iterations is what counts. One
+    unit at a time would take thousands of decisions. So these are counted by picking
+    unit after unit on the statistics of the first ones, without training in between.
+
+    Args:
+        model: The model in training mode.
+        calls: Its loss and outputs on a batch, as `BatchCalls` has them.
+        repeats: Of no use here: each iteration is another one.
+        device: Where the model is.
+    """
+    discovery = unproven(model, calls)
+
+    def begin(cuts: int | None = None, **options: Any) -> Run:
+        return Run(copy_module(model), calls, discovery, cuts, **options)
+
+    train_step(copy_module(model), calls.loss)()  # what is slow for the first time only
+    runs = {name: begin(cuts, iterations=ITERATIONS) for name, cuts in CUTS.items()}
+    actions = {name: run.step for name, run in runs.items()}
+    times = take_turns(actions, ITERATIONS, device, warmup=0)
+    runs[AUTO] = begin(INTERVAL, units_per_step='auto')
+    times[AUTO] = runs[AUTO].until_done(device)
+    found = {name: _facts(run, times[name]) for name, run in runs.items()}
+    for name in CUTS:
+        found[name]['ratio'] = _ratios(times, name)
+        found[name]['alike'] = compare(runs[name].alive, runs['masks'].alive)
+    once = begin(iterations=INTERVAL)
+    once.until_done(device)
+    decisions = once.removed
+    found[COUNTED] = {'decisions': decisions, 'iterations': decisions * INTERVAL}
+    return {'runs': found, 'times': times}
+
+
+class Run:
+    """Training that prunes.
+
+    Args:
+        model: What is pruned, in place.
+        calls: Its loss on a batch.
+        discovery: Its groups.
+        cuts: Iterations from one cut to the next; None leaves masks.
+        options: Of the pruner.
+
+    Attributes:
+        alive: The units that are left after each decision, (U,) each.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: Any,
+        discovery: Discovery,
+        cuts: int | None,
+        **options: Any,
+    ) -> None:
+        options = {'interval': INTERVAL, 'target': TARGET, **options}
+        self.pruner = GroupFisherPruner(model, **options)
+        self.pruner.begin(discovery)
+        self.optimizer = sgd(model, LR)
+        self.cuts = cuts
+        self.alive: list[np.ndarray] = []
+        self._train = seeded(train_step(model, calls.loss, self.optimizer))
+
+    @property
+    def removed(self) -> int:
+        """Units that have gone."""
+        return int((~self.pruner.alive).sum())
+
+    def step(self) -> None:
+        """One iteration, with the decision and the cut that are due."""
+        self._train()
+        if self.pruner.step() is None:
+            return
+        self.alive.append(self.pruner.alive.copy())
+        if self.cuts and self.pruner.iteration % self.cuts == 0:
+            self.pruner.shrink(optimizers=(self.optimizer,))
+
+    def until_done(self, device: str) -> list[dict[str, float]]:
+        """Iterations up to the target, with their times."""
+        times: list[dict[str, float]] = []
+        while not self.pruner.done and len(times) < MOST:
+            with stopwatch(times, device):
+                self.step()
+        return times
+
+
+def _facts(run: Run, times: list[dict[str, float]]) -> dict[str, Any]:
+    totals, full = run.pruner.totals, run.pruner.full
+    return {
+        'iterations': len(times),
+        'reached': run.pruner.done,
+        'macs': float(totals.macs / full.macs),
+        'units': run.removed,
+        'seconds': {clock: sum(t[clock] for t in times) for clock in ('wall', 'cpu')},
+    }
+
+
+def _ratios(times: Times, name: str) -> dict[str, Any]:
+    """The time of a run over that with masks: of all, and by quarter of the run."""
+
+    def total(run: str) -> float:
+        return sum(t['wall'] for t in times[run])
+
+    of_each = ratios(times, name, 'masks', 'wall')
+    length = len(of_each) // 4
+    ends = range(0, 4 * length, length)
+    quarters = [spread(of_each[start : start + length]) for start in ends]
+    return {'all': total(name) / total('masks'), 'quarters': quarters}
+
+
+def compare(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> dict[str, Any]:
+    """How long two runs take the same decisions, and what they share in the end.
+
+    Sums of what is cut and sums with zeros differ in the last bit. Sooner or later that
+    decides between two units, and models of random weights soon differ in many then.
+
+    Args:
+        one: The units alive after each decision, (U,) each.
+        other: Those of the other run.
+    """
+    pairs = zip(one, other, strict=False)  # one may be at its target before
+    same = [np.array_equal(own, others) for own, others in pairs]
+    gone, others = ~one[-1], ~other[-1]
+    return {
+        'same_decisions': same.index(False) if False in same else len(same),
+        'decisions': max(len(one), len(other)),
+        'share': float((gone & others).sum() / (gone | others).sum()),
+    }
+
+
+def table(results: dict[str, Any]) -> list[list[str]]:
+    """Rows for a page, by the label of what was measured and the run."""
+    quarters = [f'quarter {number}' for number in range(1, 5)]
+    rows = [['model', 'run', 'iterations', 'time (s)', 'to masks', *quarters]]
+    rows[0].append('same decisions; units in the end')
+    for label, found in results.items():
+        rows += [[label, name, *_cells(run)] for name, run in found['runs'].items()]
+    return rows
+
+
+def _cells(run: dict[str, Any]) -> list[str]:
+    if 'decisions' in run:
+        return [f'{run["iterations"]} (counted, not run)', *[''] * 7]
+    iterations = str(run['iterations'])
+    if not run['reached']:
+        iterations = f'{iterations}, given up at {run["macs"]:.0%} of the MACs'
+    cells = [iterations, f'{run["seconds"]["wall"]:.3g}']
+    if 'ratio' not in run:
+        return [*cells, *[''] * 6]
+    return [
+        *cells,
+        f'× {run["ratio"]["all"]:.3f}',
+        *(_spread(quarter) for quarter in run['ratio']['quarters']),
+        '{same_decisions} of {decisions}; {share:.1%}'.format(**run['alike']),
+    ]
+
+
+def _spread(found: dict[str, float]) -> str:
+    return f'× {found["median"]:.3f} ({found["low"]:.3f} to {found["high"]:.3f})'
