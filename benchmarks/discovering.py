@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from benchmarks.timing import Times, spread, stopwatch
+from mmgfp.coupling import build_groups
 from mmgfp.discovery import Discovery, discover
 from mmgfp.fisher import untapped, weight_owners
-from mmgfp.groups import Grouping, build_groups
+from mmgfp.groups import Grouping
 from mmgfp.recording import all_parameters_require_grad, undisturbed, watch_outputs
 from mmgfp.surgery import has_attribute_rule
 from mmgfp.tracing import RowUse, judge_rows, trace_loss, watch_rows, watch_widths

@@ -13,17 +13,10 @@ import torch
 from torch import nn
 
 from mmgfp.costs import LayerWork
+from mmgfp.coupling import build_groups
 from mmgfp.errors import ConfigError, TraceError
 from mmgfp.fisher import untapped, weight_owners
-from mmgfp.groups import (
-    ChannelGroup,
-    FrozenLayer,
-    Grouping,
-    Member,
-    Role,
-    build_groups,
-    is_layer,
-)
+from mmgfp.groups import ChannelGroup, FrozenLayer, Grouping, Member, Role, is_layer
 from mmgfp.recording import (
     Forward,
     LossFunction,

@@ -11,9 +11,10 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmgfp.analysis import coverage
+from mmgfp.coupling import build_groups
 from mmgfp.engine.demo_batch import build_model, demo_batch
 from mmgfp.engine.inputs import BatchCalls
-from mmgfp.groups import Grouping, build_groups
+from mmgfp.groups import Grouping
 from mmgfp.recording import all_parameters_require_grad, undisturbed, watch_outputs
 from mmgfp.structure import PruneStructure, shapes_of
 from mmgfp.surgery import has_attribute_rule

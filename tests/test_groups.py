@@ -28,8 +28,9 @@ from toys import (
     widths,
 )
 
+from mmgfp.coupling import build_groups, matches
 from mmgfp.errors import ConfigError
-from mmgfp.groups import build_groups, matches, module_of
+from mmgfp.groups import module_of
 from mmgfp.verify import find_disagreements
 
 

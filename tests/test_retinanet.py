@@ -9,9 +9,9 @@ import torch
 from mmengine.hub import get_config
 from toys import widths
 
+from mmgfp.coupling import build_groups
 from mmgfp.engine.demo_batch import build_model, demo_batch
 from mmgfp.engine.inputs import BatchCalls
-from mmgfp.groups import build_groups
 from mmgfp.pruner import GroupFisherPruner
 from mmgfp.recording import all_parameters_require_grad, undisturbed
 from mmgfp.structure import PruneStructure, shapes_of

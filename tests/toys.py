@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmgfp.groups import ChannelGroup, Grouping, build_groups
+from mmgfp.coupling import build_groups
+from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.recording import all_parameters_require_grad, undisturbed
 from mmgfp.tracing import Trace, trace_loss
 
