@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,17 +23,16 @@ class Cut:
     Attributes:
         old: The tensor as it was.
         new: The smaller one that has taken its place.
-        kept: Kept indices, ascending, by dimension.
+        kept: Kept indices, ascending, by dimension, (K,) each.
     """
 
     old: Tensor
     new: Tensor
-    kept: Mapping[int, Sequence[int]]
+    kept: Mapping[int, Tensor]
 
     def of(self, tensor: Tensor) -> Tensor:
         """What is left of a tensor that has an entry for each one of the old."""
-        for dim, indices in self.kept.items():
-            index = torch.tensor(indices, device=tensor.device)
+        for dim, index in self.kept.items():
             tensor = tensor.index_select(dim, index)
         return tensor
 
@@ -84,13 +84,17 @@ def cut(model: nn.Module, structure: PruneStructure) -> list[Cut]:
     return [*cuts.values()]
 
 
-def _made(old: Tensor, kept: dict[int, list[int]]) -> Cut:
-    new = Cut(old, old, kept).of(old.detach())
+def _made(old: Tensor, kept: Mapping[int, Sequence[int]]) -> Cut:
+    indices = {
+        dim: torch.from_numpy(np.array(index)).to(old.device)  # lists take longer
+        for dim, index in kept.items()
+    }
+    new = Cut(old, old, indices).of(old.detach())
     if not old.is_contiguous() and old.is_contiguous(memory_format=CHANNELS_LAST):
         new = new.contiguous(memory_format=CHANNELS_LAST)
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
-    return Cut(old, new, kept)
+    return Cut(old, new, indices)
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

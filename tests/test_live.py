@@ -214,7 +214,8 @@ def test_state_of_an_optimizer_by_hand():
         'note': 'text',
     }
     optimizer.state[other] = {'exp_avg': torch.tensor([8.0, 9])}
-    made = Cut(old, nn.Parameter(torch.zeros(1, 2)), {0: [1], 1: [0, 2]})
+    kept = {0: torch.tensor([1]), 1: torch.tensor([0, 2])}
+    made = Cut(old, nn.Parameter(torch.zeros(1, 2)), kept)
     cut_optimizer(optimizer, [made])
     (first, second) = optimizer.param_groups
     assert first['params'] == [other] and second['lr'] == 3.0
