@@ -16,14 +16,20 @@ from mmgfp.discovery import Discovery
 from mmgfp.recording import copy_module
 
 TARGET = {'flops': 0.5}
-#: Iterations of the runs that take turns, and from one decision to the next.
-ITERATIONS, INTERVAL = 40, 2
-#: Iterations after which a run that sets its own pace is given up.
-MOST = 400
+#: Iterations of the runs that take turns, and from one decision to the next (the
+#: paper's for detection).
+ITERATIONS, INTERVAL = 200, 10
+#: The same where the pace is counted: at most, and between decisions.
+MOST, SHORT = 400, 2
 LR = 1e-4
-#: Runs that take turns, by how many iterations apart they cut the model.
-CUTS = {'masks': None, 'live': INTERVAL, 'live, every 10': 10}
-AUTO, COUNTED = 'auto, live', 'one unit at a time'
+#: Runs that take turns, whether they cut the model at decisions, and their options.
+RUNS: dict[str, tuple[bool, dict[str, Any]]] = {
+    'masks': (False, {}),
+    'live': (True, {}),
+    'live, divisor 8': (True, {'divisor': 8}),
+}
+AUTO = f'auto, live, interval {SHORT}'
+COUNTED = f'one unit at a time, interval {SHORT}'
 
 
 def measure_schedule(
@@ -44,23 +50,27 @@ def measure_schedule(
     """
     discovery = unproven(model, calls)
 
-    def begin(cuts: int | None = None, **options: Any) -> Run:
-        return Run(copy_module(model), calls, discovery, cuts, **options)
+    def begin(live: bool, **options: Any) -> Run:
+        return Run(copy_module(model), calls, discovery, live, **options)
 
     train_step(copy_module(model), calls.loss)()  # what is slow for the first time only
-    runs = {name: begin(cuts, iterations=ITERATIONS) for name, cuts in CUTS.items()}
+    runs = {
+        name: begin(live, iterations=ITERATIONS, **options)
+        for name, (live, options) in RUNS.items()
+    }
     actions = {name: run.step for name, run in runs.items()}
     times = take_turns(actions, ITERATIONS, device, warmup=0)
-    runs[AUTO] = begin(INTERVAL, units_per_step='auto')
+    runs[AUTO] = begin(True, units_per_step='auto', interval=SHORT)
     times[AUTO] = runs[AUTO].until_done(device)
     found = {name: _facts(run, times[name]) for name, run in runs.items()}
-    for name in CUTS:
+    for name, (_, options) in RUNS.items():
         found[name]['ratio'] = _ratios(times, name)
-        found[name]['alike'] = compare(runs[name].alive, runs['masks'].alive)
-    once = begin(iterations=INTERVAL)
+        if not options:
+            found[name]['alike'] = compare(runs[name].alive, runs['masks'].alive)
+    once = begin(False, iterations=SHORT, interval=SHORT)
     once.until_done(device)
     decisions = once.removed
-    found[COUNTED] = {'decisions': decisions, 'iterations': decisions * INTERVAL}
+    found[COUNTED] = {'decisions': decisions, 'iterations': decisions * SHORT}
     return {'runs': found, 'times': times}
 
 
@@ -71,7 +81,7 @@ class Run:
         model: What is pruned, in place.
         calls: Its loss on a batch.
         discovery: Its groups.
-        cuts: Iterations from one cut to the next; None leaves masks.
+        live: Whether decisions cut the model, too.
         options: Of the pruner.
 
     Attributes:
@@ -83,14 +93,14 @@ class Run:
         model: nn.Module,
         calls: Any,
         discovery: Discovery,
-        cuts: int | None,
+        live: bool,
         **options: Any,
     ) -> None:
         options = {'interval': INTERVAL, 'target': TARGET, **options}
         self.pruner = GroupFisherPruner(model, **options)
         self.pruner.begin(discovery)
         self.optimizer = sgd(model, LR)
-        self.cuts = cuts
+        self.live = live
         self.alive: list[np.ndarray] = []
         self._train = seeded(train_step(model, calls.loss, self.optimizer))
 
@@ -105,7 +115,7 @@ class Run:
         if self.pruner.step() is None:
             return
         self.alive.append(self.pruner.alive.copy())
-        if self.cuts and self.pruner.iteration % self.cuts == 0:
+        if self.live:
             self.pruner.shrink(optimizers=(self.optimizer,))
 
     def until_done(self, device: str) -> list[dict[str, float]]:
@@ -180,11 +190,12 @@ def _cells(run: dict[str, Any]) -> list[str]:
     cells = [iterations, f'{run["seconds"]["wall"]:.3g}']
     if 'ratio' not in run:
         return [*cells, *[''] * 6]
+    alike = '{same_decisions} of {decisions}; {share:.1%}'
     return [
         *cells,
         f'× {run["ratio"]["all"]:.3f}',
         *(_spread(quarter) for quarter in run['ratio']['quarters']),
-        '{same_decisions} of {decisions}; {share:.1%}'.format(**run['alike']),
+        alike.format(**run['alike']) if 'alike' in run else '',
     ]
 
 

@@ -158,15 +158,15 @@ def schedule_runs(dtype, **options):
     model, calls = Modal().to(dtype), ToyCalls(dtype)
     found = unproven(model, calls)
     runs = {
-        name: schedule.Run(copy.deepcopy(model), calls, found, cuts, **options)
-        for name, cuts in (('masks', None), ('live', schedule.INTERVAL))
+        name: schedule.Run(copy.deepcopy(model), calls, found, live, **options)
+        for name, live in (('masks', False), ('live', True))
     }
     take_turns({n: r.step for n, r in runs.items()}, 40, 'cpu', warmup=0)
     return runs['masks'], runs['live'], calls
 
 
 def test_masks_and_live_compaction_end_alike():
-    masks, live, calls = schedule_runs(torch.float64, iterations=40)
+    masks, live, calls = schedule_runs(torch.float64, iterations=40, interval=2)
     assert masks.pruner.done and live.pruner.done
     assert masks.pruner.structure() == live.pruner.structure()
     alike, decisions = schedule.compare(live.alive, masks.alive), len(masks.alive)
@@ -202,13 +202,14 @@ def test_runs_are_compared_by_units():
 def test_schedule_to_the_target():
     model, calls = ToySubject().build('cpu')
     runs = schedule.measure_schedule(model, calls, 1, 'cpu')['runs']
-    assert list(runs) == [*schedule.CUTS, schedule.AUTO, schedule.COUNTED]
-    for name in schedule.CUTS:
+    assert list(runs) == [*schedule.RUNS, schedule.AUTO, schedule.COUNTED]
+    for name in ('masks', 'live'):  # the toy has too few channels for a divisor
         assert runs[name]['iterations'] == schedule.ITERATIONS
         assert runs[name]['reached'] and runs[name]['macs'] <= 0.5
-        assert runs[name]['alike']['same_decisions'] > 10
+    assert runs['live']['alike']['same_decisions'] > 10
+    assert 'alike' not in runs['live, divisor 8']
     assert runs['masks']['ratio']['all'] == 1
-    assert runs[schedule.AUTO]['iterations'] % schedule.INTERVAL == 0
+    assert runs[schedule.AUTO]['iterations'] % schedule.SHORT == 0
     assert runs[schedule.AUTO]['reached']
 
 
@@ -216,10 +217,9 @@ def test_one_unit_at_a_time_is_counted_as_it_would_be_picked():
     """One decision to the target takes what single ones on its statistics take."""
     model, calls = ToySubject().build('cpu')
     found = unproven(model, calls)
-    once = schedule.Run(
-        copy.deepcopy(model), calls, found, None, iterations=schedule.INTERVAL
-    )
-    pruner = GroupFisherPruner(model, schedule.INTERVAL, target=schedule.TARGET)
+    pace = dict(iterations=schedule.SHORT, interval=schedule.SHORT)
+    once = schedule.Run(copy.deepcopy(model), calls, found, False, **pace)
+    pruner = GroupFisherPruner(model, schedule.SHORT, target=schedule.TARGET)
     pruner.begin(found)
     train = train_step(model, calls.loss, sgd(model, schedule.LR))
     once.step()
@@ -250,7 +250,7 @@ def test_one_unit_at_a_time_is_counted_as_it_would_be_picked():
 def test_a_run_that_does_not_get_there_is_given_up(monkeypatch):
     monkeypatch.setattr(schedule, 'MOST', 4)
     model, calls = ToySubject().build('cpu')
-    run = schedule.Run(model, calls, unproven(model, calls), None)
+    run = schedule.Run(model, calls, unproven(model, calls), False, interval=2)
     times = run.until_done('cpu')
     assert len(times) == 4 and run.removed == 2
     cells = schedule._cells(schedule._facts(run, times))
