@@ -65,7 +65,8 @@ def measure_latency(
             passes: dict[str, Callable[[], Any]] = {
                 name: partial(m, inputs, mode='tensor') for name, m in models.items()
             }
-            times[str(batch)] = take_turns(passes, rounds * repeats, device)
+            rounds *= repeats
+            times[str(batch)] = take_turns(passes, rounds, device, twice=True)
     for name, point in points.items():
         point['ratio'] = {
             batch: spread(ratios(found, name, ORIGINAL, 'wall'))

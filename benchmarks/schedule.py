@@ -35,9 +35,11 @@ COUNTED = f'one unit at a time, interval {SHORT}'
 def measure_schedule(
     model: nn.Module, calls: Any, repeats: int, device: str
 ) -> dict[str, Any]:
-    """Times to the target, iteration by iteration.
+    """Times to the target, from decision to decision.
 
-    Runs that meet it in the same number of iterations take turns. One that takes as
+    Runs that meet it in the same number of iterations take turns, all iterations up to
+    the next decision at a time: whatever comes after a model of other shapes has to get
+    its kernels and its memory anew. One that takes as
     many units as are safe runs after them: its number of iterations is what counts. One
     unit at a time would take thousands of decisions. So these are counted by picking
     unit after unit on the statistics of the first ones, without training in between.
@@ -45,7 +47,7 @@ def measure_schedule(
     Args:
         model: The model in training mode.
         calls: Its loss and outputs on a batch, as `BatchCalls` has them.
-        repeats: Of no use here: each iteration is another one.
+        repeats: Of no use here: each interval is another one.
         device: Where the model is.
     """
     discovery = unproven(model, calls)
@@ -58,8 +60,8 @@ def measure_schedule(
         name: begin(live, iterations=ITERATIONS, **options)
         for name, (live, options) in RUNS.items()
     }
-    actions = {name: run.step for name, run in runs.items()}
-    times = take_turns(actions, ITERATIONS, device, warmup=0)
+    actions = {name: run.interval for name, run in runs.items()}
+    times = take_turns(actions, ITERATIONS // INTERVAL, device, warmup=0)
     runs[AUTO] = begin(True, units_per_step='auto', interval=SHORT)
     times[AUTO] = runs[AUTO].until_done(device)
     found = {name: _facts(run, times[name]) for name, run in runs.items()}
@@ -118,19 +120,24 @@ class Run:
         if self.live:
             self.pruner.shrink(optimizers=(self.optimizer,))
 
+    def interval(self) -> None:
+        """All iterations up to a decision."""
+        for _ in range(self.pruner.interval):
+            self.step()
+
     def until_done(self, device: str) -> list[dict[str, float]]:
-        """Iterations up to the target, with their times."""
+        """Intervals up to the target, with their times."""
         times: list[dict[str, float]] = []
-        while not self.pruner.done and len(times) < MOST:
+        while not self.pruner.done and self.pruner.iteration < MOST:
             with stopwatch(times, device):
-                self.step()
+                self.interval()
         return times
 
 
 def _facts(run: Run, times: list[dict[str, float]]) -> dict[str, Any]:
     totals, full = run.pruner.totals, run.pruner.full
     return {
-        'iterations': len(times),
+        'iterations': run.pruner.iteration,
         'reached': run.pruner.done,
         'macs': float(totals.macs / full.macs),
         'units': run.removed,

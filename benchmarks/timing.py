@@ -19,6 +19,7 @@ def take_turns(
     device: str,
     warmup: int = 1,
     before: Callable[[], Any] | None = None,
+    twice: bool = False,
 ) -> Times:
     """Run all actions one after the other, `repeats` times over.
 
@@ -31,6 +32,8 @@ def take_turns(
         device: Where the work is done; it is waited for.
         warmup: Rounds that do not count.
         before: Runs before each action, untimed.
+        twice: Whether each action runs untimed first, where the one before has left
+            caches full of kernels and memory for other shapes.
 
     Returns:
         By name, of each round the seconds of ``wall`` and of this process' ``cpu``.
@@ -40,7 +43,9 @@ def take_turns(
         for name in sorted(actions, key=[*actions].index, reverse=turn % 2 == 0):
             if before is not None:
                 before()
-                synchronize(device)
+            if twice:
+                actions[name]()
+            synchronize(device)
             with stopwatch(times[name] if turn >= warmup else [], device):
                 actions[name]()
     return times

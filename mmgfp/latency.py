@@ -22,7 +22,9 @@ def measure_latency(
     """Times forward passes of several models on one input.
 
     The models take turns, so that whatever else the machine does meets them
-    all, and the median drops the passes it met hardest.
+    all, and the median drops the passes it met hardest. Of each turn a second pass is
+    timed: the first one has to get memory and kernels for shapes that are not those of
+    the model before.
 
     Args:
         models: Models in eval mode by name, on the device of `inputs`.
@@ -37,6 +39,7 @@ def measure_latency(
     with torch.inference_mode():
         for turn in range(WARMUP + rounds):
             for name, model in models.items():
+                model(inputs, **kwargs)
                 began = _now(inputs.device)
                 model(inputs, **kwargs)
                 if turn >= WARMUP:

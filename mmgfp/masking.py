@@ -31,13 +31,15 @@ class ColumnMask:
         self._parameters: dict[str, Tensor] = dict(model.named_parameters())
         # Groups and what they are to the columns that their units are read from.
         self._readers: dict[Columns, list[tuple[int, Member]]] = {}
+        self._read: list[list[Columns]] = [[] for _ in groups]  # by group
         for g, group in enumerate(groups):
             for member in group.members:
                 if member.role == 'in':
-                    readers = self._readers.setdefault((member.name, member.dim), [])
-                    readers.append((g, member))
-        self._ends = np.cumsum([g.units for g in groups], dtype=int)[:-1]
-        self._alive = self._split(np.ones(sum(g.units for g in groups), dtype=bool))
+                    columns = member.name, member.dim
+                    self._readers.setdefault(columns, []).append((g, member))
+                    self._read[g].append(columns)
+        self._ends = np.cumsum([0, *(g.units for g in groups)])
+        self._alive = np.ones(self._ends[-1], dtype=bool)
         self._index: dict[Columns, Tensor] = {}
         self._handles: dict[Columns, Any] = {}
 
@@ -46,21 +48,22 @@ class ColumnMask:
 
         Only what reads units that went or came back is touched.
         """
-        before, self._alive = self._alive, self._split(alive.copy())
-        changed = [
-            not np.array_equal(old, new)
-            for old, new in zip(before, self._alive, strict=True)
-        ]
-        for columns, readers in self._readers.items():
-            if any(changed[g] for g, _ in readers):
-                gone = [m.index[~self._alive[g]] for g, m in readers]
-                fresh = [m.index[before[g] & ~self._alive[g]] for g, m in readers]
-                self._set(columns, np.concatenate([*map(np.ravel, gone)]))
-                self._zero(columns, np.concatenate([*map(np.ravel, fresh)]))
+        fresh, gone = self._alive & ~alive, ~alive
+        changed = np.flatnonzero(self._alive != alive)
+        self._alive = alive.copy()
+        groups = np.unique(np.searchsorted(self._ends, changed, side='right') - 1)
+        for columns in dict.fromkeys(c for g in groups for c in self._read[g]):
+            self._set(columns, self._entries(columns, gone))
+            self._zero(columns, self._entries(columns, fresh))
 
-    def _split(self, alive: np.ndarray) -> list[np.ndarray]:
-        """``alive`` by group."""
-        return np.split(alive, self._ends)
+    def _entries(self, columns: Columns, units: np.ndarray) -> np.ndarray:
+        """Entries of these columns that read some of ``units``, (U,)."""
+        return np.concatenate(
+            [
+                member.index[units[self._ends[g] : self._ends[g + 1]]].reshape(-1)
+                for g, member in self._readers[columns]
+            ]
+        )
 
     def _set(self, columns: Columns, gone: np.ndarray) -> None:
         """Keep the entries ``gone`` of these columns at zero, and no others."""
@@ -96,4 +99,4 @@ class ColumnMask:
             handle.remove()
         self._handles.clear()
         self._index.clear()
-        self._alive = [np.ones_like(alive) for alive in self._alive]
+        self._alive[:] = True

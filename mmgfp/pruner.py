@@ -193,6 +193,8 @@ class GroupFisherPruner:
         groups = self.grouping.groups
         parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
         self.costs = CostTable(parameters, discovery.work, groups)
+        #: Costs of the unpruned model.
+        self.full = self.costs.totals(np.zeros(len(groups)))
         self.shapes = shapes_of(self.model)
         self.alive = np.ones(self.grouping.units, dtype=bool)
         self.present = self.alive.copy()
@@ -281,11 +283,6 @@ class GroupFisherPruner:
     def totals(self) -> Totals:
         """Costs of what is left."""
         return self.costs.totals(self.removed)
-
-    @property
-    def full(self) -> Totals:
-        """Costs of the unpruned model."""
-        return self.costs.totals(np.zeros(len(self.grouping.groups)))
 
     def structure(self) -> PruneStructure:
         """What is kept of every tensor dimension of the unpruned model."""

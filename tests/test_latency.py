@@ -19,11 +19,12 @@ class Sleeper(nn.Module):
 
 
 def test_median_of_warm_passes(monkeypatch):
+    """Of each turn the second one counts."""
     clock = [0.0]
     monkeypatch.setattr(latency, '_now', lambda device: clock[0])
     models = {
-        'slow': Sleeper(clock, [9, 9, 9, 0.004, 0.5, 0.003]),
-        'fast': Sleeper(clock, [9, 9, 9, 0.001, 0.001, 0.001]),
+        'slow': Sleeper(clock, [*[9] * 6, 7, 0.004, 7, 0.5, 7, 0.003]),
+        'fast': Sleeper(clock, [*[9] * 6, 7, 0.001, 7, 0.001, 7, 0.001]),
     }
     times = latency.measure_latency(models, torch.zeros(1), rounds=3, mode='tensor')
     assert {name: round(value, 6) for name, value in times.items()} == {

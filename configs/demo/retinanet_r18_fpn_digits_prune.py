@@ -3,7 +3,7 @@ _base_ = ['./retinanet_r18_fpn_digits.py']
 
 load_from = 'work_dirs/retinanet_r18_fpn_digits/epoch_6.pth'
 
-max_iters = 1000  # an upper bound: the hook stops at its target
+max_iters = 2000  # an upper bound: the hook stops at its target
 train_cfg = dict(
     _delete_=True,
     type='IterBasedTrainLoop',
