@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,7 +18,39 @@ from mmgfp.errors import ConfigError
 from mmgfp.structure import PruneStructure
 from mmgfp.surgery import Cut, cut
 
+#: Most channels that a large group keeps a multiple of while it is cut.
+MULTIPLE = 8
 REMEDY = 'leave compact_every off, or use SGD, Adam, AdamW or their like'
+
+
+def units_left(
+    alive: np.ndarray, present: np.ndarray, group_of: np.ndarray, widths: np.ndarray
+) -> np.ndarray:
+    """Units that a cut leaves in the model, (U,), some masked ones among them.
+
+    Kernels are slow with odd numbers of channels, and each new number costs the making
+    of new ones. So masked units stay until enough have gone: large groups keep a
+    multiple of `MULTIPLE` channels, smaller ones of 4 or 2, and none more than an
+    eighth above what it needs.
+
+    Args:
+        alive: Units that were not pruned, (U,).
+        present: Units that are in the model, (U,).
+        group_of: Group of each unit, ascending, (U,).
+        widths: Channels of one unit of each group, (G,).
+    """
+    need, have = (
+        np.bincount(group_of[u], minlength=len(widths)) for u in (alive, present)
+    )
+    eighth = np.maximum(need * widths // 8, 1)
+    multiple = np.minimum(2 ** np.log2(eighth).astype(int), MULTIPLE)
+    step = multiple // np.gcd(widths, multiple)
+    extra = np.minimum(-(-need // step) * step, have) - need  # (G,)
+    spare = present & ~alive
+    before = np.cumsum(np.bincount(group_of[spare], minlength=len(widths)))
+    first = np.append(0, before[:-1])  # (G,)
+    rank = np.cumsum(spare) - 1 - first[group_of]
+    return alive | (spare & (rank < extra[group_of]))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from mmgfp.discovery import Discovery, discover
 from mmgfp.errors import StatisticsError
 from mmgfp.fisher import FisherTap, weight_owners
 from mmgfp.groups import Grouping
-from mmgfp.live import cut_live
+from mmgfp.live import cut_live, units_left
 from mmgfp.masking import ColumnMask
 from mmgfp.options import check_not_compiled, check_options, parse_targets
 from mmgfp.recording import Forward, LossFunction, copy_module
@@ -202,12 +202,12 @@ class GroupFisherPruner:
         device = next(self.model.parameters()).device
         self.statistics = UnitStatistics({}, self._group_of, device)
         self._watch()
-        widths = np.array(
+        self._widths = np.array(
             [next(m.width for m in g.members if m.role == 'out') for g in groups]
         )
-        self._steps = rest_steps(widths, self.divisor)
+        self._steps = rest_steps(self._widths, self.divisor)
         sizes = np.array([g.units for g in groups])
-        least = -(-self.min_channels // widths)
+        least = -(-self.min_channels // self._widths)
         self.limits = Limits.of(sizes, least, self.max_ratio)
 
     def follow(self, copied: nn.Module) -> None:
@@ -309,6 +309,9 @@ class GroupFisherPruner:
     def shrink(self, optimizers: Sequence[Optimizer] = ()) -> bool:
         """Cut what was pruned out of the model while it goes on training.
 
+        A few masked units may stay, so that kernels find even numbers of channels
+        (`units_left`).
+
         The model computes what it did, faster. Its parameters are new objects: their
         gradients, the optimizers and the copies that `follow` it are seen to; anything
         else that holds on to parameters, such as a wrapper for several processes, must
@@ -324,7 +327,8 @@ class GroupFisherPruner:
             ConfigError: An optimizer's state is of a kind that cannot be cut; nothing
                 has changed then.
         """
-        return self._cut(self.alive, optimizers)
+        units = units_left(self.alive, self.present, self._group_of, self._widths)
+        return self._cut(units, optimizers)
 
     def _cut(self, units: np.ndarray, optimizers: Sequence[Optimizer]) -> bool:
         """Let only ``units``, (U,), stay in the model."""

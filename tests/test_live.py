@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_pruner import picked, saved_and_loaded
 from torch import nn
-from toys import TOYS, ConvPair, TinyDetector, images, square_loss
+from toys import TOYS, ConvPair, TinyDetector, conv, images, square_loss
 
 from mmgfp import GroupFisherPruner
 from mmgfp.errors import ConfigError
-from mmgfp.live import check_optimizer, cut_optimizer
+from mmgfp.live import check_optimizer, cut_optimizer, units_left
 from mmgfp.surgery import Cut
 from mmgfp.verify import difference
 
@@ -155,6 +155,57 @@ def test_cutting_less_often_ends_the_same():
             assert (seldom.pruner.present == seldom.pruner.alive).all()
     assert not (seldom.pruner.present == seldom.pruner.alive).all()
     assert_same_result(every, seldom)
+
+
+def test_large_groups_keep_even_numbers_of_channels():
+    """Worked out by hand: a multiple of at most an eighth of what is left."""
+    left = {  # alive of present units of a group, and the channels of each: stay
+        (100, 128, 1): 104,  # a multiple of 8
+        (97, 100, 1): 100,  # no more than there are
+        (104, 128, 1): 104,
+        (33, 64, 1): 36,  # of 4
+        (17, 20, 1): 18,  # of 2
+        (15, 20, 1): 15,
+        (1, 4, 1): 1,
+        (30, 40, 4): 30,  # 120 channels are one of 8 already
+        (31, 40, 4): 32,
+    }
+    sizes = np.array([present for _, present, _ in left])
+    group_of = np.repeat(np.arange(len(left)), sizes)
+    rank = np.concatenate([np.arange(size) for size in sizes])
+    # the last ones of each group are alive
+    alive = rank >= (sizes - [a for a, _, _ in left])[group_of]
+    widths = np.array([width for _, _, width in left])
+    stay = units_left(alive, np.ones_like(alive), group_of, widths)
+    assert np.bincount(group_of[stay]).tolist() == list(left.values())
+    assert stay[alive].all()
+    again = units_left(alive, stay, group_of, widths)
+    assert (again == stay).all()
+
+
+class Wide(ConvPair):
+    """64 outputs of conv1."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn = conv(3, 64, bias=False), nn.BatchNorm2d(64)
+        self.conv2 = conv(64, 4)
+
+
+def test_masked_units_may_stay_for_a_while():
+    masked, live = both(8, toy=Wide, units_per_step=5, target=dict(flops=0.1))
+    assert live.pruner.alive.sum() == 44
+    assert live.model.conv1.out_channels == live.pruner.present.sum() == 44
+    masked.train(2), live.train(2)
+    assert live.pruner.alive.sum() == 39
+    assert live.model.conv2.in_channels == live.pruner.present.sum() == 40
+    zeros = live.model.conv2.weight.flatten(2).abs().sum((0, 2)) == 0
+    assert zeros.sum() == 1
+    assert_same_result(masked, live)
+    state, again = saved_and_loaded(live.pruner.state_dict()), Training(Wide)
+    again.pruner.load_state_dict(state, [again.optimizer])
+    assert again.model.conv1.out_channels == 40
+    assert again.pruner.mask._index
 
 
 def test_statistics_between_decisions_survive():
