@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -177,13 +178,11 @@ def select_units(
     bundles = _bundles(left, steps)
     running = RunningCosts(costs, removed, bundles)
     # Units of a group save the same, so only the least of each group can be next.
-    queues = _queues(importance, group_of, alive & np.isfinite(importance), groups)
+    queues = _Queues(importance, group_of, alive & np.isfinite(importance), groups)
 
     def least(g: int) -> float:
-        few = len(queues[g]) < bundles[g]
-        if few or left[g] - bundles[g] < limits.least[g]:
-            return np.inf
-        return float(importance[queues[g][: bundles[g]]].sum())
+        stuck = left[g] - bundles[g] < limits.least[g]
+        return np.inf if stuck else queues.least(g, bundles[g])
 
     heads = np.array([least(g) for g in range(groups)])  # (G,)
     picked: list[int] = []
@@ -196,8 +195,7 @@ def select_units(
         size, total = bundles[g], total + heads[g]
         if picked and (len(picked) + size) * total > bound:
             break
-        picked += queues[g][:size].tolist()
-        queues[g] = queues[g][size:]
+        picked += queues.take(g, size)
         left[g] -= size
         bundles[g] = _bundles(left[g], steps[g])
         running.remove(g, size, bundles[g])
@@ -210,12 +208,44 @@ def _bundles(left: np.ndarray, steps: np.ndarray) -> np.ndarray:
     return (left - 1) % steps + 1
 
 
-def _queues(
-    importance: np.ndarray, group_of: np.ndarray, candidate: np.ndarray, groups: int
-) -> list[np.ndarray]:
-    """Candidates by group, the least important first, of equal ones the first."""
-    units = np.flatnonzero(candidate)
-    ends = np.searchsorted(group_of[units], np.arange(1, groups))
-    return [
-        part[importance[part].argsort(kind='stable')] for part in np.split(units, ends)
-    ]
+class _Queues:
+    """Candidates of each group, the least important first, of equal ones the first.
+
+    A group is put in order once it is picked from; its least is found without.
+    """
+
+    def __init__(
+        self,
+        importance: np.ndarray,
+        group_of: np.ndarray,
+        candidate: np.ndarray,
+        groups: int,
+    ) -> None:
+        self._importance = importance
+        units = np.flatnonzero(candidate)
+        ends = np.searchsorted(group_of[units], np.arange(groups + 1)).tolist()
+        self._units = [units[start:end] for start, end in pairwise(ends)]
+        self._sorted = [False] * groups
+
+    def least(self, group: int, size: int) -> float:
+        """Importance of the ``size`` units that come first; infinite if they lack."""
+        units = self._units[group]
+        if len(units) < size:
+            return np.inf
+        if size == 1 and not self._sorted[group]:
+            return float(self._importance[units].min())
+        self._sort(group)
+        return float(self._importance[self._units[group][:size]].sum())
+
+    def take(self, group: int, size: int) -> list[int]:
+        """Remove the ``size`` units that come first."""
+        self._sort(group)
+        units = self._units[group]
+        self._units[group] = units[size:]
+        return units[:size].tolist()
+
+    def _sort(self, group: int) -> None:
+        if not self._sorted[group]:
+            units = self._units[group]
+            order = self._importance[units].argsort(kind='stable')
+            self._units[group], self._sorted[group] = units[order], True
