@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
-import numpy as np
 from torch import nn
 
 from benchmarks.step import pruned_step
-from benchmarks.timing import Times, ratios, spread, stopwatch, take_turns
+from benchmarks.timing import Times, ratios, spread, take_turns, timed_calls
 from mmgfp import GroupFisherPruner, pruner
-from mmgfp.selection import select_units
 
 #: Units that go at once, by the names that tables have for it.
 PACES: dict[str, int | str] = {'one': 1, 'ten': 10, 'auto': 'auto'}
@@ -69,7 +65,7 @@ def _decide(
 
     def run() -> None:
         decider.units_per_step = PACES[name]
-        with _watch_selection(selection, device):
+        with timed_calls(pruner, 'select_units', selection, device):
             step = decider.step()
         assert step is not None
         units[name] = len(step.units)
@@ -88,18 +84,6 @@ def _rewind(decider: GroupFisherPruner) -> Callable[[], None]:
         decider.statistics.load_state_dict(statistics)
 
     return run
-
-
-@contextmanager
-def _watch_selection(times: list[dict[str, float]], device: str) -> Iterator[None]:
-    """Time the part of a decision that is numbers only."""
-
-    def watched(*args: Any, **kwargs: Any) -> np.ndarray:
-        with stopwatch(times, device):
-            return select_units(*args, **kwargs)
-
-    with mock.patch.object(pruner, 'select_units', watched):
-        yield
 
 
 def table(results: dict[str, Any]) -> list[list[str]]:

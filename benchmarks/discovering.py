@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.timing import Times, spread, stopwatch
+from benchmarks.timing import Times, spread, stopwatch, timed_calls
+from mmgfp import discovery
 from mmgfp.coupling import build_groups
-from mmgfp.discovery import Discovery, discover
-from mmgfp.fisher import untapped, weight_owners
-from mmgfp.groups import Grouping
-from mmgfp.recording import all_parameters_require_grad, undisturbed, watch_outputs
-from mmgfp.surgery import has_attribute_rule
-from mmgfp.tracing import RowUse, judge_rows, trace_loss, watch_rows, watch_widths
-
-
-def find_groups(
-    model: nn.Module, calls: Any, times: Times, device: str
-) -> tuple[Grouping, RowUse]:
-    """What `discover` finds before the proof; ``trace`` and ``groups`` are timed."""
-    with ExitStack() as stack:
-        for watch in (undisturbed(model), all_parameters_require_grad(model)):
-            stack.enter_context(watch)
-        layers = stack.enter_context(watch_rows(model))
-        widths = stack.enter_context(watch_widths(model, has_attribute_rule))
-        outputs = stack.enter_context(watch_outputs(model))
-        loss = calls.loss(model)
-        with stopwatch(times['trace'], device):
-            trace = trace_loss(model, loss, False, widths, outputs)
-    with stopwatch(times['groups'], device):
-        use = judge_rows(layers)
-        weights = [call.weight for call in trace.calls]
-        unread = untapped(weights, weight_owners(model), use)
-        grouping = build_groups(model, trace, (), unread)
-    return grouping, use
+from mmgfp.discovery import Discovery, discover, look_at, own_work
 
 
 def unproven(model: nn.Module, calls: Any) -> Discovery:
     """What `discover` finds, for parts in which the time of the proof is no matter."""
-    device = next(model.parameters()).device.type
-    grouping, use = find_groups(model, calls, {'trace': [], 'groups': []}, device)
-    owned = {name for name, _ in model.named_parameters()}
-    work = {n: w for n, w in calls.work(model).items() if n in owned}
-    return Discovery(grouping, use, work)
+    seen = look_at(model, calls.loss)
+    grouping = build_groups(model, seen.trace, (), seen.unread)
+    return Discovery(grouping, seen.rows, own_work(model, calls.work(model)))
 
 
 def measure_discovery(
@@ -64,7 +36,10 @@ def measure_discovery(
     for turn in range(1 + repeats):
         with stopwatch(times['loss'], device):
             calls.loss(model)
-        grouping, _ = find_groups(model, calls, times, device)
+        with timed_calls(discovery, 'trace_loss', times['trace'], device):
+            seen = look_at(model, calls.loss)
+        with stopwatch(times['groups'], device):
+            grouping = build_groups(model, seen.trace, (), seen.unread)
         if turn == 0:  # does not count
             for values in times.values():
                 values.clear()

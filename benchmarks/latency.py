@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.discovering import unproven
 from benchmarks.models import seeded, sgd, train_step
-from benchmarks.timing import ratios, spread, take_turns
+from benchmarks.timing import ratio_text, ratios, spread, take_turns
 from mmgfp import GroupFisherPruner
 from mmgfp.discovery import Discovery
 from mmgfp.recording import copy_module
@@ -149,5 +149,4 @@ def _latency(name: str, point: dict[str, Any], batch: str) -> str:
     """Milliseconds of the original, ratios of the others."""
     if name == ORIGINAL:
         return f'{point["seconds"][batch]["median"] * 1e3:.4g} ms'
-    found = point['ratio'][batch]
-    return f'× {found["median"]:.3f} ({found["low"]:.3f} to {found["high"]:.3f})'
+    return ratio_text(point['ratio'][batch])

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config
-from mmengine.logging import MMLogger
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from mmgfp.cli import load_config
-from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.demo_batch import build_model, demo_batch, init_weights
 from mmgfp.engine.inputs import BatchCalls
 
 #: Nothing is frozen, as in the configs that prune: taps on frozen stages would rest.
@@ -53,10 +51,8 @@ class Subject:
         model = build_model(config)
         initialize(model)
         model.to(device)
-        return model, BatchCalls(model, self._batch(config))
-
-    def _batch(self, config: Config) -> Any:
-        return demo_batch(config, self.images, self.size)
+        batch = demo_batch(config, self.images, self.size)
+        return model, BatchCalls(model, batch)
 
 
 def _retinanet(depth: int, side: int = 256) -> Subject:
@@ -90,11 +86,7 @@ def initialize(model: Any) -> None:
     Residual branches that a norm scales by zero get no gradient at first: all of their
     units would look useless.
     """
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel('ERROR')  # or each parameter is listed
-    model.init_weights()
-    logger.setLevel(level)
+    init_weights(model)
     for module in model.modules():
         weight = getattr(module, 'weight', None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 1 and not weight.any():

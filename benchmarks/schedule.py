@@ -10,7 +10,14 @@ from torch import nn
 
 from benchmarks.discovering import unproven
 from benchmarks.models import seeded, sgd, train_step
-from benchmarks.timing import Times, ratios, spread, stopwatch, take_turns
+from benchmarks.timing import (
+    Times,
+    ratio_text,
+    ratios,
+    spread,
+    stopwatch,
+    take_turns,
+)
 from mmgfp import GroupFisherPruner
 from mmgfp.discovery import Discovery
 from mmgfp.recording import copy_module
@@ -201,10 +208,6 @@ def _cells(run: dict[str, Any]) -> list[str]:
     return [
         *cells,
         f'× {run["ratio"]["all"]:.3f}',
-        *(_spread(quarter) for quarter in run['ratio']['quarters']),
+        *(ratio_text(quarter) for quarter in run['ratio']['quarters']),
         alike.format(**run['alike']) if 'alike' in run else '',
     ]
-
-
-def _spread(found: dict[str, float]) -> str:
-    return f'× {found["median"]:.3f} ({found["low"]:.3f} to {found["high"]:.3f})'

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.discovering import unproven
 from benchmarks.models import seeded, train_step
-from benchmarks.timing import ratios, spread, take_turns
+from benchmarks.timing import ratio_text, ratios, spread, take_turns
 from benchmarks.traffic import bytes_moved, peak_bytes
 from mmgfp import GroupFisherPruner
 
@@ -114,8 +114,5 @@ def table(results: dict[str, Any]) -> list[list[str]]:
 
 def ratio_cell(found: dict[str, dict[str, float]]) -> str:
     """The ratio of wall times with the quartiles, and that of CPU times."""
-    wall, cpu = found['wall'], found['cpu']
-    return (
-        f'× {wall["median"]:.3f} ({wall["low"]:.3f} to {wall["high"]:.3f}); '
-        f'CPU time × {cpu["median"]:.3f}'
-    )
+    cpu = found['cpu']['median']
+    return f'{ratio_text(found["wall"])}; CPU time × {cpu:.3f}'

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median, quantiles
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -61,6 +62,28 @@ def stopwatch(times: list[dict[str, float]], device: str) -> Iterator[None]:
     times.append({'wall': wall, 'cpu': cpu})
 
 
+@contextmanager
+def timed_calls(
+    owner: Any, name: str, times: list[dict[str, float]], device: str
+) -> Iterator[None]:
+    """Append the seconds of each call of a module's function, by the name it goes by.
+
+    Args:
+        owner: The module that calls the function.
+        name: What the function is called there.
+        times: Is appended to.
+        device: Where the work is done.
+    """
+    function = getattr(owner, name)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        with stopwatch(times, device):
+            return function(*args, **kwargs)
+
+    with mock.patch.object(owner, name, timed):
+        yield
+
+
 def ratios(times: Times, name: str, base: str, clock: str) -> list[float]:
     """Of each round the time of ``name`` over that of ``base``."""
     pairs = zip(times[name], times[base], strict=True)
@@ -73,6 +96,11 @@ def spread(values: list[float]) -> dict[str, float]:
         return dict.fromkeys(('median', 'low', 'high'), values[0])
     low, _, high = quantiles(values, n=4, method='inclusive')
     return {'median': median(values), 'low': low, 'high': high}
+
+
+def ratio_text(found: dict[str, float]) -> str:
+    """A ratio with the quartiles around it."""
+    return f'× {found["median"]:.3f} ({found["low"]:.3f} to {found["high"]:.3f})'
 
 
 def synchronize(device: str) -> None:

@@ -28,7 +28,14 @@ from mmgfp.recording import (
 )
 from mmgfp.structure import shapes_of
 from mmgfp.surgery import has_attribute_rule
-from mmgfp.tracing import RowUse, judge_rows, trace_loss, watch_rows, watch_widths
+from mmgfp.tracing import (
+    RowUse,
+    Trace,
+    judge_rows,
+    trace_loss,
+    watch_rows,
+    watch_widths,
+)
 from mmgfp.verify import Disagreement, find_disagreements
 
 logger = logging.getLogger('mmgfp')
@@ -99,6 +106,55 @@ class Discovery:
             ) from error
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a forward pass of the loss shows of a model.
+
+    Attributes:
+        trace: The labels of its channels, and which are equal or frozen.
+        rows: Which layers read images and which RoIs.
+        unread: Weights of layers that no statistics can be taken off, and why.
+    """
+
+    trace: Trace
+    rows: RowUse
+    unread: dict[str, str]
+
+
+def look_at(model: nn.Module, loss: LossFunction, strict: bool = False) -> Look:
+    """Run the loss once and follow all channels through its graph.
+
+    Args:
+        model: The module; it is left as it is.
+        loss: Computes the training loss of the module it is given, a scalar, on a
+            real batch.
+        strict: Raise at an op without a rule.
+
+    Raises:
+        TraceError: The loss has no graph, or ``strict`` says so.
+    """
+    with (
+        undisturbed(model),
+        all_parameters_require_grad(model),
+        without_checkpointing(),
+        torch.enable_grad(),
+        watch_rows(model) as calls,
+        watch_widths(model, has_attribute_rule) as widths,
+        watch_outputs(model) as outputs,
+    ):
+        value = loss(model)
+        trace = trace_loss(model, value, strict, widths, outputs)
+    rows = judge_rows(calls)
+    weights = [call.weight for call in trace.calls]
+    return Look(trace, rows, untapped(weights, weight_owners(model), rows))
+
+
+def own_work(model: nn.Module, work: Mapping[str, LayerWork]) -> dict[str, LayerWork]:
+    """Work of the weights that are parameters of the model, by their first names."""
+    owned = {n for n, _ in model.named_parameters()}
+    return {n: w for n, w in work.items() if n in owned}
+
+
 def discover(
     model: nn.Module,
     loss: LossFunction,
@@ -127,20 +183,8 @@ def discover(
         TraceError: Nothing can be pruned; under ``strict``, also what is said there.
         ConfigError: A pattern of ``keep`` matches no layer.
     """
-    with (
-        undisturbed(model),
-        all_parameters_require_grad(model),
-        without_checkpointing(),
-        torch.enable_grad(),
-        watch_rows(model) as calls,
-        watch_widths(model, has_attribute_rule) as widths,
-        watch_outputs(model) as outputs,
-    ):
-        value = loss(model)
-        trace = trace_loss(model, value, strict, widths, outputs)
-    rows = judge_rows(calls)
-    weights = [call.weight for call in trace.calls]
-    unread = untapped(weights, weight_owners(model), rows)
+    seen = look_at(model, loss, strict)
+    trace, unread = seen.trace, seen.unread
     for op, layers in trace.unknown_ops.items():
         logger.warning('op %s has no rule; it freezes %s', op, ', '.join(layers))
     frozen: list[tuple[ChannelGroup, str]] = []
@@ -163,8 +207,7 @@ def discover(
             f'every layer is left alone because: {"; ".join(reasons)}',
         )
     work = record_work(model, forward, images) if work is None else work
-    owned = {n for n, _ in model.named_parameters()}
-    return Discovery(grouping, rows, {n: w for n, w in work.items() if n in owned})
+    return Discovery(grouping, seen.rows, own_work(model, work))
 
 
 def _report(failures: Sequence[Disagreement], strict: bool) -> None:

@@ -75,7 +75,8 @@ def cut_live(
         ConfigError: An optimizer holds what nobody can tell how to cut.
         StructureError: The structure does not belong to the model.
     """
-    shrinking = [model.get_parameter(n) for n in structure.kept if _owns(model, n)]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shrinking = [parameters[n] for n in structure.kept if n in parameters]
     for optimizer in optimizers:
         check_optimizer(optimizer, shrinking)
     cuts = cut(model, structure)
@@ -135,9 +136,3 @@ def _followed(value: Any, made: Cut) -> Any:
     """An entry of an optimizer's state for the smaller parameter."""
     whole = isinstance(value, Tensor) and value.shape == made.old.shape
     return made.of(value) if whole else value
-
-
-def _owns(model: nn.Module, name: str) -> bool:
-    """Whether ``name`` is a parameter, and not a buffer."""
-    module, _, key = name.rpartition('.')
-    return key in model.get_submodule(module)._parameters

@@ -32,9 +32,7 @@ class Cut:
 
     def of(self, tensor: Tensor) -> Tensor:
         """What is left of a tensor that has an entry for each one of the old."""
-        for dim, index in self.kept.items():
-            tensor = tensor.index_select(dim, index)
-        return tensor
+        return _selected(tensor, self.kept)
 
 
 def compact(model: nn.Module, structure: PruneStructure) -> nn.Module:
@@ -89,12 +87,18 @@ def _made(old: Tensor, kept: Mapping[int, Sequence[int]]) -> Cut:
         dim: torch.from_numpy(np.array(index)).to(old.device)  # lists take longer
         for dim, index in kept.items()
     }
-    new = Cut(old, old, indices).of(old.detach())
+    new = _selected(old.detach(), indices)
     if not old.is_contiguous() and old.is_contiguous(memory_format=CHANNELS_LAST):
         new = new.contiguous(memory_format=CHANNELS_LAST)
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(new, requires_grad=old.requires_grad)
     return Cut(old, new, indices)
+
+
+def _selected(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    for dim, index in kept.items():
+        tensor = tensor.index_select(dim, index)
+    return tensor
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

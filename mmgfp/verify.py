@@ -102,9 +102,8 @@ def disagreement(
     probe.eval()  # returns nothing where distillation overrides it
     _randomize_norms(probe)
     masked, small = masked_and_compact(probe, groups, alive)
-    expected = _outputs(
-        masked, forward
-    )  # first: a whole model shows what can be called
+    # First, as the whole model shows what can be called.
+    expected = _outputs(masked, forward)
     try:
         outputs = _outputs(small, forward)
     except Exception as error:  # whatever the model raises is the answer

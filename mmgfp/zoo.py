@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
+from mmengine.logging import MessageHub
 from torch import nn
 
 from mmgfp.analysis import coverage
 from mmgfp.discovery import DISPROVED
-from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.demo_batch import build_model, demo_batch, init_weights
 from mmgfp.engine.inputs import BatchCalls
 from mmgfp.errors import ConfigError
 from mmgfp.groups import Grouping
@@ -198,11 +198,7 @@ def _initialize(model: Any) -> None:
     Learned boxes are no boxes without, and by a predictor of zeros nobody sees what
     becomes of its inputs.
     """
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel('ERROR')  # or each parameter is listed
-    model.init_weights()
-    logger.setLevel(level)
+    init_weights(model)
     for parameter in model.parameters():
         if parameter.dim() > 1 and not parameter.any():
             parameter.normal_(std=0.01)

@@ -12,13 +12,11 @@ from torch import nn
 
 from mmgfp.analysis import coverage
 from mmgfp.coupling import build_groups
+from mmgfp.discovery import look_at
 from mmgfp.engine.demo_batch import build_model, demo_batch
 from mmgfp.engine.inputs import BatchCalls
 from mmgfp.groups import Grouping
-from mmgfp.recording import all_parameters_require_grad, undisturbed, watch_outputs
 from mmgfp.structure import PruneStructure, shapes_of
-from mmgfp.surgery import has_attribute_rule
-from mmgfp.tracing import trace_loss, watch_widths
 from mmgfp.verify import difference, disagreement, masked_and_compact, random_units
 
 
@@ -53,13 +51,7 @@ def traced(cfg, size):
     MessageHub.get_current_instance().update_info('iter', 1)  # as in a run
     model = build_model(cfg)
     calls = BatchCalls(model, demo_batch(cfg, 2, (size, size)))
-    with (
-        undisturbed(model),
-        all_parameters_require_grad(model),
-        watch_widths(model, has_attribute_rule) as widths,
-        watch_outputs(model) as outputs,
-    ):
-        trace = trace_loss(model, calls.loss(model), True, widths, outputs)
+    trace = look_at(model, calls.loss, strict=True).trace
     return Traced(cfg, model, calls, build_groups(model, trace))
 
 

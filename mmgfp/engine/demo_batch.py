@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 from torch import nn
@@ -164,6 +165,15 @@ def _spread_boxes(count: int, size: tuple[int, int]) -> torch.Tensor:
     share = torch.linspace(0.25, 1.0, count)
     zeros = torch.zeros(count)
     return torch.stack([zeros, zeros, share * width, share * height], 1)
+
+
+def init_weights(model: Any) -> None:
+    """Give weights the first values of their config, without a log of each one."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('ERROR')
+    model.init_weights()
+    logger.setLevel(level)
 
 
 def _dicts(node: Any) -> Iterator[Any]:
