@@ -53,15 +53,13 @@ def measure(
             name: pipeline.test(candidate, f'{label}_{name}', options)
             for name, options in (also or {}).items()
         }
-        models[candidate.name], costs = build(candidate, pipeline.options, shape)
-        rows.append({**row, **costs})
+        model, calls = build(candidate, pipeline.options)
+        models[candidate.name] = model
+        rows.append({**row, **costs_of(model, calls.work(model, shape))})
     if args.latency_rounds:
         times = {
             str(count): measure_latency(
-                models,
-                torch.rand(count, *shape),  # (N, C, H, W)
-                args.latency_rounds,
-                mode='tensor',
+                models, calls.inference(model, shape, count), args.latency_rounds
             )
             for count in args.batches
         }
@@ -71,14 +69,15 @@ def measure(
 
 
 def build(
-    candidate: Candidate, options: Sequence[str], shape: tuple[int, ...]
-) -> tuple[torch.nn.Module, dict[str, int]]:
-    """Builds a model with its weights, in eval mode, and counts its costs."""
+    candidate: Candidate, options: Sequence[str]
+) -> tuple[torch.nn.Module, BatchCalls]:
+    """Builds a model with its weights, in eval mode, and calls on a demo batch."""
     cfg = load_config(candidate.config, parse_options([*options, *candidate.options]))
     model = build_model(cfg)
     load_checkpoint(model, candidate.checkpoint, map_location='cpu')
-    work = BatchCalls(model, demo_batch(cfg)).work(model, shape)
-    return model.eval(), costs_of(model, work)
+    calls = BatchCalls(model, demo_batch(cfg))
+    model.eval()  # returns nothing where distillation overrides it
+    return model, calls
 
 
 def write_results(

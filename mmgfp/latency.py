@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,8 @@ WARMUP = 3
 
 def measure_latency(
     models: Mapping[str, nn.Module],
-    inputs: torch.Tensor,
+    infer: Callable[[nn.Module], Any],
     rounds: int = 20,
-    **kwargs: Any,
 ) -> dict[str, float]:
     """Times forward passes of several models on one input.
 
@@ -27,23 +26,23 @@ def measure_latency(
     the model before.
 
     Args:
-        models: Models in eval mode by name, on the device of `inputs`.
-        inputs: A batch of images, (N, C, H, W).
+        models: Models in eval mode by name, all on one device.
+        infer: Calls the model it is given on a batch on that device.
         rounds: Timed passes for each model, at least 1.
-        **kwargs: Further arguments of the models' forward.
 
     Returns:
         Median milliseconds for the batch by name.
     """
+    device = next(p.device for m in models.values() for p in m.parameters())
     times: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         for turn in range(WARMUP + rounds):
             for name, model in models.items():
-                model(inputs, **kwargs)
-                began = _now(inputs.device)
-                model(inputs, **kwargs)
+                infer(model)
+                began = _now(device)
+                infer(model)
                 if turn >= WARMUP:
-                    times[name].append((_now(inputs.device) - began) * 1e3)
+                    times[name].append((_now(device) - began) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -2,12 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import PRUNE_CONFIG, ROOT
+from roundtrip import traced
+from test_two_stage import FASTER, MASK, slim
 
+from mmgfp import PruneStructure, compact
 from mmgfp.cli import load_config
+from mmgfp.engine.artifact import save_artifact
 from mmgfp.engine.demo_batch import build_model
+from mmgfp.structure import shapes_of
+from mmgfp.verify import random_units
 
 DEMO = ROOT / 'configs/demo/retinanet_r18_fpn_digits.py'
 
@@ -90,6 +97,27 @@ def test_deploy_writes_a_folder_and_a_summary(run_tool, pruning_run, tmp_path):
         'structure.json',
         'summary.json',
     ]
+
+
+@pytest.mark.parametrize('name', [FASTER, MASK])
+def test_deploy_times_two_stages_on_proposals_of_their_own(run_tool, tmp_path, name):
+    config = slim(name)
+    config.dump(tmp_path / 'config.py')
+    found = traced(config, 64)
+    groups = found.grouping.groups
+    alive = random_units(groups, 0.3, np.random.default_rng(0))
+    structure = PruneStructure.of(groups, alive, shapes_of(found.model))
+    small = compact(found.model, structure)
+    save_artifact(
+        tmp_path / 'small.pth', small, structure, {'input_shape': (3, 64, 96)}
+    )
+    command = ['deploy_pruned.py', tmp_path / 'config.py', tmp_path / 'small.pth']
+    done = run_tool(*command, '--out', tmp_path / 'out', '--rounds', 1)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / 'out/summary.json').read_text())
+    assert summary['input_shape'] == [3, 64, 96]
+    assert all(summary[key]['latency_ms'] > 0 for key in ('original', 'pruned'))
+    assert summary['pruned']['macs'] < summary['original']['macs']
 
 
 def test_deploy_refuses_and_writes_nothing(run_tool, pruning_run, tmp_path):

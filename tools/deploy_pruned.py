@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.table import Table
@@ -54,13 +53,14 @@ def summarize(
 ) -> dict[str, dict[str, Any]]:
     """Costs, and median latency in ms at batch 1 on the CPU, before and after."""
     models = {'original': item.original, 'pruned': item.model}
-    calls = {name: BatchCalls(m, demo_batch(cfg)) for name, m in models.items()}
+    calls = BatchCalls(item.original, demo_batch(cfg))
     rows: dict[str, dict[str, Any]] = {
-        name: costs_of(model, calls[name].work(model, shape))
+        name: costs_of(model, calls.work(model, shape))
         for name, model in models.items()
     }
     if rounds:
-        times = measure_latency(models, torch.rand(1, *shape), rounds, mode='tensor')
+        infer = calls.inference(item.original, shape)
+        times = measure_latency(models, infer, rounds)
         for name, milliseconds in times.items():
             rows[name]['latency_ms'] = milliseconds
     return rows

@@ -145,6 +145,52 @@ class BatchCalls:
         Raises:
             ConfigError: ``shape`` is not (C, H, W) with the model's channels.
         """
+        data = self._sized(shape, 1)
+
+        def forward(model: nn.Module) -> Any:
+            with torch.no_grad():
+                return self._outputs(model, data)
+
+        return forward
+
+    def inference(
+        self, model: nn.Module, shape: tuple[int, ...], images: int = 1
+    ) -> Callable[[nn.Module], Any]:
+        """A call on random images, to be timed: raw outputs where the model has them.
+
+        Unlike in `forward`, the second stage works on what the RPN proposes.
+
+        Args:
+            model: In eval mode; it shows in which mode models of its kind run.
+            shape: Size (C, H, W) of an image.
+            images: Number of images.
+
+        Raises:
+            ConfigError: ``shape`` is not (C, H, W) with the model's channels.
+            Exception: Whatever the model raises if it cannot infer.
+        """
+        data = self._sized(shape, images)
+        data['inputs'] = torch.rand_like(data['inputs'])
+        mode = 'tensor'
+        with torch.inference_mode():
+            try:
+                model(**data, mode=mode)
+            except Exception as error:
+                mode = 'predict'
+                print_log(
+                    f'{type(model).__name__} gives no raw outputs '
+                    f'({type(error).__name__}: {error}): its results are timed',
+                    'current',
+                )
+                model(**data, mode=mode)
+
+        def infer(model: nn.Module) -> Any:
+            return model(**data, mode=mode)
+
+        return infer
+
+    def _sized(self, shape: tuple[int, ...], images: int) -> dict[str, Any]:
+        """The batch's first sample as ``images`` blank ones of ``shape`` (C, H, W)."""
         inputs = self.data['inputs']
         if len(shape) != 3 or shape[0] != inputs.shape[1] or min(shape) < 1:
             raise ConfigError(
@@ -153,16 +199,13 @@ class BatchCalls:
                 repr(shape),
                 'give the size at which the costs shall be counted',
             )
-        data = copy.deepcopy({**self.data, 'inputs': inputs[:1]})
-        data['inputs'] = inputs.new_zeros(1, *shape)
-        samples = data.get('data_samples')
-        data['data_samples'] = samples and [_resized(samples[0], shape[1:])]
-
-        def forward(model: nn.Module) -> Any:
-            with torch.no_grad():
-                return self._outputs(model, data)
-
-        return forward
+        samples = self.data.get('data_samples')
+        return {
+            **self.data,
+            'inputs': inputs.new_zeros(images, *shape),
+            'data_samples': samples
+            and [_resized(copy.deepcopy(samples[0]), shape[1:]) for _ in range(images)],
+        }
 
 
 def _resized(sample: Any, size: tuple[int, ...]) -> Any:
