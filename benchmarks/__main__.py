@@ -18,8 +18,8 @@ import torch
 
 from benchmarks import decision, discovering, growth, latency, schedule, step
 from benchmarks.models import SUBJECTS
-from mmgfp.cli import run_cli
-from mmgfp.results import machine_facts
+from mmgfp.apps.cli import run_cli
+from mmgfp.apps.tables import machine_facts
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+import mmgfp.discovery.discover as discover_module
 from benchmarks.timing import Times, spread, stopwatch, timed_calls
-from mmgfp import discovery
-from mmgfp.coupling import build_groups
-from mmgfp.discovery import Discovery, discover, look_at, own_work
+from mmgfp.discovery.discover import Discovery, discover, look_at, own_work
+from mmgfp.discovery.grouping import build_groups
 
 
 def unproven(model: nn.Module, calls: Any) -> Discovery:
@@ -36,7 +36,7 @@ def measure_discovery(
     for turn in range(1 + repeats):
         with stopwatch(times['loss'], device):
             calls.loss(model)
-        with timed_calls(discovery, 'trace_loss', times['trace'], device):
+        with timed_calls(discover_module, 'trace_loss', times['trace'], device):
             seen = look_at(model, calls.loss)
         with stopwatch(times['groups'], device):
             grouping = build_groups(model, seen.trace, (), seen.unread)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from mmgfp.cli import load_config
+from mmgfp.apps.cli import load_config
+from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import build_model, demo_batch, init_weights
-from mmgfp.engine.inputs import BatchCalls
 
 #: Nothing is frozen, as in the configs that prune: taps on frozen stages would rest.
 OPTIONS = {'model.backbone.frozen_stages': -1}

@@ -19,8 +19,8 @@ from benchmarks.timing import (
     take_turns,
 )
 from mmgfp import GroupFisherPruner
-from mmgfp.discovery import Discovery
-from mmgfp.recording import copy_module
+from mmgfp.discovery.discover import Discovery
+from mmgfp.discovery.profile import copy_module
 
 TARGET = {'flops': 0.5}
 #: Iterations of the runs that take turns, and from one decision to the next (the

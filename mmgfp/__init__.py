@@ -7,8 +7,8 @@ factory and the demo dataset. Without MMEngine, `GroupFisherPruner` works on its
 import importlib.util
 
 from mmgfp.pruner import GroupFisherPruner
-from mmgfp.structure import PruneStructure
-from mmgfp.surgery import compact
+from mmgfp.surgery.compact import compact
+from mmgfp.surgery.structure import PruneStructure
 from mmgfp.version import __version__
 
 __all__ = ['GroupFisherPruner', 'PruneStructure', '__version__', 'compact']
@@ -18,6 +18,6 @@ if importlib.util.find_spec('mmengine') is not None:
 
     __all__ += ['PRUNERS', 'FisherPruningHook', 'PrunedModel']
 if importlib.util.find_spec('mmdet') is not None:
-    from mmgfp.datasets import DigitsDetection
+    from mmgfp.demo import DigitsDetection
 
     __all__ += ['DigitsDetection']

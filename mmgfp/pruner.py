@@ -12,16 +12,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mmgfp.costs import CostTable, LayerWork, Totals
-from mmgfp.discovery import Discovery, discover
-from mmgfp.errors import StatisticsError
-from mmgfp.fisher import FisherTap, weight_owners
+from mmgfp.checkpoint import PrunerState
+from mmgfp.config import check_not_compiled, check_options, parse_targets
+from mmgfp.criteria.fisher import FisherTap, weight_owners
+from mmgfp.criteria.statistics import Importance, Reduce, UnitStatistics
+from mmgfp.discovery.discover import Discovery, discover
+from mmgfp.discovery.profile import Forward, LossFunction, copy_module
 from mmgfp.groups import Grouping
-from mmgfp.live import cut_live, units_left
-from mmgfp.masking import ColumnMask
-from mmgfp.options import check_not_compiled, check_options, parse_targets
-from mmgfp.recording import Forward, LossFunction, copy_module
-from mmgfp.selection import (
+from mmgfp.selection.costs import CostTable, LayerWork, Totals
+from mmgfp.selection.greedy import (
     Limits,
     Target,
     auto_bound,
@@ -29,10 +28,11 @@ from mmgfp.selection import (
     select_units,
     waypoints,
 )
-from mmgfp.state import PrunerState
-from mmgfp.statistics import Importance, Reduce, UnitStatistics
-from mmgfp.structure import PruneStructure, shapes_of
-from mmgfp.surgery import compact
+from mmgfp.surgery.compact import compact
+from mmgfp.surgery.live import cut_live, units_left
+from mmgfp.surgery.masking import ColumnMask
+from mmgfp.surgery.structure import PruneStructure, shapes_of
+from mmgfp.utils.errors import StatisticsError
 
 logger = logging.getLogger('mmgfp')
 

@@ -6,36 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from mmengine.config import Config
-
-ROOT = Path(__file__).parent.parent
-PRUNE_CONFIG = ROOT / 'configs/demo/retinanet_r18_fpn_digits_prune.py'
-
-
-def small_prune_config(folder, **hook):
-    """The demo's pruning config on few images, with random weights."""
-    config = Config.fromfile(PRUNE_CONFIG)
-    spec = dict(num_train=16, num_val=4, size=64)
-    root = str(folder / 'digits') + '/'
-    for split in ('train', 'val', 'test'):
-        loader = config.get(f'{split}_dataloader')
-        if loader is not None:
-            loader.batch_size = 2
-            loader.dataset.data_root = root
-            loader.dataset.spec = spec
-    config.model.backbone.base_channels = 8
-    config.model.neck.in_channels = [8, 16, 32, 64]
-    config.load_from = None
-    config.work_dir = str(folder / 'work')
-    # MMEngine hands out visualizers by name, those of earlier runs as well.
-    config.visualizer.name = str(folder)
-    config.train_cfg.max_iters = 12
-    config.default_hooks.checkpoint.interval = 4
-    config.custom_hooks[0].update(
-        interval=2, units_per_step=150, min_channels=2, input_shape=(3, 64, 64)
-    )
-    config.custom_hooks[0].update(hook)
-    return config
+from support.configs import PRUNE_CONFIG, small_prune_config
+from support.tooling import ROOT
 
 
 @pytest.fixture(scope='session')

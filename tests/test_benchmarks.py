@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from support.toys import ConvPair, ResidualPair, TinyDetector, images, square_loss
 from torch import nn
-from toys import ConvPair, ResidualPair, TinyDetector, images, square_loss
 
 from benchmarks import __main__ as command
 from benchmarks import decision, latency, schedule, timing
@@ -16,10 +16,10 @@ from benchmarks.discovering import unproven
 from benchmarks.models import SUBJECTS, initialize, sgd, train_step
 from benchmarks.timing import ratios, spread, take_turns
 from benchmarks.traffic import bytes_moved, peak_bytes
-from mmgfp.discovery import discover
+from mmgfp.discovery.discover import discover
+from mmgfp.discovery.profile import record_work
 from mmgfp.pruner import GroupFisherPruner
-from mmgfp.recording import record_work
-from mmgfp.selection import select_units
+from mmgfp.selection.greedy import select_units
 
 
 class Modal(TinyDetector):

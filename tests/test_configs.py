@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from support.tooling import ROOT
 
 from mmgfp.engine import FisherPruningHook
 
-ROOT = Path(__file__).parent.parent / 'configs'
-LEAVES = sorted(path for path in ROOT.glob('*/*.py') if path.parent.name != '_base_')
+CONFIGS = ROOT / 'configs'
+LEAVES = sorted(path for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_')
 PARTS = {'neck', 'head', 'bbox_head', 'rpn_head', 'roi_head'}
 BCCD = 'bccd/retinanet_mobilenetv2_fpn_bccd.py'
 BASELINES = {
@@ -21,7 +22,7 @@ BASELINES = {
 
 
 def read(name):
-    return Config.fromfile(ROOT / name)
+    return Config.fromfile(CONFIGS / name)
 
 
 def stage(kind):
@@ -37,7 +38,7 @@ def training_of(path):
 
 
 def by_name(path):
-    return str(path.relative_to(ROOT))
+    return str(path.relative_to(CONFIGS))
 
 
 @pytest.mark.parametrize('path', LEAVES, ids=by_name)

@@ -1,15 +1,14 @@
 """The pruner on plain modules: decisions, masks, state, and what it leaves behind."""
 
 import copy
-import io
 import logging
 
 import numpy as np
 import pytest
 import torch
-from reference import mask_fisher
-from torch import nn
-from toys import (
+from support.reference import mask_fisher
+from support.states import picked, saved, saved_and_loaded
+from support.toys import (
     TOYS,
     ConvPair,
     GroupConv,
@@ -20,10 +19,11 @@ from toys import (
     images,
     square_loss,
 )
+from torch import nn
 
 from mmgfp import GroupFisherPruner
-from mmgfp.errors import ConfigError, StatisticsError, TraceError
-from mmgfp.selection import Target
+from mmgfp.selection.greedy import Target
+from mmgfp.utils.errors import ConfigError, StatisticsError, TraceError
 
 
 class Run:
@@ -72,11 +72,6 @@ class Run:
             if finished():
                 return step
         raise AssertionError('no end after 200 iterations')
-
-
-def picked(steps):
-    """Units by iteration, for comparison."""
-    return [None if s is None else s.units.tolist() for s in steps]
 
 
 # -- decisions ----------------------------------------------------------------
@@ -491,16 +486,6 @@ def test_structure_names_what_is_kept():
 
 
 # -- state --------------------------------------------------------------------
-
-
-def saved(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()
-
-
-def saved_and_loaded(state):
-    return torch.load(io.BytesIO(saved(state)), weights_only=True)
 
 
 def test_state_dict_round_trip():

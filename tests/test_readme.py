@@ -1,13 +1,13 @@
 """What the README shows is run."""
 
 import re
-from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from support.tooling import ROOT
 from torch import nn
 
-README = (Path(__file__).parent.parent / 'README.md').read_text()
+README = (ROOT / 'README.md').read_text()
 
 
 def blocks():

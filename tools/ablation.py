@@ -13,10 +13,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mmgfp.cli import load_config, run_cli
-from mmgfp.comparison import draw, measure, write_results
-from mmgfp.errors import ConfigError
-from mmgfp.stages import (
+from mmgfp.apps.cli import load_config, run_cli
+from mmgfp.apps.comparison import draw, measure, write_results
+from mmgfp.apps.stages import (
     Candidate,
     Pipeline,
     add_arguments,
@@ -27,6 +26,7 @@ from mmgfp.stages import (
     parse_options,
     pruned_checkpoint,
 )
+from mmgfp.utils.errors import ConfigError
 
 TOOLS = Path(__file__).resolve().parent
 

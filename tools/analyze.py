@@ -11,12 +11,12 @@ from mmengine.runner import load_checkpoint
 from rich.console import Console
 from rich.table import Table
 
-from mmgfp.analysis import report
-from mmgfp.cli import check_checkpoint, load_config, run_cli
+from mmgfp.apps.analysis import report
+from mmgfp.apps.cli import check_checkpoint, load_config, run_cli
+from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import build_model, demo_batch
-from mmgfp.engine.inputs import BatchCalls
-from mmgfp.io import atomic_write
 from mmgfp.pruner import GroupFisherPruner
+from mmgfp.utils.io import atomic_write
 
 #: Input sizes at which papers state costs.
 DEFAULT_SHAPES = {'mmdet': (3, 800, 1280), 'mmpretrain': (3, 224, 224)}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmgfp.cli import check_checkpoint, run_cli
-from mmgfp.io import load_weights_only, save_checkpoint
+from mmgfp.apps.cli import check_checkpoint, run_cli
+from mmgfp.utils.io import load_weights_only, save_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,7 +20,7 @@ def main() -> None:
     """Runs from the command line."""
     args = parse_args()
     check_checkpoint('source', args.source)
-    from mmgfp.models.resnet_cifar import convert_akamaster
+    from mmgfp.demo.resnet_cifar import convert_akamaster
 
     weights = load_weights_only(args.source)
     converted = convert_akamaster(weights.get('state_dict', weights))

@@ -11,18 +11,18 @@ from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.table import Table
 
-from mmgfp.analysis import costs_of
-from mmgfp.cli import load_config, run_cli
+from mmgfp.apps.analysis import costs_of
+from mmgfp.apps.cli import load_config, run_cli
+from mmgfp.apps.latency import measure_latency
+from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
-from mmgfp.engine.deployment import (
+from mmgfp.engine.export import (
     Deployable,
     deploy,
     read_deployable,
     recorded_shape,
 )
-from mmgfp.engine.inputs import BatchCalls
-from mmgfp.io import atomic_write
-from mmgfp.latency import measure_latency
+from mmgfp.utils.io import atomic_write
 
 DEFAULT_SHAPES = {'mmdet': (3, 800, 1280), 'mmpretrain': (3, 224, 224)}
 

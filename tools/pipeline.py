@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmgfp.cli import run_cli
-from mmgfp.comparison import draw, measure, write_results
-from mmgfp.stages import (
+from mmgfp.apps.cli import run_cli
+from mmgfp.apps.comparison import draw, measure, write_results
+from mmgfp.apps.stages import (
     Candidate,
     Pipeline,
     add_arguments,

@@ -10,11 +10,11 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmgfp.cli import check_checkpoint, load_config, run_cli
+from mmgfp.apps.cli import check_checkpoint, load_config, run_cli
+from mmgfp.apps.run_config import prepare_config
 from mmgfp.engine.checkpoints import newest_checkpoint
 from mmgfp.engine.distributed import use_cpus
-from mmgfp.errors import ConfigError
-from mmgfp.prepare import prepare_config
+from mmgfp.utils.errors import ConfigError
 
 
 def parse_args() -> argparse.Namespace:

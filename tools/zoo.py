@@ -18,9 +18,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from mmgfp.cli import run_cli
-from mmgfp.io import atomic_write
-from mmgfp.zoo import (
+from mmgfp.apps.cli import run_cli
+from mmgfp.apps.zoo import (
     LIBRARIES,
     STATUSES,
     by_family,
@@ -30,7 +29,8 @@ from mmgfp.zoo import (
     next_of,
     preload,
 )
-from mmgfp.zoo_page import render
+from mmgfp.apps.zoo_page import render
+from mmgfp.utils.io import atomic_write
 
 FORK = multiprocessing.get_context('fork')  # the libraries are imported only once
 

@@ -5,7 +5,7 @@ _base_ = [
     'mmpretrain::_base_/default_runtime.py',
 ]
 custom_imports = dict(
-    imports=['mmgfp', 'mmgfp.models.resnet_cifar'], allow_failed_imports=False
+    imports=['mmgfp', 'mmgfp.demo.resnet_cifar'], allow_failed_imports=False
 )
 
 load_from = 'data/weights/resnet20_cifar10.pth'

@@ -1,6 +1,6 @@
 """MMEngine's side: the hook, the model factory, registries, artefacts."""
 
-from mmgfp.engine.hook import FisherPruningHook
+from mmgfp.engine.hooks.pruning import FisherPruningHook
 from mmgfp.engine.pruned_model import PrunedModel
 from mmgfp.engine.registry import PRUNERS
 

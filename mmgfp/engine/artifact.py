@@ -11,9 +11,9 @@ import torch
 from mmengine.runner.checkpoint import weights_to_cpu
 from torch import nn
 
-from mmgfp.costs import Totals
-from mmgfp.io import save_checkpoint
-from mmgfp.structure import STRUCTURE_KEY, PruneStructure
+from mmgfp.selection.costs import Totals
+from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
+from mmgfp.utils.io import save_checkpoint
 from mmgfp.version import __version__
 
 

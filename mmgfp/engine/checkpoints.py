@@ -8,7 +8,7 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner
 
-from mmgfp.io import atomic_write
+from mmgfp.utils.io import atomic_write
 
 #: Arguments of MMEngine by which it writes files whole or not at all.
 WHOLE = {'backend': 'mmgfp_whole'}

@@ -15,7 +15,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData
 from torch import nn
 
-from mmgfp.errors import ConfigError
+from mmgfp.utils.errors import ConfigError
 
 #: Data preprocessors of batches that are not made up here.
 NOT_IMAGES = {

@@ -20,8 +20,8 @@ from mmengine.dist import (
 )
 from torch import Tensor
 
-from mmgfp.errors import MMGFPError, StatisticsError
-from mmgfp.statistics import Reduce
+from mmgfp.criteria.statistics import Reduce
+from mmgfp.utils.errors import MMGFPError, StatisticsError
 
 
 def use_cpus(cfg: Config) -> None:

@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 
 from mmgfp.engine.artifact import describe
 from mmgfp.pruner import GroupFisherPruner, PruneStep
-from mmgfp.selection import Target
+from mmgfp.selection.greedy import Target
 
 
 class Progress:

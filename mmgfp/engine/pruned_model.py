@@ -10,9 +10,9 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmgfp.errors import StructureError
-from mmgfp.structure import PruneStructure
-from mmgfp.surgery import compact
+from mmgfp.surgery.compact import compact
+from mmgfp.surgery.structure import PruneStructure
+from mmgfp.utils.errors import StructureError
 
 
 @MODELS.register_module()

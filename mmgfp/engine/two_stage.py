@@ -16,7 +16,7 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmgfp.nests import tensors_in
+from mmgfp.utils.tree import tensors_in
 
 #: RoIs per image for which box heads are counted, where the model samples none: the
 #: number of the paper and of MMDetection's configs.

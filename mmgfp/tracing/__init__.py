@@ -1,6 +1,6 @@
 """Which channels are coupled, read off the autograd graph of a real loss."""
 
-from mmgfp.tracing.heads import HEAD_KINDS, HeadKind, count_heads, head_kind
+from mmgfp.tracing.attention import HEAD_KINDS, HeadKind, count_heads, head_kind
 from mmgfp.tracing.labels import NO_LABEL
 from mmgfp.tracing.row_rules import ROW_RULES, register_row_rule
 from mmgfp.tracing.rows import RowUse, judge_rows, watch_rows

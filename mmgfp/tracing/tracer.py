@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, nn
 
-from mmgfp.errors import TraceError
+from mmgfp.tracing.attention import head_owners
+from mmgfp.tracing.averaged_copies import couple_twins, twin_tensors
 from mmgfp.tracing.graph import Graph, Node, read_graph
-from mmgfp.tracing.heads import head_owners
 from mmgfp.tracing.labels import LabelTable
 from mmgfp.tracing.rules import RULES
-from mmgfp.tracing.twins import couple_twins, twin_tensors
 from mmgfp.tracing.value import Context, LayerCall, Value, op_name
 from mmgfp.tracing.widths import Outputs, width_labels
+from mmgfp.utils.errors import TraceError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmgfp.tracing.heads import HeadOwner
+from mmgfp.tracing.attention import HeadOwner
 from mmgfp.tracing.labels import NO_LABEL, LabelTable, varying
 
 Shape = tuple[int, ...]

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from mmgfp.nests import tensors_in
 from mmgfp.tracing.labels import varying
 from mmgfp.tracing.value import Value
+from mmgfp.utils.tree import tensors_in
 
 #: Attributes by name, and whose channels they count: what goes in or what comes out.
 WIDTH_ATTRIBUTES: dict[str, Literal['input', 'output']] = {

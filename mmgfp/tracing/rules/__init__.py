@@ -8,12 +8,12 @@ decorated with `register_rule`, in the module that its kind belongs to.
 
 from mmgfp.tracing.rules import (
     arithmetic,
+    gather_scatter,
     layers,
-    parts,
-    positions,
     products,
     reductions,
     shapes,
+    slicing,
 )
 from mmgfp.tracing.rules.registry import RULES, register_rule
 
@@ -21,8 +21,8 @@ __all__ = [
     'RULES',
     'arithmetic',
     'layers',
-    'parts',
-    'positions',
+    'slicing',
+    'gather_scatter',
     'products',
     'reductions',
     'register_rule',

@@ -1,0 +1,126 @@
+"""The models that a pipeline made, side by side."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.runner import load_checkpoint
+
+from mmgfp.apps.analysis import costs_of
+from mmgfp.apps.cli import load_config
+from mmgfp.apps.latency import measure_latency
+from mmgfp.apps.plots import layer_widths, plot_channels
+from mmgfp.apps.stages import Candidate, Pipeline, parse_options, write_json
+from mmgfp.apps.tables import machine_facts, markdown, print_table, table_cells
+from mmgfp.engine.batch_calls import BatchCalls
+from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.surgery.structure import PruneStructure
+from mmgfp.utils.io import atomic_write
+
+
+def measure(
+    pipeline: Pipeline,
+    candidates: Sequence[Candidate],
+    shape: tuple[int, ...],
+    args: argparse.Namespace,
+    also: Mapping[str, Sequence[str]] | None = None,
+) -> list[dict[str, Any]]:
+    """Tests candidates, counts their costs for one image and times them on the CPU.
+
+    Args:
+        pipeline: Where tests run.
+        candidates: What is compared.
+        shape: Size (C, H, W) of the image.
+        args: `latency_rounds` and `batches` of the command line.
+        also: Config overrides of further tests by name.
+
+    Returns:
+        The rows of `mmgfp.apps.tables.table_cells`.
+    """
+    rows = []
+    models: dict[str, torch.nn.Module] = {}
+    for candidate in candidates:
+        label = f'test_{candidate.name}'
+        row: dict[str, Any] = {
+            'model': candidate.name,
+            'metrics': pipeline.test(candidate, label),
+        }
+        row['also'] = {
+            name: pipeline.test(candidate, f'{label}_{name}', options)
+            for name, options in (also or {}).items()
+        }
+        model, calls = build(candidate, pipeline.options)
+        models[candidate.name] = model
+        rows.append({**row, **costs_of(model, calls.work(model, shape))})
+    if args.latency_rounds:
+        times = {
+            str(count): measure_latency(
+                models, calls.inference(model, shape, count), args.latency_rounds
+            )
+            for count in args.batches
+        }
+        for row in rows:
+            row['latency_ms'] = {n: found[row['model']] for n, found in times.items()}
+    return rows
+
+
+def build(
+    candidate: Candidate, options: Sequence[str]
+) -> tuple[torch.nn.Module, BatchCalls]:
+    """Builds a model with its weights, in eval mode, and calls on a demo batch."""
+    cfg = load_config(candidate.config, parse_options([*options, *candidate.options]))
+    model = build_model(cfg)
+    load_checkpoint(model, candidate.checkpoint, map_location='cpu')
+    calls = BatchCalls(model, demo_batch(cfg))
+    model.eval()  # returns nothing where distillation overrides it
+    return model, calls
+
+
+def write_results(
+    pipeline: Pipeline,
+    rows: Sequence[Mapping[str, Any]],
+    shape: Sequence[int],
+    args: argparse.Namespace,
+    notes: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes results.json and results.md and prints the table.
+
+    Args:
+        pipeline: Whose work directory they go to, and whose stages took time.
+        rows: What `measure` gave.
+        shape: Size (C, H, W) of the image.
+        args: The command line with the three configs.
+        notes: Further facts; `variants` shows in the Markdown.
+    """
+    cfg = load_config(args.baseline, parse_options(pipeline.options))
+    facts = {
+        'configs': [args.baseline, args.prune, args.finetune],
+        'seed': cfg.get('randomness', {}).get('seed'),
+        'seconds': pipeline.seconds(),
+        **machine_facts(),
+        'input_shape': list(shape),
+        **(notes or {}),
+    }
+    cells = table_cells(rows)
+    text = markdown(cells, facts)
+    write_json(pipeline.work_dir / 'results.json', {'rows': rows, **facts})
+    atomic_write(pipeline.work_dir / 'results.md', lambda tmp: tmp.write_text(text))
+    print_table(cells)
+
+
+def draw(candidate: Candidate, options: Sequence[str], pruned: str, path: Path) -> None:
+    """Draws the channels that each layer of the pruned model kept.
+
+    Args:
+        candidate: The original model.
+        options: The user's config overrides.
+        pruned: A checkpoint with the structure.
+        path: The picture to write.
+    """
+    model = build_model(load_config(candidate.config, parse_options(options)))
+    shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+    plot_channels(layer_widths(PruneStructure.load(pruned), shapes), path)

@@ -1,0 +1,261 @@
+"""Every config of the installed libraries: is it pruned, how much, and proven?"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import MessageHub
+from torch import nn
+
+from mmgfp.apps.analysis import coverage
+from mmgfp.discovery.discover import DISPROVED
+from mmgfp.discovery.profile import undisturbed
+from mmgfp.discovery.verify import disagreement, random_units
+from mmgfp.engine.batch_calls import BatchCalls
+from mmgfp.engine.demo_batch import build_model, demo_batch, init_weights
+from mmgfp.groups import Grouping
+from mmgfp.pruner import GroupFisherPruner
+from mmgfp.utils.errors import ConfigError
+
+LIBRARIES = ('mmdet', 'mmpretrain')
+#: What can become of a config; see `examine`.
+STATUSES = ('agrees', 'disagrees', 'failed', 'not run')
+#: Folders that hold parts of configs.
+PARTS = ('_base_', 'common', 'dsdl')
+#: What names of the smaller and of the larger variants of a model contain.
+SMALL = re.compile(
+    r'r18|r50|res(net|next|nest|2net)?-?50|resnet18|tiny|small|nano|atto|[-_](t|s)[-_]'
+)
+LARGE = re.compile(
+    r'101|152|huge|giant|large|base|x101|[-_](b|l|x|g|h)[-_\d]|\dgf|effb|w40|w48|m36|m48'
+    r'|lvis|v3det|dconv|mdpool|dpool'
+)
+#: Configs of a family that are tried until the loss of one runs.
+CANDIDATES = 3
+#: Sides of the demo batch, in pixels, tried until the loss runs; None leaves it to the
+#: config. Some models need more positions than a small image has.
+SIDES = {'mmdet': (None, 256, 512), 'mmpretrain': (None,)}
+#: What a training run past its warm-up tells the models through the message hub.
+PROGRESS = {'iter': 10_000, 'epoch': 10, 'max_iters': 20_000}
+
+
+def preload() -> None:
+    """Import what every config needs, before processes are forked."""
+    for library in LIBRARIES:
+        for part in ('models', 'datasets', 'engine', 'evaluation'):
+            import_module(f'{library}.{part}')
+
+
+def list_configs(library: str) -> list[str]:
+    """Configs of an installed library as ``library::family/name.py``, sorted."""
+    root = _root(library)
+    paths = (p.relative_to(root) for p in root.glob('*/**/*.py'))
+    names = (p.as_posix() for p in paths if p.parts[0] not in PARTS)
+    return sorted(f'{library}::{n}' for n in names if '/_' not in n)
+
+
+def _root(library: str) -> Path:
+    spec = find_spec(library)
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            'library', 'an installed one', library, 'install it or name another'
+        )
+    return Path(spec.origin).parent / '.mim' / 'configs'
+
+
+def read_config(config: str) -> Config:
+    """Read ``library::family/name.py``; names may hold what mmengine rejects."""
+    library, _, path = config.partition('::')
+    return Config.fromfile(_root(library) / path)
+
+
+def family_of(config: str) -> str:
+    """Folder of a config, ``library::family``."""
+    return config.split('/', 1)[0]
+
+
+def by_family(configs: Sequence[str]) -> list[list[str]]:
+    """Configs of each family folder; first those whose names tell of small models."""
+    families: dict[str, list[str]] = {}
+    for config in configs:
+        families.setdefault(family_of(config), []).append(config)
+    return [sorted(names, key=_size_hint) for names in families.values()]
+
+
+def next_of(names: Sequence[str], results: Mapping[str, Any]) -> str | None:
+    """The config of a family to examine next: none once the loss of one has run.
+
+    Args:
+        names: The family's configs, the best first. At most `CANDIDATES` are tried.
+        results: What is known, by config.
+    """
+    tried = 0
+    for name in names:
+        if name in results:
+            tried += 1
+            if results[name]['status'] != 'not run' or tried == CANDIDATES:
+                return None
+        elif _has_model(name):
+            return name
+    return None
+
+
+def known_of(names: Sequence[str], results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Results of the configs that `next_of` chose: the last one stands for all."""
+    known: list[dict[str, Any]] = []
+    for result in (results[n] for n in names if n in results):
+        if len(known) < CANDIDATES:
+            known.append(result)
+        if result['status'] != 'not run':
+            break
+    return known
+
+
+def _size_hint(config: str) -> tuple[bool, bool, bool, int, str]:
+    name = config.rpartition('/')[2]
+    nested = config.count('/') > 1
+    return nested, bool(LARGE.search(name)), not SMALL.search(name), len(name), name
+
+
+def examine(
+    config: str, enter: Callable[[str], None] = lambda stage: None
+) -> dict[str, Any]:
+    """Trace, prune 30 % at random and compare; everything that went wrong is said.
+
+    Args:
+        config: ``library::family/name.py``.
+        enter: Is told the stage that begins.
+
+    Returns:
+        dict: Plain data; ``status`` is ``'agrees'``, ``'disagrees'``, ``'failed'``
+        or ``'not run'`` where the loss itself could not be computed.
+    """
+    start = time.perf_counter()
+    result: dict[str, Any] = {'config': config, 'status': 'not run', 'reason': ''}
+    library = config.partition('::')[0]
+    stage = 'config'
+
+    def begin(name: str) -> None:
+        nonlocal stage
+        stage = name
+        enter(name)
+
+    try:
+        cfg = read_config(config)
+        begin('model')
+        torch.manual_seed(0)
+        os.chdir(_root(library).parent)  # some name other configs
+        model = build_model(cfg)
+        _initialize(model)
+        _unpad(model)
+        MessageHub.get_current_instance().update_info_dict(PROGRESS)
+        calls = _running_calls(model, cfg, SIDES[library], begin)
+        begin('tracing')
+        result |= {'status': 'failed', 'size': calls.size}
+        result |= _prune(model, calls)
+    except Exception as error:  # the zoo's very purpose is to collect these
+        result['reason'] = f'{stage}: {_one_line(error)}'
+    return result | {'seconds': round(time.perf_counter() - start, 1)}
+
+
+def _running_calls(
+    model: Any,
+    cfg: Config,
+    sides: Sequence[int | None],
+    begin: Callable[[str], None],
+) -> BatchCalls:
+    """Calls on the smallest demo batch on which the loss of ``model`` runs."""
+    for side in sides:
+        try:
+            begin('batch')
+            size = None if side is None else (side, side)
+            calls = BatchCalls(model, demo_batch(cfg, size=size))
+            begin('loss')
+            with torch.no_grad(), undisturbed(model):
+                calls.loss(model)
+            return calls
+        except Exception as error:  # whatever the model raises: the next try may do
+            failure = error
+    raise failure
+
+
+@torch.no_grad()
+def _initialize(model: Any) -> None:
+    """Give weights their first values, random ones in place of zeros.
+
+    Learned boxes are no boxes without, and by a predictor of zeros nobody sees what
+    becomes of its inputs.
+    """
+    init_weights(model)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            parameter.normal_(std=0.01)
+
+
+def _unpad(model: Any) -> None:
+    """Leave images as small as they are; some configs pad all to 1024 x 1024."""
+    augments = getattr(model.data_preprocessor, 'batch_augments', None)
+    if isinstance(augments, nn.ModuleList):
+        kept = (a for a in augments if type(a).__name__ != 'BatchFixedSizePad')
+        model.data_preprocessor.batch_augments = nn.ModuleList(kept)
+
+
+def _prune(model: Any, calls: BatchCalls) -> dict[str, Any]:
+    """Prune; prepared groups are proven on outputs, here the loss is compared, too."""
+    pruner = GroupFisherPruner(model)
+    work = calls.work(model)
+    start = time.perf_counter()
+    grouping = pruner.prepare(calls.loss, calls.check, calls.images, work)
+    prepared = time.perf_counter() - start
+    pruner.close()
+    alive = random_units(grouping.groups, 0.3, np.random.default_rng(1))
+    compared = 'loss'
+    try:
+        wrong = disagreement(model, grouping.groups, alive, calls.steady_loss)
+    except Exception as error:  # not of pruning: the masked model is a whole one
+        compared = f'outputs (loss in double precision: {_one_line(error)})'
+        wrong = disagreement(model, grouping.groups, alive, calls.forward)
+    shares = coverage(model, grouping, work)
+    return {
+        'status': 'disagrees' if wrong else 'agrees',
+        'reason': wrong or '',
+        'compared': compared,
+        'groups': len(grouping.groups),
+        'units': grouping.units,
+        'channels': round(shares['channels'], 4),
+        'macs': round(shares['macs'], 4),
+        'prepare_seconds': round(prepared, 1),
+        **_frozen(grouping),
+    }
+
+
+def _frozen(grouping: Grouping) -> dict[str, Any]:
+    """Frozen layers by reason, and those that the proof froze, by name."""
+    disproved = {f.layer: f.reason for f in grouping.frozen if DISPROVED in f.reason}
+    reasons = Counter(r for f in grouping.frozen for r in f.reason.split('; '))
+    return {'disproved': disproved, 'frozen': dict(reasons.most_common())}
+
+
+def _one_line(error: Exception) -> str:
+    words = ' '.join(str(error).split())
+    return f'{type(error).__name__}: {words[:3000]}'
+
+
+@cache
+def _has_model(config: str) -> bool:
+    try:
+        return 'model' in read_config(config)
+    except Exception:  # `examine` reports why it cannot be read
+        return True

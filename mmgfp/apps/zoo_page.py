@@ -1,0 +1,194 @@
+"""The page that says which configs of the installed libraries can be pruned."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mmgfp.apps.tables import machine_facts
+from mmgfp.apps.zoo import LIBRARIES, family_of
+from mmgfp.discovery.discover import DISPROVED
+
+#: Share of a model's MACs that a convolutional detector is expected to reach.
+REACHED = 0.95
+#: Kinds of reasons for which a loss does not run, by what the reason says.
+KINDS = {
+    'missing package': r'not installed|[Pp]lease (first )?install|No module named',
+    'no CPU operator': r'device cpu not found|not implemented for .CPU|CUDA|NVIDIA',
+    'network': r'huggingface|[Cc]onnect|URLError|resolve host|offline|Errno -[23]\b',
+    'data of another kind': r'data_preprocessor: expected|lines_array',
+    'too large for this machine': r'no end after|ended with -9',
+}
+OTHER = 'the config itself'
+#: What stands in reasons for places on the machine that wrote them.
+PLACE = re.compile(r'(?<![\w.:/])(?:/[\w.+@-]+){2,}/')
+#: A reason that names one layer, which would be another in each row.
+READER = re.compile(r'^(?:read by|input of) \S+: ')
+
+
+def render(
+    results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any] | None = None
+) -> str:
+    """A Markdown page: numbers of each library, then one line for each config.
+
+    Args:
+        results: What `mmgfp.apps.zoo.examine` gave.
+        facts: What they were made with; by default that of `machine_facts`.
+    """
+    facts = machine_facts() if facts is None else facts
+    versions = ', '.join(f'{name} {v}' for name, v in facts['versions'].items())
+    lines = ['# Which configs can be pruned', '', INTRODUCTION, '']
+    lines += [f'Made with Python {facts["python"]}, {versions}.', '']
+    lines += _summary(results)
+    for library in LIBRARIES:
+        own = [r for r in results if r['config'].startswith(f'{library}::')]
+        good = [r for r in own if r['status'] == 'agrees']
+        if good:
+            lines += ['', f'## {library}: pruned, masked equals compact', '']
+            lines += _agreements(good)
+    disproved = [r for r in results if r.get('disproved')]
+    if disproved:
+        lines += ['', '## Frozen by the proof', '', PROOF, '']
+        lines += _table(('config', 'layers', 'why'), map(_disproved_row, disproved))
+    for status, title in TITLES.items():
+        chosen = [r for r in results if r['status'] == status]
+        if chosen:
+            lines += ['', f'## {title}', '', *_reasons(chosen, status == 'not run')]
+    return '\n'.join(lines) + '\n'
+
+
+def _summary(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Configs and families of each library, and what became of them."""
+    rows = []
+    for library in LIBRARIES:
+        own = [r for r in results if r['config'].startswith(f'{library}::')]
+        if not own:
+            continue
+        ran = [r for r in own if r['status'] != 'not run']
+        good = [r for r in ran if r['status'] == 'agrees']
+        wide = [r for r in good if r['macs'] >= REACHED]
+        families = {family_of(r['config']) for r in ran}
+        # A family counts only if none of its configs failed.
+        lost = {family_of(r['config']) for r in ran if r['status'] != 'agrees'}
+        kept = len(families - lost)
+        share = f'{kept} of {len(families)} ({kept / max(len(families), 1):.1%})'
+        rows.append((library, len(own), len(ran), len(good), len(wide), share))
+    titles = ('library', 'configs tried', 'loss runs', 'pruned and agree')
+    return _table((*titles, f'≥ {REACHED:.0%} of MACs', 'families that agree'), rows)
+
+
+def _agreements(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    titles = ('config', 'units', 'channels', 'MACs', 'compared', 's')
+    rows = (
+        (
+            f'`{_short_name(r)}`',
+            r['units'],
+            f'{r["channels"]:.1%}',
+            f'{r["macs"]:.1%}',
+            r['compared'].split(' ', 1)[0],
+            f'{r["seconds"]:.0f}',
+            _frozen_cell(r['frozen']),
+        )
+        for r in results
+    )
+    return _table((*titles, 'layers with frozen channels'), rows)
+
+
+def _short_name(result: Mapping[str, Any]) -> str:
+    return result['config'].split('::', 1)[1].removesuffix('.py')
+
+
+def _frozen_cell(reasons: Mapping[str, int], most: int = 3) -> str:
+    """The most frequent reasons, each with the number of layers."""
+    counts: Counter[str] = Counter()
+    for reason, layers in reasons.items():
+        counts[brief(reason)] += layers
+    said = [f'{n} × {reason}' for reason, n in counts.most_common(most)]
+    rest = sum(counts.values()) - sum(n for _, n in counts.most_common(most))
+    return '; '.join(said + [f'{rest} for other reasons'] * bool(rest))
+
+
+def brief(reason: str) -> str:
+    """What a reason says of all models: no layer's name, no number, no place."""
+    if reason.startswith(DISPROVED):
+        return 'frozen by the proof'
+    reason = READER.sub('', tidy(reason))
+    reason = re.sub(r'\d+ images, not \d+', 'other images than the batch has', reason)
+    return OUTPUT if reason.startswith('an output:') else reason
+
+
+def tidy(reason: str) -> str:
+    """A reason without line breaks and places on this machine."""
+    return ' '.join(PLACE.sub('', reason).split())
+
+
+def kind_of(reason: str) -> str:
+    """Why a loss does not run, in two or three words."""
+    return next((k for k, words in KINDS.items() if re.search(words, reason)), OTHER)
+
+
+def _disproved_row(result: Mapping[str, Any]) -> tuple[Any, ...]:
+    whys = Counter(
+        re.sub(r'\d+', 'N', tidy(why).removeprefix(f'{DISPROVED}: '))
+        for why in result['disproved'].values()
+    )
+    name = f'`{_short_name(result)}`'
+    return name, len(result['disproved']), '; '.join(w for w, _ in whys.most_common(2))
+
+
+def _reasons(results: Sequence[Mapping[str, Any]], kinds: bool) -> list[str]:
+    """One line for each reason, with all configs that share it."""
+    configs: dict[str, list[str]] = {}
+    for result in results:
+        name = f'`{result["config"].removesuffix(".py")}`'
+        configs.setdefault(_cause(result['reason']), []).append(name)
+    rows = [(why, ', '.join(names)) for why, names in configs.items()]
+    if not kinds:
+        return _table(('cause', 'configs'), rows)
+    order = [*KINDS, OTHER]
+    sorted_rows = sorted(
+        ((kind_of(why), why, names) for why, names in rows),
+        key=lambda row: order.index(row[0]),
+    )
+    return _table(('kind', 'reason', 'configs'), sorted_rows)
+
+
+def _cause(reason: str, most: int = 5) -> str:
+    """A reason; of those that many layers give, the first few different ones."""
+    said, because, layers = tidy(reason).partition('left alone because: ')
+    different = list(dict.fromkeys(brief(part) for part in layers.split('; ')))
+    return (said + because + '; '.join(different[:most]))[:600]
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    lines = [titles, ['---'] * len(titles)]
+    cells = [[str(cell).replace('|', '/') for cell in row] for row in rows]
+    return ['| ' + ' | '.join(row) + ' |' for row in [*lines, *cells]]
+
+
+OUTPUT = 'an output'
+TITLES = {
+    'disagrees': 'Masked and compact disagree',
+    'failed': 'Not pruned',
+    'not run': 'The loss does not run here',
+}
+INTRODUCTION = """\
+Each model is built from its config without pretrained weights; its loss runs on a
+made-up batch on the CPU; the coupled channels are discovered and proven; then 30 % of
+the units go at random, and the masked and the compact model must agree to 1e-4 in
+double precision.
+
+- "units": what can be removed one by one. "channels" and "MACs": the shares of the
+  layers' output channels and of the multiply-accumulates that units reach.
+- "compared": the whole training loss, or the outputs of inference where the loss itself
+  does not run in double precision.
+- "s": seconds for all of it on one thread.
+- A family is a folder of configs; where the loss of one config does not run here, the
+  next one of the folder stands for it.
+
+`python tools/zoo.py --families --page docs/zoo.md` writes this page."""
+PROOF = """\
+These channels seemed to be removable, but a compact model without them computes
+something else, or nothing. They stay; the rest of the model is pruned."""

@@ -1,0 +1,1 @@
+"""Importance criteria: how much the loss depends on each unit."""

@@ -1,5 +1,0 @@
-"""Datasets of the demo; importing this registers them in MMDetection."""
-
-from mmgfp.datasets.digits import DigitsDetection, DigitsSpec, write_digits
-
-__all__ = ['DigitsDetection', 'DigitsSpec', 'write_digits']

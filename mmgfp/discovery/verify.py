@@ -1,0 +1,198 @@
+"""The numeric proof that removing units equals masking them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmgfp.discovery.profile import Forward, copy_module, undisturbed
+from mmgfp.groups import ChannelGroup, Grouping
+from mmgfp.surgery.compact import compact
+from mmgfp.surgery.masking import ColumnMask
+from mmgfp.surgery.structure import PruneStructure, shapes_of
+from mmgfp.utils.precision import InDouble
+from mmgfp.utils.tree import tensors_in
+
+#: Largest difference, relative to the largest output, that still counts as equal.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A group whose removal does not equal its mask.
+
+    Attributes:
+        group: The group.
+        reason: What differed, or the error that the compact model raised.
+    """
+
+    group: ChannelGroup
+    reason: str
+
+
+def random_units(
+    groups: Sequence[ChannelGroup],
+    share: float | np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Keep all but a random ``share`` of each group's units, (U,); one always stays.
+
+    The share is one number, or one for each group, (G,).
+    """
+    parts = []
+    for group, own in zip(groups, np.broadcast_to(share, len(groups)), strict=True):
+        alive = np.ones(group.units, dtype=bool)
+        gone = min(max(round(own * group.units), 1), group.units - 1)
+        alive[rng.permutation(group.units)[:gone]] = False
+        parts.append(alive)
+    return np.concatenate([np.ones(0, dtype=bool), *parts])
+
+
+def masked_and_compact(
+    model: nn.Module, groups: Sequence[ChannelGroup], alive: np.ndarray
+) -> tuple[nn.Module, nn.Module]:
+    """Two copies of ``model``: one masked, one cut down to the units ``alive``."""
+    masked, small = copy_module(model), copy_module(model)
+    ColumnMask(masked, groups).update(alive)
+    structure = PruneStructure.of(groups, alive, shapes_of(model))
+    return masked, compact(small, structure)
+
+
+def difference(a: Any, b: Any) -> float:
+    """Largest difference between two nests of tensors, relative to their scale.
+
+    Returns:
+        float: 0 for equal outputs, infinity where shapes differ or a value is not
+        finite.
+    """
+    worst = 0.0
+    pairs = list(zip(tensors_in(a), tensors_in(b), strict=True))
+    for x, y in pairs:
+        if x.shape != y.shape or not (x.isfinite().all() and y.isfinite().all()):
+            return float('inf')
+        if x.numel():
+            scale = max(float(x.abs().max()), 1e-12)
+            worst = max(worst, float((x - y).abs().max()) / scale)
+    return worst if pairs else float('inf')
+
+
+@torch.no_grad()
+def disagreement(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    alive: np.ndarray,
+    forward: Forward,
+) -> str | None:
+    """Why the masked and the compact copy of ``model`` disagree; None if they agree.
+
+    Both run in double precision and in eval mode, with norms and biases set at random
+    so that no layer is blind to its inputs.
+
+    Raises:
+        Exception: What ``forward`` raises for the masked copy, which is no fault of
+            the groups.
+    """
+    probe = copy_module(model).double()
+    probe.eval()  # returns nothing where distillation overrides it
+    _randomize_norms(probe)
+    masked, small = masked_and_compact(probe, groups, alive)
+    # First, as the whole model shows what can be called.
+    expected = _outputs(masked, forward)
+    try:
+        outputs = _outputs(small, forward)
+    except Exception as error:  # whatever the model raises is the answer
+        return f'{type(error).__name__}: {str(error)}'.splitlines()[0]
+    try:
+        worst = difference(expected, outputs)
+    except ValueError:
+        return 'another number of outputs'
+    if worst == float('inf'):
+        return 'outputs differ in shape, or are not finite'
+    return None if worst <= TOLERANCE else f'outputs differ by {worst:.2g}'
+
+
+def _outputs(model: nn.Module, forward: Forward) -> Any:
+    with undisturbed(model), InDouble():
+        torch.manual_seed(0)
+        return forward(model)
+
+
+def find_disagreements(
+    model: nn.Module, grouping: Grouping, forward: Forward, seed: int = 0
+) -> list[Disagreement]:
+    """Drop random units of all groups; if that fails, look for the culprits.
+
+    A culprit is found by halving. With it fall the groups of the same layers in other
+    blocks, since code that fails in one block fails in the next.
+
+    Args:
+        model: The traced model, not masked yet.
+        grouping: Its groups.
+        forward: Calls a copy of the model and returns all outputs.
+        seed: Seed of the random units.
+    """
+    groups = grouping.groups
+    rng = np.random.default_rng(seed)
+    # Unequal shares, most of all of neighbours: a split in halves must not go well
+    # because both happen to lose as many channels.
+    shares = np.resize([0.1, 0.5], len(groups)) + rng.uniform(0, 0.2, len(groups))
+    kept = random_units(groups, shares, rng)
+    group_of = grouping.group_of
+
+    def trial(members: np.ndarray) -> str | None:
+        alive = kept | ~np.isin(group_of, members)
+        return disagreement(model, groups, alive, forward)
+
+    doubted = np.arange(len(groups))
+    found: list[Disagreement] = []
+    while len(doubted) and (reason := trial(doubted)):
+        culprits, reason = _narrow(doubted, reason, trial)
+        kinds = {_kind(groups[c]) for c in culprits}
+        fallen = np.array([_kind(groups[g]) in kinds for g in doubted])
+        found += [Disagreement(groups[g], reason) for g in doubted[fallen]]
+        doubted = doubted[~fallen]
+    return found
+
+
+def _narrow(
+    members: np.ndarray, reason: str, trial: Callable[[np.ndarray], str | None]
+) -> tuple[np.ndarray, str]:
+    """One group that fails on its own, or several that only do so together."""
+    while len(members) > 1:
+        half = len(members) // 2
+        for part in (members[:half], members[half:]):
+            if found := trial(part):
+                members, reason = part, found
+                break
+        else:
+            break
+    return members, reason
+
+
+def _kind(group: ChannelGroup) -> frozenset[tuple[str, int, str]]:
+    """What a group has in common with its like in other blocks of a model."""
+    return frozenset(
+        (re.sub(r'\b\d+\b', '*', m.name), m.dim, m.role) for m in group.members
+    )
+
+
+def _randomize_norms(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.dim() != 1 or not tensor.is_floating_point():
+            continue
+        noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        noise = noise.to(tensor.device)
+        if name.endswith('running_var'):  # scaled: else activations may overflow
+            tensor.mul_(noise + 0.5).clamp_(min=1e-3)
+        elif name.endswith('running_mean'):
+            tensor.add_((noise - 0.5) * 0.2)
+        else:
+            positive = name.endswith(('weight', 'gamma'))
+            tensor.copy_(noise + 0.5 if positive else (noise - 0.5) * 0.2)

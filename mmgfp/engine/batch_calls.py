@@ -1,0 +1,215 @@
+"""How a model of the OpenMMLab kind is called on a training batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmgfp.discovery.profile import record_work
+from mmgfp.engine.two_stage import fixed_proposals, rois_per_image
+from mmgfp.selection.costs import LayerWork
+from mmgfp.utils.errors import ConfigError
+
+#: How a model is called for its outputs, best first. Some cannot give raw outputs,
+#: and some cannot infer what they train on: their losses have to do.
+MODES = ('tensor', 'predict', 'loss')
+
+
+class BatchCalls:
+    """The calls that pruning makes on one batch as a train dataloader gives it.
+
+    Args:
+        model: The model without a wrapper such as DDP.
+        data_batch: The batch, before the data preprocessor; it is left untouched.
+    """
+
+    def __init__(self, model: Any, data_batch: Any) -> None:
+        self.data = model.data_preprocessor(copy.deepcopy(data_batch), True)
+        inputs = self.data['inputs']
+        views = inputs if isinstance(inputs, list | tuple) else [inputs]
+        self.images = len(views[0])
+        self.size = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else None
+        self._mode: str | None = None
+        self._loss_infers: bool | None = None
+
+    @property
+    def without_boxes(self) -> bool:
+        """Whether these are images for detection on which nothing is annotated.
+
+        Some heads read nothing then, and the graph does not show what they share.
+        """
+        samples = self.data.get('data_samples') or ()
+        found = [s.gt_instances for s in samples if 'gt_instances' in s]
+        return bool(found) and not any(len(instances) for instances in found)
+
+    def loss(self, model: Any) -> Tensor:
+        """The training loss, a scalar."""
+        losses = model(**copy.deepcopy(self.data), mode='loss')
+        return model.parse_losses(losses)[0]
+
+    def steady_loss(self, model: Any) -> Tensor:
+        """The training loss on made-up proposals, by which models can be compared."""
+        with fixed_proposals(model):
+            return self.loss(model)
+
+    def forward(self, model: nn.Module) -> Any:
+        """All outputs of inference, before post-processing where that is possible.
+
+        Two-stage detectors work on made-up proposals, which do not jump; what the RPN
+        gives belongs to the outputs.
+        """
+        return self._outputs(model, self.data)
+
+    def check(self, model: nn.Module) -> Any:
+        """All outputs, as `forward` gives them; the loss must run as well.
+
+        Its value is not compared: where two candidates are as good as each other,
+        the last bit decides which of them a loss assigns. But a compact model that
+        cannot compute it cannot be trained: a detached target keeps its width, say.
+
+        The first call, which comes before anything is cut, shows whether the loss
+        runs in eval mode at all.
+        """
+        outputs = self.forward(model)
+        if self._mode == 'loss':  # it has just run
+            return outputs
+        if self._loss_infers is None:
+            try:
+                self.steady_loss(model)
+            except Exception as error:
+                print_log(
+                    f'the loss of {type(model).__name__} cannot be computed in eval '
+                    f'mode ({type(error).__name__}: {error}): only outputs are checked',
+                    'current',
+                )
+                self._loss_infers = False
+            else:
+                self._loss_infers = True
+        elif self._loss_infers:
+            self.steady_loss(model)
+        return outputs
+
+    def work(
+        self, model: nn.Module, shape: tuple[int, ...] | None = None
+    ) -> dict[str, LayerWork]:
+        """What each layer works on for one image; see `rois_per_image` for RoIs.
+
+        Args:
+            model: The model; it is left as it is.
+            shape: Size (C, H, W) of the image; that of the batch by default.
+        """
+        rois = rois_per_image(model)
+        if shape is None:
+            return record_work(model, self.forward, self.images, rois)
+        return record_work(model, self.sized_forward(shape), 1, rois)
+
+    def _outputs(self, model: nn.Module, data: dict) -> Any:
+        """Raw outputs; results or losses where the model's own code cannot give those.
+
+        The first call, which comes before anything is cut, decides for all.
+        """
+        inputs = data['inputs']
+        if isinstance(inputs, list | tuple):  # several views of the same images
+            data = {**data, 'inputs': inputs[0]}
+        model.eval()  # some take and give other things while they train
+        with fixed_proposals(model) as proposals:
+            outputs = self._raw(model, data)
+        return (outputs, proposals) if proposals else outputs
+
+    def _raw(self, model: nn.Module, data: dict) -> Any:
+        modes = MODES if self._mode is None else (self._mode,)
+        for mode in modes:
+            try:
+                outputs = model(**copy.deepcopy(data), mode=mode)
+            except Exception as error:
+                if mode == modes[-1]:
+                    raise
+                print_log(
+                    f'{type(model).__name__} fails in mode={mode!r} '
+                    f'({type(error).__name__}: {error}): another mode is compared',
+                    'current',
+                )
+            else:
+                self._mode = mode
+                return outputs
+        raise AssertionError('no mode')
+
+    def sized_forward(self, shape: tuple[int, ...]) -> Callable[[nn.Module], Any]:
+        """A call on one image of ``shape`` (C, H, W), to count costs with.
+
+        Raises:
+            ConfigError: ``shape`` is not (C, H, W) with the model's channels.
+        """
+        data = self._sized(shape, 1)
+
+        def forward(model: nn.Module) -> Any:
+            with torch.no_grad():
+                return self._outputs(model, data)
+
+        return forward
+
+    def inference(
+        self, model: nn.Module, shape: tuple[int, ...], images: int = 1
+    ) -> Callable[[nn.Module], Any]:
+        """A call on random images, to be timed: raw outputs where the model has them.
+
+        Unlike in `forward`, the second stage works on what the RPN proposes.
+
+        Args:
+            model: In eval mode; it shows in which mode models of its kind run.
+            shape: Size (C, H, W) of an image.
+            images: Number of images.
+
+        Raises:
+            ConfigError: ``shape`` is not (C, H, W) with the model's channels.
+            Exception: Whatever the model raises if it cannot infer.
+        """
+        data = self._sized(shape, images)
+        data['inputs'] = torch.rand_like(data['inputs'])
+        mode = 'tensor'
+        with torch.inference_mode():
+            try:
+                model(**data, mode=mode)
+            except Exception as error:
+                mode = 'predict'
+                print_log(
+                    f'{type(model).__name__} gives no raw outputs '
+                    f'({type(error).__name__}: {error}): its results are timed',
+                    'current',
+                )
+                model(**data, mode=mode)
+
+        def infer(model: nn.Module) -> Any:
+            return model(**data, mode=mode)
+
+        return infer
+
+    def _sized(self, shape: tuple[int, ...], images: int) -> dict[str, Any]:
+        """The batch's first sample as ``images`` blank ones of ``shape`` (C, H, W)."""
+        inputs = self.data['inputs']
+        if len(shape) != 3 or shape[0] != inputs.shape[1] or min(shape) < 1:
+            raise ConfigError(
+                'input_shape',
+                f'(C, H, W) with C = {inputs.shape[1]}',
+                repr(shape),
+                'give the size at which the costs shall be counted',
+            )
+        samples = self.data.get('data_samples')
+        return {
+            **self.data,
+            'inputs': inputs.new_zeros(images, *shape),
+            'data_samples': samples
+            and [_resized(copy.deepcopy(samples[0]), shape[1:]) for _ in range(images)],
+        }
+
+
+def _resized(sample: Any, size: tuple[int, ...]) -> Any:
+    """A data sample that speaks of an image of ``size`` (H, W)."""
+    keys = ('img_shape', 'pad_shape', 'ori_shape', 'batch_input_shape')
+    sample.set_metainfo({k: tuple(size) for k in keys if k in sample.metainfo})
+    return sample

@@ -1,0 +1,190 @@
+"""From a config and a checkpoint to a folder that needs nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from mmgfp.engine.artifact import save_artifact
+from mmgfp.engine.demo_batch import build_model
+from mmgfp.surgery.compact import compact
+from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
+from mmgfp.utils.errors import ConfigError, StructureError
+from mmgfp.utils.io import atomic_write, load_weights_only
+
+#: Largest image side that is believed of a checkpoint.
+MAX_SIDE = 8192
+REMEDY = 'give the config and the checkpoint of one and the same run'
+
+
+@dataclass(frozen=True)
+class Deployable:
+    """A config, a checkpoint and a structure that belong together.
+
+    Attributes:
+        architecture: The model's config before pruning.
+        structure: What it was cut down to.
+        original: The unpruned model, with weights of its own initialisation.
+        model: The compact model with the checkpoint's weights, in eval mode.
+        meta: The checkpoint's ``meta``.
+    """
+
+    architecture: dict[str, Any]
+    structure: PruneStructure
+    original: nn.Module
+    model: nn.Module
+    meta: dict[str, Any]
+
+
+def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
+    """Check that a config and a checkpoint fit, and build the compact model.
+
+    Args:
+        cfg: A config of the original model, or of a `PrunedModel`.
+        checkpoint: What a pruning run saved at its target, or a checkpoint of
+            fine-tuning.
+
+    Raises:
+        StructureError: The files are damaged or do not belong together.
+    """
+    checkpoint = Path(checkpoint)
+    raw = load_training_checkpoint(checkpoint)
+    architecture = copy.deepcopy(cfg.model.to_dict())
+    inside = raw.get(STRUCTURE_KEY)
+    structure = inside and PruneStructure.from_dict(inside, str(checkpoint))
+    if architecture.get('type') == 'PrunedModel':
+        named = PruneStructure.load(architecture['structure'])
+        if structure is not None and structure != named:
+            raise StructureError(
+                f'{checkpoint}: structure',
+                f'that of model.structure={architecture["structure"]}',
+                'another one',
+                REMEDY,
+            )
+        structure = named
+        architecture = architecture['architecture']
+    if structure is None:
+        raise StructureError(
+            str(checkpoint),
+            f'a checkpoint with the key {STRUCTURE_KEY!r}, or a PrunedModel config',
+            'neither',
+            'give the config of the fine-tuning run, or a checkpoint that pruning '
+            'saved at its target',
+        )
+    original = build_model(Config({**cfg.to_dict(), 'model': architecture}))
+    structure.check_fits(original, str(checkpoint))
+    model = compact(copy.deepcopy(original), structure)
+    _load_strictly(model, raw['state_dict'], checkpoint)
+    for built in (original, model):
+        built.eval()  # returns nothing where distillation overrides it
+    return Deployable(architecture, structure, original, model, raw.get('meta', {}))
+
+
+def load_training_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of mmgfp or of MMEngine's runner without running its code.
+
+    Raises:
+        StructureError: It is missing, cut short, or has no weights.
+    """
+    checkpoint = load_weights_only(path)
+    state = checkpoint.get('state_dict')
+    if not isinstance(state, dict) or not all(
+        isinstance(t, Tensor) for t in state.values()
+    ):
+        raise StructureError(
+            str(path), "a checkpoint with 'state_dict'", str(list(checkpoint)), REMEDY
+        )
+    return checkpoint
+
+
+def recorded_shape(meta: dict[str, Any]) -> Sequence[int] | None:
+    """The image size that a checkpoint names, which nobody has looked at yet.
+
+    Raises:
+        ConfigError: It is no (C, H, W), or so large that it would fill the memory.
+    """
+    shape = meta.get('input_shape')
+    if shape is None:
+        return None
+    three = isinstance(shape, list | tuple) and len(shape) == 3
+    if not three or not all(type(s) is int and 1 <= s <= MAX_SIDE for s in shape):
+        raise ConfigError(
+            'meta.input_shape of the checkpoint',
+            f'(C, H, W), each at most {MAX_SIDE}',
+            repr(shape)[:60],
+            'name the size with --input-shape',
+        )
+    return shape
+
+
+def write_config(cfg: Config, item: Deployable, structure: str, path: Path) -> None:
+    """Write a config that loads the compact model from beside itself.
+
+    Args:
+        cfg: The config of training; datasets, pipelines and evaluators are kept.
+        item: What is deployed.
+        structure: Name of the structure file in the config's folder.
+        path: Where to.
+    """
+    out = copy.deepcopy(cfg)
+    out.model = {
+        'type': 'PrunedModel',
+        'architecture': item.architecture,
+        'structure': f'{{{{ fileDirname }}}}/{structure}',
+        'backbone': {'init_cfg': None},
+    }
+    imports = list(out.get('custom_imports', {}).get('imports', []))
+    out.custom_imports = {
+        'imports': list(dict.fromkeys([*imports, 'mmgfp'])),
+        'allow_failed_imports': False,
+    }
+    hooks = out.get('custom_hooks') or []
+    out.custom_hooks = [h for h in hooks if h.get('type') != 'FisherPruningHook']
+    out.load_from, out.resume = None, False
+    text = out.pretty_text
+    atomic_write(path, lambda tmp: tmp.write_text(text))
+
+
+def deploy(cfg: Config, item: Deployable, out: Path, name: str) -> dict[str, Path]:
+    """Write weights, config and structure into ``out``.
+
+    Raises:
+        ConfigError: ``out`` is a file, or ``name`` leads out of it.
+    """
+    if name in ('', '.', '..') or name != Path(name).name:
+        raise ConfigError(
+            '--name', 'a file name', repr(name), 'name the folder with --out'
+        )
+    if out.exists() and not out.is_dir():
+        raise ConfigError('--out', 'a folder', f'the file {out}', 'name another one')
+    paths = {
+        'weights': out / f'{name}.pth',
+        'structure': out / 'structure.json',
+        'config': out / f'{name}.py',
+    }
+    save_artifact(paths['weights'], item.model, item.structure, item.meta)
+    item.structure.save(paths['structure'])
+    write_config(cfg, item, paths['structure'].name, paths['config'])
+    return paths
+
+
+def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise StructureError(
+            str(source), 'the weights of this structure', reason, REMEDY
+        ) from None
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise StructureError(
+                f'{source}: {name}', 'finite weights', 'NaN or infinity', REMEDY
+            )

@@ -1,0 +1,115 @@
+"""What the pruning hook wants to know about the runner and the hooks beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import ApexOptimWrapper, OptimWrapperDict
+from mmengine.runner import Runner
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from mmgfp.surgery.compact import fix_attributes
+from mmgfp.utils.errors import ConfigError
+
+
+def saves_now(hook: Hook, runner: Runner) -> bool:
+    """Whether ``hook`` is about to write a checkpoint of this iteration."""
+    return (
+        isinstance(hook, CheckpointHook)
+        and not hook.by_epoch
+        and (
+            hook.every_n_train_iters(runner, hook.interval)
+            or hook.is_last_train_iter(runner)
+        )
+    )
+
+
+def averaged_models(runner: Runner) -> list[Any]:
+    """The averaged models of all `EMAHook`, each with its copy in ``module``."""
+    return [h.ema_model for h in runner.hooks if isinstance(h, EMAHook)]
+
+
+def check_widths(model: Any, weights: Mapping[str, Any]) -> None:
+    """Refuse weights of other widths, which loading would skip with a warning.
+
+    Raises:
+        ConfigError: A tensor has another shape than the model's.
+    """
+    for name, own in model.state_dict().items():
+        shape = getattr(weights.get(name), 'shape', own.shape)
+        if shape != own.shape:
+            raise ConfigError(
+                f'checkpoint: {name}',
+                f'shape {list(own.shape)} as in the model that is pruned',
+                str(list(shape)),
+                'give a checkpoint of that model, not one that was cut down',
+            )
+
+
+def loss_scale(wrapper: Any) -> float:
+    """What losses are multiplied with under mixed precision.
+
+    Raises:
+        ConfigError: The optimizer's wrapper does not say it.
+    """
+    _check_optim_wrapper(wrapper)
+    scaler = getattr(wrapper, 'loss_scaler', None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def optimizer_of(wrapper: Any) -> Optimizer:
+    """The optimizer of all that is trained, out of its wrapper.
+
+    Raises:
+        ConfigError: There are several, or one of Apex.
+    """
+    _check_optim_wrapper(wrapper)
+    return wrapper.optimizer
+
+
+def _check_optim_wrapper(wrapper: Any) -> None:
+    if isinstance(wrapper, ApexOptimWrapper | OptimWrapperDict):
+        raise ConfigError(
+            'optim_wrapper.type',
+            'one that shows by what it scales the loss',
+            type(wrapper).__name__,
+            'use OptimWrapper, or AmpOptimWrapper for mixed precision',
+        )
+
+
+def renew(runner: Runner) -> None:
+    """Let all that holds on to parameters have those that took their places.
+
+    `MMDistributedDataParallel` puts gradients into buckets of the first sizes.
+    """
+    for averaged in averaged_models(runner):
+        fix_attributes(averaged)
+    if is_model_wrapper(runner.model):
+        model = runner.model.module
+        runner.model = model  # the old wrapper lets go of its parameters
+        runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
+
+
+def check_wrapper(runner: Runner) -> None:
+    """Refuse wrappers that `renew` cannot build again.
+
+    Raises:
+        ConfigError: The model is in one.
+    """
+    model = runner.model
+    if is_model_wrapper(model) and not isinstance(model, DistributedDataParallel):
+        raise ConfigError(
+            'model_wrapper_cfg.type',
+            'MMDistributedDataParallel, or no compact_every',
+            type(model).__name__,
+            'leave compact_every off; units stay masked until the end',
+        )
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of a wrapper such as DDP."""
+    return model.module if is_model_wrapper(model) else model

@@ -1,1 +1,0 @@
-"""Networks that the libraries lack; a config imports the module it needs."""

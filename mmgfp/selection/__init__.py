@@ -1,0 +1,1 @@
+"""Costs and decisions: pure functions of numbers, without torch."""

@@ -1,0 +1,1 @@
+"""Masks, structures and the compact model."""

@@ -1,0 +1,1 @@
+"""Files, nested containers, precision and errors."""

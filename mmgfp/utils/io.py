@@ -1,0 +1,123 @@
+"""Files that are written whole or not at all, and read without running code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmgfp.utils.errors import SavingError, StructureError
+
+
+class _StandIn(list):
+    """Takes the place of an object of a class that a checkpoint may not name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _StandIn:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Forget it."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget it."""
+
+
+class _Harmless:
+    """A pickle module that knows tensors and containers and nothing else."""
+
+    class Unpickler(pickle.Unpickler):
+        """Resolves the names that weights need; all others to stand-ins."""
+
+        def find_class(self, module: str, name: str) -> Any:
+            known = (module, name) in _WEIGHT_NAMES or (
+                module == 'torch' and name.endswith('Storage')
+            )
+            return super().find_class(module, name) if known else _StandIn
+
+    @classmethod
+    def load(cls, file: Any, **kwargs: Any) -> Any:
+        """What `pickle.load` does; torch calls it for files of its old format."""
+        return cls.Unpickler(file, **kwargs).load()
+
+
+_WEIGHT_NAMES = {
+    ('collections', 'OrderedDict'),
+    ('torch', 'Size'),
+    ('torch', 'device'),
+    ('torch._utils', '_rebuild_tensor_v2'),
+    ('torch._utils', '_rebuild_parameter'),
+}
+
+
+def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in its place.
+
+    Raises:
+        SavingError: The disk is full or fails; what was at ``path`` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+    os.close(handle)
+    tmp = Path(name)
+    try:
+        write(tmp)
+        with tmp.open('rb') as file:
+            os.fsync(file.fileno())
+        tmp.chmod(0o644)
+        tmp.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        reason = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
+        raise SavingError(
+            str(path),
+            'to be written whole',
+            reason,
+            'what was there before is untouched; make room and run it again, with '
+            '--resume if it is a training',
+        ) from error
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """`torch.save`, whole or not at all."""
+    atomic_write(path, lambda tmp: torch.save(checkpoint, tmp))
+
+
+def load_weights_only(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint without running code from it.
+
+    Training checkpoints of MMEngine hold message buffers beside the weights; such
+    objects come back as empty stand-ins.
+
+    Raises:
+        StructureError: The file is missing or damaged.
+    """
+    try:
+        try:
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError:
+            checkpoint = torch.load(
+                path, map_location='cpu', weights_only=False, pickle_module=_Harmless
+            )
+    except Exception as error:  # torch raises many kinds; each means the same here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StructureError(
+            str(path),
+            'a checkpoint that loads with weights_only=True',
+            reason,
+            'check the path; write the file again if it is cut short',
+        ) from None
+    if not isinstance(checkpoint, dict):
+        raise StructureError(
+            str(path), 'a dict', type(checkpoint).__name__, 'give a checkpoint file'
+        )
+    return checkpoint

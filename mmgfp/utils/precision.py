@@ -1,0 +1,64 @@
+"""Double precision for models whose code asks for single precision by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mmgfp.utils.tree import map_nest
+
+#: What stands for double precision while the mode is on.
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
+NARROWING = (Tensor.float, Tensor.half, Tensor.bfloat16)
+
+
+class InDouble(TorchFunctionMode):
+    """Lets everything that torch computes with floats be computed in double.
+
+    A model in double precision still makes single-precision constants, such as the
+    positions of a transformer, and refuses to mix them with its weights. Tensors that
+    existed before are widened where they are used; only what is written into them
+    keeps their precision.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func`` on widened arguments and widen what it makes."""
+        kwargs = kwargs or {}
+        name = getattr(func, '__name__', '')
+        if name == '__get__':  # an attribute, such as ``data``, is a view
+            return func(*args, **kwargs)
+        if func in NARROWING:
+            return args[0].double()
+        if name == '__setitem__' or (name.endswith('_') and not name.endswith('__')):
+            target, *others = args
+            return func(target, *(_like(target, x) for x in others), **kwargs)
+        return map_nest(
+            _widened,
+            func(*map_nest(_widened, tuple(args)), **map_nest(_widened, dict(kwargs))),
+        )
+
+
+def _widened(x: Any) -> Any:
+    """A narrow float tensor, or the name of its type, in double precision."""
+    if isinstance(x, torch.dtype):
+        return torch.float64 if x in NARROW else x
+    if isinstance(x, Tensor) and x.dtype in NARROW:
+        return x.double()
+    return x
+
+
+def _like(target: Any, x: Any) -> Any:
+    """A float tensor in the precision of the tensor that it is written into."""
+    if isinstance(x, Tensor) and isinstance(target, Tensor):
+        return x.to(target.dtype) if x.is_floating_point() else x
+    return x

@@ -1,0 +1,106 @@
+"""Stages that run as processes of their own, by a tool that only takes notes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from support.tooling import ROOT
+
+from mmgfp.apps.stages import (
+    Pipeline,
+    StageError,
+    find_hook,
+    input_shape,
+    original,
+    parse_options,
+    pruned_checkpoint,
+)
+from mmgfp.utils.errors import ConfigError
+
+DEMO = ROOT / 'configs/demo'
+
+
+@pytest.fixture
+def fake_tools(tmp_path):
+    """A tool that appends its arguments to a file, or fails if told to."""
+    (tmp_path / 'fake.py').write_text(
+        'import sys\n'
+        f'with open({str(tmp_path / "calls")!r}, "a") as file:\n'
+        '    print(*sys.argv[1:], file=file)\n'
+        'print("Epoch(train) [1]"); print("chatter")\n'
+        'sys.exit(3 if "fail" in sys.argv else 0)\n'
+    )
+    return lambda: (tmp_path / 'calls').read_text().splitlines()
+
+
+def test_finished_stage_is_not_run_again(fake_tools, tmp_path):
+    stages = Pipeline(tmp_path, tmp_path / 'w', ['a=1'])
+    for _ in range(2):
+        stages.run('one', 'fake', 'x', options=['b=2'])
+    assert fake_tools() == ['x --cfg-options a=1 b=2']
+    assert stages.seconds() == {'one': 0}
+    stages.run('one', 'fake', 'y', options=[])  # another command: run
+    assert fake_tools()[1:] == ['y --cfg-options a=1']
+
+
+def test_failed_stage_stops_and_is_run_again(fake_tools, tmp_path):
+    stages = Pipeline(tmp_path, tmp_path / 'w', [])
+    for _ in range(2):
+        with pytest.raises(StageError, match='one: expected exit status 0'):
+            stages.run('one', 'fake', 'fail', options=[])
+    assert len(fake_tools()) == 2
+
+
+def test_progress_is_shown_and_the_rest_logged(fake_tools, tmp_path, capfd):
+    stages = Pipeline(tmp_path, tmp_path, [])
+    stages.run('one', 'fake', options=[])
+    shown = capfd.readouterr().out
+    assert 'Epoch(train) [1]' in shown and 'chatter' not in shown
+    assert 'chatter' in (tmp_path / 'logs/one.log').read_text()
+    with pytest.raises(StageError):
+        stages.run('two', 'fake', 'fail', options=[])
+    assert 'chatter' in capfd.readouterr().out  # all that a failure said last
+
+
+def test_pruned_checkpoint_is_the_last_target_reached(tmp_path):
+    with pytest.raises(StageError, match='max_iters'):
+        pruned_checkpoint(tmp_path, 'configs/a_prune.py')
+    for age, label in enumerate(['flops70', 'flops50', 'flops40_unfinished']):
+        path = tmp_path / f'a_prune_{label}.pth'
+        path.touch()
+        os.utime(path, (age, age))
+    found = pruned_checkpoint(tmp_path, 'configs/a_prune.py')
+    assert Path(found).name == 'a_prune_flops50.pth'
+
+
+def test_input_shape_is_the_hooks():
+    config = str(DEMO / 'retinanet_r18_fpn_digits_prune.py')
+    assert input_shape(config) == (3, 128, 128)
+    override = 'custom_hooks.0.input_shape=(3,64,96)'
+    assert input_shape(config, [override]) == (3, 64, 96)
+    with pytest.raises(ConfigError, match='FisherPruningHook'):
+        input_shape(str(DEMO / 'retinanet_r18_fpn_digits.py'))
+
+
+def test_the_hook_is_found_by_its_type():
+    config = Config.fromfile(DEMO / 'retinanet_r18_fpn_digits_prune.py')
+    config.custom_hooks.insert(0, dict(type='EMAHook'))
+    place, hook = find_hook(config)
+    assert place == 1 and hook['interval'] == 10
+
+
+def test_options_are_parsed_like_the_other_tools_do():
+    assert parse_options([]) == {}
+    assert parse_options(['a.b=1', 'c=x/y.pth']) == {'a.b': 1, 'c': 'x/y.pth'}
+
+
+def test_weights_that_the_user_has_are_not_trained(tmp_path):
+    pipeline = Pipeline(tmp_path, tmp_path, [])
+    with pytest.raises(ConfigError, match='--checkpoint: expected a checkpoint file'):
+        original(pipeline, 'a.py', str(tmp_path / 'none.pth'))
+    path = tmp_path / 'some.pth'
+    torch.save({'state_dict': {}}, path)
+    assert original(pipeline, 'a.py', str(path)).checkpoint == str(path)
+    assert pipeline.stages == []

@@ -1,0 +1,80 @@
+"""The table's numbers, worked out by hand."""
+
+import json
+
+import pytest
+
+from mmgfp.apps.tables import machine_facts, main_metric, markdown, table_cells
+
+HIDDEN = ('latency_ms', 'also')
+ROWS = [
+    {
+        'model': 'baseline',
+        'metrics': {'coco/bbox_mAP': 0.5, 'coco/bbox_mAP_50': 0.9},
+        'macs': 4_000_000_000,
+        'memory': 10_000_000,
+        'params': 2_500_000,
+        'latency_ms': {'1': 40.0, '64': 2000.0},
+        'also': {'exact': {'coco/bbox_mAP': 0.6}},
+    },
+    {
+        'model': 'pruned',
+        'metrics': {'coco/bbox_mAP': 0.4567, 'coco/bbox_mAP_50': 0.8},
+        'macs': 2_000_000_000,
+        'memory': 6_000_000,
+        'params': 1_000_000,
+        'latency_ms': {'1': 30.0, '64': 1000.0},
+        'also': {'exact': {}},
+    },
+]
+
+
+def test_table_cells():
+    header, first, second = table_cells(ROWS)
+    assert header == [
+        *('model', 'mAP', 'mAP, exact', 'MACs (G)', 'memory (M)', 'params (M)'),
+        *('CPU (ms)', 'CPU, batch 64 (ms)'),
+    ]
+    assert first[:4] == ['baseline', '50.0', '60.0', '4.000 (100%)']
+    assert second == [
+        *('pruned', '45.7', '0.0', '2.000 (50%)', '6.000 (60%)', '1.000 (40%)'),
+        *('30.0 (75%)', '1000.0 (50%)'),
+    ]
+
+
+def test_table_cells_of_models_that_were_not_timed():
+    rows = [{k: v for k, v in row.items() if k not in HIDDEN} for row in ROWS]
+    header, *_, second = table_cells([{**row, 'macs': 40_812_544} for row in rows])
+    assert header == ['model', 'mAP', 'MACs (G)', 'memory (M)', 'params (M)']
+    assert second[2] == '0.04081 (100%)'
+
+
+@pytest.mark.parametrize(
+    ('metrics', 'expected'),
+    [
+        ({'coco/bbox_mAP': 0.365, 'x': 1}, ('mAP', 36.5)),
+        ({'accuracy/top1': 76.8}, ('top-1', 76.8)),
+        ({'f1': 3.0, 'x': 1}, ('f1', 3.0)),
+        ({}, ('mAP', 0.0)),
+    ],
+)
+def test_main_metric(metrics, expected):
+    assert main_metric(metrics) == expected
+
+
+def test_markdown_tells_how_the_numbers_came_about():
+    facts = {
+        **machine_facts(),
+        'configs': ['a.py', 'b.py'],
+        'seed': 7,
+        'seconds': {'baseline': 12},
+        'input_shape': [3, 128, 160],
+        'variants': {'U': ['normalize=none', 'interval=5']},
+    }
+    text = markdown(table_cells(ROWS), facts)
+    assert text.splitlines()[1] == '|---' + '|---:' * 7 + '|'
+    for part in ('| 45.7 |', '3×128×160', '`a.py`, `b.py`', 'seed 7', 'baseline 12 s'):
+        assert part in text
+    assert '- U: `normalize=none, interval=5`' in text
+    assert 'torch ' in text
+    json.dumps(facts)

@@ -1,0 +1,188 @@
+"""The command-line tools, run as a user runs them; bad input gives one line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from support.configs import FASTER, MASK, PRUNE_CONFIG, slim
+from support.roundtrip import traced
+from support.tooling import ROOT
+
+from mmgfp import PruneStructure, compact
+from mmgfp.apps.cli import load_config
+from mmgfp.discovery.verify import random_units
+from mmgfp.engine.artifact import save_artifact
+from mmgfp.engine.demo_batch import build_model
+from mmgfp.surgery.structure import shapes_of
+
+DEMO = ROOT / 'configs/demo/retinanet_r18_fpn_digits.py'
+
+
+def error_line(done):
+    """The one line that a failed tool prints after whatever libraries say."""
+    assert done.returncode == 2, done.stderr
+    assert 'Traceback' not in done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith('error: ')]
+    return line
+
+
+def test_analyze_prints_and_writes_what_can_be_pruned(run_tool, tmp_path):
+    out = tmp_path / 'report.json'
+    done = run_tool('analyze.py', DEMO, '--input-shape', 3, 64, 64, '--json', out)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    units = sum(group['units'] for group in report['groups'])
+    assert f'{units} units in {len(report["groups"])} groups' in done.stdout
+    assert {f['layer'] for f in report['frozen']} == {
+        'bbox_head.retina_cls',
+        'bbox_head.retina_reg',
+    }
+    kept = 9 * (10 + 4)  # anchors times (classes + box sides)
+    convs = [m for m in build_model(load_config(str(DEMO))).modules() if _is_conv(m)]
+    total = sum(conv.out_channels for conv in convs)
+    assert report['coverage'] == {
+        'channels': pytest.approx(1 - kept / total),
+        'macs': 1.0,
+    }
+
+
+def _is_conv(module):
+    return isinstance(module, torch.nn.Conv2d)
+
+
+@pytest.mark.parametrize(
+    ('config', 'shape', 'expected'),
+    [
+        (
+            'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+            (3, 800, 1280),
+            dict(macs=238.54e9, params=37.97e6, memory=297.46e6),
+        ),
+        (
+            'mmpretrain::resnet/resnet50_8xb32_in1k.py',
+            (3, 224, 224),
+            dict(macs=4.089e9, params=25.55e6, memory=11.11e6),
+        ),
+    ],
+)
+def test_analyze_reproduces_the_papers_costs(
+    run_tool, tmp_path, config, shape, expected
+):
+    out = tmp_path / 'report.json'
+    done = run_tool('analyze.py', config, '--input-shape', *shape, '--json', out)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert {k: report[k] for k in expected} == pytest.approx(expected, rel=1e-3)
+
+
+def test_deploy_writes_a_folder_and_a_summary(run_tool, pruning_run, tmp_path):
+    saved = tmp_path / 'config.py'
+    pruning_run.config.dump(saved)
+    out = tmp_path / 'out'
+    done = run_tool(
+        'deploy_pruned.py', saved, pruning_run.artifact, '--out', out, '--rounds', 2
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / 'summary.json').read_text())
+    assert summary['input_shape'] == [3, 64, 64]
+    assert summary['pruned']['macs'] <= 0.5 * summary['original']['macs']
+    assert summary['pruned']['latency_ms'] > 0
+    meta = torch.load(pruning_run.artifact, weights_only=True)['meta']
+    assert summary['pruned']['macs'] == meta['costs']['macs']['left']
+    assert 'CPU latency' in done.stdout
+    assert sorted(p.name for p in out.iterdir()) == [
+        'retinanet_r18_fpn_digits_prune_flops50.pth',
+        'retinanet_r18_fpn_digits_prune_flops50.py',
+        'structure.json',
+        'summary.json',
+    ]
+
+
+@pytest.mark.parametrize('name', [FASTER, MASK])
+def test_deploy_times_two_stages_on_proposals_of_their_own(run_tool, tmp_path, name):
+    config = slim(name)
+    config.dump(tmp_path / 'config.py')
+    found = traced(config, 64)
+    groups = found.grouping.groups
+    alive = random_units(groups, 0.3, np.random.default_rng(0))
+    structure = PruneStructure.of(groups, alive, shapes_of(found.model))
+    small = compact(found.model, structure)
+    save_artifact(
+        tmp_path / 'small.pth', small, structure, {'input_shape': (3, 64, 96)}
+    )
+    command = ['deploy_pruned.py', tmp_path / 'config.py', tmp_path / 'small.pth']
+    done = run_tool(*command, '--out', tmp_path / 'out', '--rounds', 1)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / 'out/summary.json').read_text())
+    assert summary['input_shape'] == [3, 64, 96]
+    assert all(summary[key]['latency_ms'] > 0 for key in ('original', 'pruned'))
+    assert summary['pruned']['macs'] < summary['original']['macs']
+
+
+def test_deploy_refuses_and_writes_nothing(run_tool, pruning_run, tmp_path):
+    cut = tmp_path / 'cut.pth'
+    cut.write_bytes(pruning_run.artifact.read_bytes()[:5000])
+    done = run_tool('deploy_pruned.py', PRUNE_CONFIG, cut, '--out', tmp_path / 'out')
+    line = error_line(done)
+    assert f'{cut}: expected a checkpoint that loads' in line
+    assert not (tmp_path / 'out').exists()
+    done = run_tool(
+        'deploy_pruned.py',
+        PRUNE_CONFIG,
+        pruning_run.artifact,
+        '--out',
+        tmp_path / 'out',
+    )
+    assert 'expected shape' in error_line(done)
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['/nowhere/config.py'], 'config: expected a config file'),
+        (['mmdet::retinanet/no_such.py'], 'config: expected a config file'),
+        ([DEMO, '/nowhere/weights.pth'], 'checkpoint: expected a checkpoint file'),
+        ([DEMO, '--input-shape', 1, 64, 64], 'input_shape: expected (C, H, W)'),
+    ],
+)
+def test_analyze_says_what_is_wrong_in_one_line(run_tool, arguments, words):
+    assert words in error_line(run_tool('analyze.py', *arguments))
+
+
+@pytest.mark.parametrize(
+    ('option', 'words'),
+    [
+        ('custom_hooks.0.intervall=3', 'FisherPruningHook.intervall: expected a known'),
+        ('custom_hooks.0.target.flops=1.5', 'target.flops: expected a ratio'),
+    ],
+)
+def test_train_says_what_is_wrong_in_one_line(run_tool, tmp_path, option, words):
+    data = tmp_path / 'digits'
+    spec = ['train_dataloader.dataset.spec.num_train=8', 'load_from=None']
+    spec += [f'data_root={data}', 'train_dataloader.dataset.spec.num_val=2']
+    done = run_tool(
+        'train.py',
+        PRUNE_CONFIG,
+        *('--work-dir', tmp_path / 'work', '--cfg-options', option, *spec),
+    )
+    assert words in error_line(done)
+
+
+def test_train_misses_its_data_in_one_line(run_tool, tmp_path):
+    config = ROOT / 'configs/bccd/retinanet_mobilenetv2_fpn_bccd.py'
+    done = run_tool('train.py', config, '--cfg-options', f'data_root={tmp_path}/none/')
+    assert f'expected data at {tmp_path}/none/' in error_line(done)
+
+
+def test_train_and_test_refuse_a_truncated_checkpoint(run_tool, pruning_run, tmp_path):
+    cut = tmp_path / 'cut.pth'
+    cut.write_bytes(pruning_run.artifact.read_bytes()[:5000])
+    words = f'{cut}: expected a checkpoint that loads'
+    done = run_tool('test.py', DEMO, cut, '--work-dir', tmp_path / 'work')
+    assert words in error_line(done)
+    options = ('--cfg-options', f'load_from={cut}', f'data_root={tmp_path}/digits/')
+    done = run_tool('train.py', DEMO, '--work-dir', tmp_path / 'work', *options)
+    assert words in error_line(done)
+    assert not (tmp_path / 'work').exists()

@@ -1,0 +1,124 @@
+"""Sums of Fisher information between decisions, by numbers worked out by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmgfp.criteria.statistics import UnitStatistics
+
+#: Units 0 and 1 are of group 0, which a and b read; unit 2 is group 1, which c reads.
+UNITS = {
+    'a': torch.tensor([0, 1]),
+    'b': torch.tensor([1, -1, 0]),
+    'c': torch.tensor([2]),
+}
+GROUP_OF = np.array([0, 0, 1])
+
+
+def statistics():
+    return UnitStatistics(UNITS, GROUP_OF)
+
+
+def gradients(**layers):
+    return {n: torch.tensor(g) for n, g in layers.items()}
+
+
+BATCH = gradients(
+    a=[[1.0, 2.0], [0.0, -1.0]], b=[[1.0, 9.0, 2.0], [1.0, 9.0, 3.0]], c=[[2.0], [1.0]]
+)
+#: Unit 0: (1 + 2)² + (0 + 3)²; unit 1: (2 + 1)² + (-1 + 1)²; unit 2: 2² + 1².
+SQUARES = [18, 9, 5]
+
+
+def with_others(*others):
+    """A reduction over this process and others, in this process."""
+
+    def reduce(flat):
+        for other in others:
+            flat += other.state_dict()
+        return 1 + len(others)
+
+    return reduce
+
+
+def test_copies_are_summed_before_and_images_after_the_square():
+    own = statistics()
+    own.add(BATCH, ())
+    own.add(BATCH, ())
+    assert own.importance.tolist() == [2 * s for s in SQUARES]
+    assert own.seen.tolist() == [2, 2]
+
+
+def test_processes_that_share_a_batch_see_what_one_would():
+    """Losses are means: that of half the images weighs each of them twice as much."""
+    whole, first, second = statistics(), statistics(), statistics()
+    whole.add(BATCH, ())
+    first.add({n: 2 * g[:1] for n, g in BATCH.items()}, ())
+    second.add({n: 2 * g[1:] for n, g in BATCH.items()}, ())
+    collected = first.collect(with_others(second)).values
+    assert collected.tolist() == whole.collect().values.tolist() == SQUARES
+
+
+def test_accumulated_batches_weigh_like_one_large_batch():
+    """Over k iterations the loss is divided by k, as by k times as many images."""
+    whole, parts = statistics(), statistics()
+    whole.add(BATCH, ())
+    for n in range(2):  # a mean over 1 image, divided by 2: again half
+        parts.add({name: g[n : n + 1] for name, g in BATCH.items()}, ())
+    assert parts.collect().values.tolist() == whole.collect().values.tolist()
+
+
+def test_uneven_batches_add_up():
+    """Two images here, one there: any number of rows goes."""
+    first, second = statistics(), statistics()
+    first.add(BATCH, ())
+    second.add({n: g[:1] for n, g in BATCH.items()}, ())
+    collected = first.collect(with_others(second)).values
+    assert collected.tolist() == [(18 + 9) / 4, (9 + 9) / 4, (5 + 4) / 4]
+
+
+def test_group_seen_by_one_process_only_counts():
+    first, second = statistics(), statistics()
+    first.add({n: g for n, g in BATCH.items() if n != 'c'}, ())
+    assert np.isnan(first.collect().values).tolist() == [False, False, True]
+    second.add(BATCH, ())
+    collected = first.collect(with_others(second)).values
+    assert collected.tolist() == [s / 4 for s in (36, 18, 5)]
+
+
+def test_collecting_changes_nothing_here():
+    first, second = statistics(), statistics()
+    first.add(BATCH, ())
+    second.add(BATCH, ())
+    first.collect(with_others(second))
+    assert first.importance.tolist() == SQUARES
+
+
+def test_gathered_statistics_are_those_of_all_and_counted_once():
+    first, second = statistics(), statistics()
+    first.add(BATCH, ())
+    second.add(BATCH, ())
+    expected = first.collect(with_others(second))
+    sum_of_both = first.state_dict() + second.state_dict()
+    for own, keep in ((first, True), (second, False)):
+        own.gather(lambda flat: flat.copy_(sum_of_both), keep)
+    after = first.collect(with_others(second))
+    assert after.values.tolist() == expected.values.tolist()
+    assert not second.importance.any()
+
+
+def test_gathering_without_others_keeps_what_there_is():
+    own = statistics()
+    own.add(BATCH, ())
+    own.gather(None, True)
+    assert own.importance.tolist() == SQUARES
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_bad_gradients_in_one_process_cost_its_iteration_alone(bad):
+    first, second = statistics(), statistics()
+    first.add(BATCH | gradients(c=[[bad], [1.0]]), ())
+    second.add(BATCH, ())
+    collected = first.collect(with_others(second))
+    assert collected.values.tolist() == [s / 4 for s in SQUARES]
+    assert collected.dropped == 1

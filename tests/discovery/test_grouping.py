@@ -1,0 +1,509 @@
+"""Groups of small networks, worked out by hand: (tensor, dimension): entries a unit."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from support.toys import (
+    Concat,
+    ConvPair,
+    DepthWise,
+    FlattenLinear,
+    GroupConv,
+    GroupNormHead,
+    Net,
+    ResidualPair,
+    Scaled,
+    SharedHead,
+    Shuffle,
+    SqueezeExcite,
+    TinyDetector,
+    Transposed,
+    conv,
+    grouped,
+    images,
+    traced,
+    widths,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from mmgfp.discovery.grouping import build_groups, matches
+from mmgfp.discovery.verify import find_disagreements
+from mmgfp.groups import module_of
+from mmgfp.utils.errors import ConfigError
+
+
+def made(*layers, entries=1, bias=True):
+    """Output dimension and bias of ``layers``, ``entries`` a unit."""
+    tensors = ('weight', 'bias') if bias else ('weight',)
+    return {(f'{layer}.{t}', 0): entries for layer in layers for t in tensors}
+
+
+def read(*layers, entries=1):
+    """Input dimension of ``layers``."""
+    return {(f'{layer}.weight', 1): entries for layer in layers}
+
+
+def batch_norm(*layers):
+    tensors = ('weight', 'bias', 'running_mean', 'running_var')
+    return {(f'{layer}.{t}', 0): 1 for layer in layers for t in tensors}
+
+
+EXPECTED = {
+    ConvPair: [
+        (6, made('conv1', bias=False) | batch_norm('bn') | read('conv2')),
+    ],
+    ResidualPair: [
+        (
+            6,
+            made('stem')
+            | made('conv2', bias=False)
+            | batch_norm('bn2')
+            | read('conv1', 'head'),
+        ),
+        (5, made('conv1', bias=False) | batch_norm('bn1') | read('conv2')),
+    ],
+    SharedHead: [
+        (6, made('stem') | read('level1', 'level2')),
+        (8, made('level1', 'level2') | read('tower')),
+        (5, made('tower') | read('pred')),
+    ],
+    DepthWise: [
+        (
+            6,
+            made('expand')
+            | made('dw', bias=False)
+            | batch_norm('bn')
+            | read('project'),
+        ),
+    ],
+    GroupConv: [
+        (4, made('stem', entries=2) | made('mid', entries=3) | read('head', entries=3)),
+    ],
+    Concat: [(4, made('a') | read('head')), (6, made('b') | read('head'))],
+    Shuffle: [
+        (
+            4,
+            made('stem', entries=2)
+            | made('branch')
+            | read('branch')
+            | read('head', entries=2),
+        ),
+    ],
+    GroupNormHead: [
+        (4, made('conv', 'gn', entries=2) | read('pred', entries=2)),
+    ],
+    FlattenLinear: [
+        (4, made('conv') | read('fc1', entries=4)),
+        (5, made('fc1') | read('fc2')),
+    ],
+    Transposed: [
+        (5, made('stem') | {('up.weight', 0): 1}),
+        (6, {('up.weight', 1): 1, ('up.bias', 0): 1} | read('head')),
+    ],
+    Scaled: [(6, made('stem') | {('gamma', 0): 1} | read('head'))],
+    SqueezeExcite: [
+        (6, made('stem', 'expand') | read('squeeze', 'head')),
+        (3, made('squeeze') | read('expand')),
+    ],
+    TinyDetector: [
+        (4, made('stem', bias=False) | batch_norm('bn') | read('stage1')),
+        (6, made('stage1') | read('lateral1', 'stage2')),
+        (6, made('lateral1', 'lateral2') | read('fpn1', 'fpn2')),
+        (8, made('stage2') | read('lateral2')),
+        (6, made('fpn1', 'fpn2') | read('cls_tower', 'reg_tower')),
+        (5, made('cls_tower') | read('cls_pred')),
+        (5, made('reg_tower') | read('reg_pred')),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ('toy', 'expected'), EXPECTED.items(), ids=[t.__name__ for t in EXPECTED]
+)
+def test_groups(toy, expected):
+    grouping = grouped(toy())
+    assert [(g.units, widths(g)) for g in grouping.groups] == expected
+    assert grouping.units == sum(units for units, _ in expected)
+
+
+def entries(grouping, name, dim):
+    """Entries of (name, dim) by unit, unit by unit through all groups."""
+    return [
+        index
+        for group in grouping.groups
+        for member in group.members
+        if (member.name, member.dim) == (name, dim)
+        for index in member.index.tolist()
+    ]
+
+
+def test_units_of_a_concatenation_sit_behind_one_another():
+    grouping = grouped(Concat())  # the image takes the head's inputs 0 to 2
+    assert entries(grouping, 'head.weight', 1) == [[i] for i in range(3, 13)]
+    assert grouping.inputs['head.weight'].tolist() == [-1] * 3 + list(range(10))
+
+
+def test_units_of_a_shuffle():
+    grouping = grouped(Shuffle())
+    assert entries(grouping, 'stem.weight', 0) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert entries(grouping, 'branch.weight', 0) == [[0], [1], [2], [3]]
+    assert entries(grouping, 'head.weight', 1) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_units_of_a_group_conv_are_its_conv_groups():
+    grouping = grouped(GroupConv())
+    assert entries(grouping, 'stem.weight', 0) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert entries(grouping, 'mid.weight', 0)[3] == [9, 10, 11]
+    assert grouping.inputs['mid.weight'].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_units_of_a_flattened_map_are_its_channels():
+    grouping = grouped(FlattenLinear())
+    assert entries(grouping, 'fc1.weight', 1)[1] == [4, 5, 6, 7]
+    assert grouping.inputs['fc1.weight'].tolist() == np.repeat(range(4), 4).tolist()
+
+
+def test_units_of_a_seven_by_seven_roi_feature():
+    net = Net(
+        lambda net, x: net.fc(F.adaptive_avg_pool2d(net.a(x), 7).flatten(1)),
+        a=conv(3, 5),
+        fc=nn.Linear(5 * 49, 2),
+    )
+    (group,) = grouped(net).groups
+    assert group.units == 5
+    assert group.members[-1].index.tolist() == np.arange(245).reshape(5, 49).tolist()
+
+
+def test_units_are_numbered_through_all_groups():
+    grouping = grouped(ResidualPair())
+    assert grouping.group_of.tolist() == [0] * 6 + [1] * 5
+    assert grouping.inputs['conv2.weight'].tolist() == [6, 7, 8, 9, 10]
+    assert grouping.inputs['conv1.weight'].tolist() == [0, 1, 2, 3, 4, 5]
+    assert grouping.inputs['stem.weight'].tolist() == [-1, -1, -1]
+
+
+def test_roles():
+    (group,) = grouped(ConvPair()).groups
+    assert (group.layers('out'), group.layers('in')) == (['conv1'], ['conv2'])
+    assert group.layers('with') == ['bn'] * 4
+
+
+# -- hard cases --
+
+
+def one_channel_gate():
+    """A conv with one output channel beside a depth-wise one."""
+    return Net(
+        lambda net, x: net.head(net.dw(net.a(x)) * net.gate(net.a(x)).sigmoid()),
+        a=conv(3, 6),
+        dw=conv(6, 6, groups=6),
+        gate=conv(6, 1),
+        head=conv(6, 4),
+    )
+
+
+def depth_wise_with_multiplier():
+    return Net(
+        lambda net, x: net.head(net.dw(net.a(x))),
+        a=conv(3, 4),
+        dw=conv(4, 12, groups=4),
+        head=conv(12, 2),
+    )
+
+
+def roi_scatter():
+    """RoIs of two levels, written into one tensor and flattened."""
+
+    def run(net, x):
+        fine = net.fine(x)
+        coarse = net.coarse(x)
+        rois = fine.new_zeros(3, fine.shape[1], 2, 2)
+        rois[torch.tensor([0, 2])] = fine[torch.tensor([1, 0]), :, :2, :2]
+        rois[torch.tensor([False, True, False])] = coarse[:1, :, 1:3, 1:3]
+        return net.fc((rois + coarse.sum() * 0).flatten(1))
+
+    return Net(
+        run, fine=conv(3, 4), coarse=conv(3, 4, stride=2), fc=nn.Linear(4 * 4, 2)
+    )
+
+
+def tied():
+    net = Net(
+        lambda net, x: net.head(net.b(net.a(net.stem(x)).relu()).relu()),
+        stem=conv(3, 6),
+        a=conv(6, 6),
+        b=conv(6, 6),
+        head=conv(6, 4),
+    )
+    net.b.weight = net.a.weight
+    return net
+
+
+def normed(norm):
+    return Net(
+        lambda net, x: net.b(net.norm(net.a(x))), a=conv(3, 6), norm=norm, b=conv(6, 4)
+    )
+
+
+HARD = {
+    'one channel beside depth-wise': (
+        one_channel_gate,
+        [(6, made('a', 'dw') | read('gate', 'head'))],
+    ),
+    'depth-wise with a multiplier': (
+        depth_wise_with_multiplier,
+        [(4, made('a') | made('dw', entries=3) | read('head', entries=3))],
+    ),
+    'RoI scatter': (
+        roi_scatter,
+        [(4, made('fine', 'coarse') | read('fc', entries=4))],
+    ),
+    'tied weights': (
+        tied,
+        [
+            (
+                6,
+                made('stem', 'a')
+                | {('a.weight', 1): 1, ('b.bias', 0): 1}
+                | read('head'),
+            )
+        ],
+    ),
+    'BN without affine': (
+        lambda: normed(nn.BatchNorm2d(6, affine=False)),
+        [
+            (
+                6,
+                made('a')
+                | {('norm.running_mean', 0): 1, ('norm.running_var', 0): 1}
+                | read('b'),
+            )
+        ],
+    ),
+    'BN without statistics': (
+        lambda: normed(nn.BatchNorm2d(6, track_running_stats=False)),
+        [(6, made('a', 'norm') | read('b'))],
+    ),
+    'frozen BN': (
+        lambda: normed(nn.BatchNorm2d(6).requires_grad_(False).eval()),
+        [(6, made('a') | batch_norm('norm') | read('b'))],
+    ),
+    'instance norm': (
+        lambda: normed(nn.InstanceNorm2d(6, affine=True)),
+        [(6, made('a', 'norm') | read('b'))],
+    ),
+}
+
+
+@pytest.mark.parametrize(('make', 'expected'), HARD.values(), ids=HARD)
+def test_hard_cases(make, expected):
+    net = make()
+    grouping = grouped(net)
+    found = [(g.units, dict(sorted(widths(g).items()))) for g in grouping.groups]
+    assert found == [(units, dict(sorted(w.items()))) for units, w in expected]
+    assert find_disagreements(net, grouping, lambda net: net(images())) == []
+
+
+def test_a_chain_of_single_channels_has_nothing_to_prune():
+    net = Net(
+        lambda net, x: net.head(net.b(net.a(x))),
+        a=conv(3, 1),
+        b=conv(1, 1),
+        head=conv(1, 2),
+    )
+    grouping = grouped(net)
+    assert grouping.groups == ()
+    reasons = {f.layer: (f.reason, f.channels) for f in grouping.frozen}
+    no_labels = 'its output channels carry no labels'
+    assert reasons['a'] == reasons['b'] == (no_labels, 1)
+    assert grouping.inputs['head.weight'].tolist() == [-1]
+
+
+def test_channels_that_are_all_one_unit_stay():
+    grouping = grouped(normed(nn.GroupNorm(1, 6)))
+    assert grouping.groups == ()
+    assert grouping.frozen[0].reason == 'all its channels are one unit'
+
+
+def test_a_group_conv_on_the_image_stays():
+    net = Net(
+        lambda net, x: net.head(net.a(x)), a=conv(3, 6, groups=3), head=conv(6, 2)
+    )
+    (a, _) = grouped(net).frozen
+    words = 'input channels that no layer makes are read by Convolution'
+    assert (a.layer, a.channels, a.reason) == ('a', 6, words)
+
+
+class PaddedShortcut(nn.Module):
+    """ResNet's option A: 4 channels are padded to 8 with zeros."""
+
+    def __init__(self, pad):
+        super().__init__()
+        self.stem, self.down = conv(3, 4), conv(4, 8, stride=2)
+        self.head = conv(8, 2)
+        self.pad = pad
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.down(x) + self.pad(x[:, :, ::2, ::2]))
+
+
+def padded(x):
+    return F.pad(x, (0, 0, 0, 0, 2, 2))
+
+
+def joined_with_zeros(x):
+    return torch.cat([x, torch.zeros_like(x)], 1)
+
+
+@pytest.mark.parametrize(
+    ('pad', 'stem', 'alone'),
+    [(padded, [2, 3, 4, 5], [0, 1, 6, 7]), (joined_with_zeros, [0, 1, 2, 3], None)],
+)
+def test_a_zero_padded_shortcut(pad, stem, alone):
+    """Padded channels of the residual branch are on their own, by position."""
+    net = PaddedShortcut(pad)
+    first, second = grouped(net).groups
+    down = {m.name: m.index.ravel().tolist() for m in first.members if m.dim == 0}
+    assert down['stem.weight'] == [0, 1, 2, 3]
+    assert down['down.weight'] == stem
+    assert second.members[0].index.ravel().tolist() == (alone or [4, 5, 6, 7])
+
+
+def test_constants_as_wide_as_the_channels_fail_the_proof():
+    """What is no operand in the graph shows when the compact network runs."""
+    net = normed(torchvision.ops.FrozenBatchNorm2d(6))
+    (wrong,) = find_disagreements(net, grouped(net), lambda net: net(images()))
+    assert wrong.group.name == 'a'
+    assert 'must match the size' in wrong.reason
+
+
+# -- what stays --
+
+
+def test_keep_leaves_both_sides_of_a_layer_alone():
+    grouping = grouped(TinyDetector(), keep=['lateral1'])
+    names = [g.name for g in grouping.groups]
+    assert names == ['stem', 'stage2', 'fpn1', 'cls_tower', 'reg_tower']
+    frozen = {f.layer: f.reason for f in grouping.frozen}
+    for layer in ('stage1', 'lateral1', 'lateral2'):
+        assert frozen[layer] == 'kept as configured'
+
+
+@pytest.mark.parametrize(
+    ('keep', 'names'),
+    [
+        (['level*'], ['tower']),
+        (['tower', 'stem'], []),
+        (['pred'], ['stem', 'level1']),
+        (['*'], []),
+        ([], ['stem', 'level1', 'tower']),
+    ],
+)
+def test_keep_patterns(keep, names):
+    assert [g.name for g in grouped(SharedHead(), keep=keep).groups] == names
+
+
+def test_keep_of_a_group_conv_keeps_what_it_reads():
+    assert grouped(GroupConv(), keep=['mid']).groups == ()
+
+
+def test_keep_finds_tied_weights_under_either_name():
+    frozen = {f.layer: f.reason for f in grouped(tied(), keep=['b']).frozen}
+    assert frozen['stem'] == frozen['a'] == frozen['b'] == 'kept as configured'
+
+
+def test_keep_finds_shared_modules_under_either_name():
+    net = SharedHead()
+    net.alias = net.tower
+    assert [g.name for g in grouped(net, keep=['alias']).groups] == ['stem']
+
+
+def test_keep_of_nothing_is_refused():
+    words = r"keep: expected .*pattern of Conv/FC layers.*, got 'level3\.\*'"
+    with pytest.raises(ConfigError, match=words):
+        grouped(SharedHead(), keep=['stem', 'level3.*'])
+
+
+def test_a_group_is_frozen_with_its_reason():
+    net = SharedHead()
+    trace = traced(net)
+    level = build_groups(net, trace).groups[1]
+    grouping = build_groups(net, trace, frozen_groups=[(level, 'it failed')])
+    assert [g.name for g in grouping.groups] == ['stem', 'tower']
+    frozen = {f.layer: f.reason for f in grouping.frozen}
+    assert frozen['level1'] == frozen['level2'] == 'it failed'
+
+
+def test_layers_without_a_view_of_their_inputs_freeze_what_they_read():
+    net = ResidualPair()
+    grouping = build_groups(net, traced(net), unread={'conv2.weight': 'hidden'})
+    assert [g.name for g in grouping.groups] == ['stem']
+    (conv1, _) = grouping.frozen
+    assert (conv1.layer, conv1.reason) == ('conv1', 'read by conv2: hidden')
+
+
+def test_the_last_layer_is_an_output():
+    (frozen,) = grouped(ConvPair()).frozen
+    words = 'an output: reaches the loss without a further layer'
+    assert (frozen.layer, frozen.channels, frozen.reason) == ('conv2', 4, words)
+
+
+@pytest.mark.parametrize(
+    ('layer', 'pattern', 'fits'),
+    [
+        ('neck.conv', 'neck', True),
+        ('neck.conv', 'neck.conv', True),
+        ('neck.conv', 'neck.*', True),
+        ('necklace.conv', 'neck', False),
+        ('head.neck.conv', 'neck', False),
+        ('head.neck.conv', '*.neck.conv', True),
+    ],
+)
+def test_matches(layer, pattern, fits):
+    assert matches(layer, pattern) == fits
+
+
+def test_module_of():
+    assert module_of('neck.conv.weight') == 'neck.conv'
+    assert module_of('weight') == ''
+
+
+def test_weights_that_a_controller_makes_freeze_both_factors():
+    """Its kernels depend on the image, though the image itself is in no graph."""
+
+    def run(net, x):
+        kernels = net.controller(net.a(x)).mean((2, 3))  # (N, 6)
+        y = F.conv2d(net.b(x), kernels[:, :, None, None])
+        return net.head(net.last(y.relu()))
+
+    net = Net(
+        run,
+        a=conv(3, 5),
+        controller=conv(5, 6),
+        b=conv(3, 6),
+        last=conv(2, 4),  # reads one channel for each of the two images
+        head=conv(4, 4),
+    )
+    grouping = grouped(net)
+    assert [g.name for g in grouping.groups] == ['a', 'last']
+    reasons = {f.layer: f.reason for f in grouping.frozen}
+    what = 'multiplied with an activation by Convolution'
+    assert what in reasons['b'] and what in reasons['controller']
+
+
+def test_a_shared_layer_that_also_reads_the_image_reads_all_channels():
+    """What it reads in one call cannot go, as the image keeps its channels."""
+    net = Net(
+        lambda net, x: net.head(net.shared(x) + net.shared(net.a(x))),
+        a=conv(3, 3),
+        shared=conv(3, 5),
+        head=conv(5, 4),
+    )
+    grouping = grouped(net)
+    assert [g.name for g in grouping.groups] == ['shared']
+    reasons = {f.layer: f.reason for f in grouping.frozen}
+    assert 'channels that no layer makes' in reasons['a']
+    assert find_disagreements(net, grouping, lambda m: m(images())) == []

@@ -1,0 +1,330 @@
+"""The proof finds wrong groups, tells them from right ones, and disturbs nothing."""
+
+import copy
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import torch
+from support.toys import (
+    TOYS,
+    ConvPair,
+    Net,
+    ResidualPair,
+    SharedHead,
+    TinyDetector,
+    conv,
+    grouped,
+    images,
+    square_loss,
+)
+from torch import nn
+
+from mmgfp import GroupFisherPruner
+from mmgfp.discovery.verify import (
+    Disagreement,
+    difference,
+    disagreement,
+    find_disagreements,
+    masked_and_compact,
+    random_units,
+    tensors_in,
+)
+from mmgfp.groups import Grouping
+from mmgfp.utils.errors import TraceError
+
+
+def forward(net):
+    return net(images())
+
+
+def loss(net):
+    return square_loss(net(images()))
+
+
+def misplaced(grouping, group, name):
+    """The grouping, with the units of a member in another order."""
+    groups = list(grouping.groups)
+    members = [
+        dataclasses.replace(m, index=np.roll(m.index, 1, 0)) if m.name == name else m
+        for m in groups[group].members
+    ]
+    groups[group] = dataclasses.replace(groups[group], members=tuple(members))
+    return Grouping(tuple(groups), grouping.frozen, grouping.inputs)
+
+
+# -- outputs --
+
+
+def test_difference_by_hand():
+    a = torch.tensor([1.0, -4.0])
+    assert difference(a, a + torch.tensor([0.0, 1.0])) == pytest.approx(0.25)
+    assert difference([a, a], (a, a)) == 0
+    assert difference({'x': a, 'y': 1}, {'x': a * 1.5, 'y': 2}) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ('a', 'b'),
+    [
+        (torch.zeros(2), torch.zeros(3)),
+        (torch.tensor([float('nan')]), torch.tensor([float('nan')])),
+        (torch.tensor([float('inf')]), torch.tensor([float('inf')])),
+        ([], []),
+        (torch.tensor([1]), torch.tensor([1])),
+    ],
+    ids=['shapes', 'nan', 'inf', 'nothing', 'only integers'],
+)
+def test_what_cannot_be_compared_differs(a, b):
+    assert difference(a, b) == float('inf')
+
+
+def test_another_number_of_outputs():
+    with pytest.raises(ValueError, match='zip'):
+        difference([torch.ones(1)], [torch.ones(1)] * 2)
+
+
+def test_tensors_of_data_elements_are_found():
+    from mmengine.structures import InstanceData
+
+    scores = InstanceData(scores=torch.ones(2), labels=torch.ones(2, dtype=torch.int))
+    assert [t.tolist() for t in tensors_in([{'a': scores}, 'b'])] == [[1, 1]]
+
+
+# -- random units --
+
+
+def test_random_units_of_every_group():
+    groups = grouped(SharedHead()).groups  # 6, 8 and 5 units
+    alive = random_units(groups, 0.5, np.random.default_rng(0))
+    assert [part.sum() for part in np.split(alive, [6, 14])] == [3, 4, 3]
+    own = random_units(groups, np.array([0.0, 1.0, 0.8]), np.random.default_rng(0))
+    assert [part.sum() for part in np.split(own, [6, 14])] == [5, 1, 1]
+
+
+def test_random_units_follow_the_seed():
+    groups = grouped(TinyDetector()).groups
+    one, two, other = (
+        random_units(groups, 0.5, np.random.default_rng(seed)) for seed in (1, 1, 2)
+    )
+    assert (one == two).all()
+    assert (one != other).any()
+
+
+# -- the proof --
+
+
+@pytest.mark.parametrize('toy', TOYS)
+@pytest.mark.parametrize('seed', [0, 1])
+def test_right_groups_agree(toy, seed):
+    net = toy()
+    assert find_disagreements(net, grouped(net), forward, seed) == []
+
+
+@pytest.mark.parametrize('zeroed', [False, True])
+def test_units_in_another_order_disagree(zeroed):
+    net = ConvPair()
+    if zeroed:  # a norm that starts at zero must not hide the difference
+        torch.nn.init.zeros_(net.bn.weight)
+    wrong = misplaced(grouped(net), 0, 'conv2.weight')
+    (found,) = find_disagreements(net, wrong, forward)
+    assert found.group is wrong.groups[0]
+    assert found.reason.startswith('outputs differ by')
+
+
+@pytest.mark.parametrize('group', range(7))
+def test_the_wrong_group_is_singled_out(group):
+    net = TinyDetector()
+    grouping = grouped(net)
+    reader = next(m.name for m in grouping.groups[group].members if m.role == 'in')
+    wrong = misplaced(grouping, group, reader)
+    found = find_disagreements(net, wrong, forward)
+    assert [f.group for f in found] == [wrong.groups[group]]
+
+
+def test_several_wrong_groups_are_singled_out():
+    net = TinyDetector()
+    wrong = misplaced(grouped(net), 1, 'stage2.weight')
+    wrong = misplaced(wrong, 5, 'cls_pred.weight')
+    found = find_disagreements(net, wrong, forward)
+    assert [f.group for f in found] == [wrong.groups[1], wrong.groups[5]]
+
+
+class Blocks(nn.Module):
+    """Blocks of two branches; one of the branches counts on its 6 channels."""
+
+    def __init__(self):
+        super().__init__()
+        parts = {'a': conv(4, 6), 'b': conv(4, 5), 'c': conv(6, 4), 'd': conv(5, 4)}
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(copy.deepcopy(parts)) for _ in range(8)
+        )
+        self.stem, self.head = conv(3, 4), conv(4, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            y = block['a'](x).reshape(len(x), 6, *x.shape[2:])
+            x = x + block['c'](y) + block['d'](block['b'](x))
+        return self.head(x)
+
+
+def test_groups_of_the_same_layers_fall_together(monkeypatch):
+    trials = []
+
+    def counted(*args):
+        trials.append(args)
+        return disagreement(*args)
+
+    monkeypatch.setattr('mmgfp.discovery.verify.disagreement', counted)
+    net = Blocks()
+    grouping = grouped(net)
+    assert len(grouping.groups) == 17  # the residual stream, and two of each block
+    found = find_disagreements(net, grouping, forward)
+    assert {f.group.name for f in found} == {f'blocks.{i}.a' for i in range(8)}
+    assert len(trials) <= 2 + 2 * 5  # all of them, halving once, and what is left
+
+
+def fixed_width():
+    """A head that counts on 6 channels of ``a``, beside a branch that does not."""
+
+    def run(net, x):
+        y = net.a(x).reshape(2, 6, 8, 8)
+        return net.head(y) + net.last(net.b(x))
+
+    return Net(run, a=conv(3, 6), head=conv(6, 4), b=conv(3, 5), last=conv(5, 4))
+
+
+def test_an_error_of_the_compact_model_is_the_reason():
+    net = fixed_width()
+    (found,) = find_disagreements(net, grouped(net), forward)
+    assert found.group.name == 'a'
+    assert found.reason.startswith('RuntimeError: shape')
+
+
+def test_an_error_without_words_is_a_reason_too():
+    def run(net, x):
+        y = net.a(x)
+        assert y.shape[1] == 6
+        return net.head(y)
+
+    net = Net(run, a=conv(3, 6), head=conv(6, 4))
+    (found,) = find_disagreements(net, grouped(net), forward)
+    assert found.reason.startswith('AssertionError: ')
+
+
+def test_groups_that_only_fail_together_are_all_doubted():
+    """Widths may change, but only one of the two at a time."""
+
+    def run(net, x):
+        a, b = net.a(x), net.b(x)
+        if a.shape[1] < 6 and b.shape[1] < 5:
+            a = a * 2
+        return net.head(a) + net.last(b)
+
+    net = fixed_width()
+    net.run = run
+    found = find_disagreements(net, grouped(net), forward)
+    assert [f.group.name for f in found] == ['a', 'b']
+
+
+def test_halves_that_stay_equal_by_chance_do_not_pass():
+    """Equal shares of two coupled halves would hide that they need to be equal."""
+
+    def run(net, x):
+        y = torch.cat([net.a(x), net.b(x)], 1)
+        first, second = torch.arange(y.shape[1]).chunk(2)
+        return net.head(y[:, first]) + net.last(y[:, second])
+
+    net = Net(run, a=conv(3, 8), b=conv(3, 8), head=conv(8, 4), last=conv(8, 4))
+    grouping = grouped(net)
+    equal = random_units(grouping.groups, 0.5, np.random.default_rng(0))
+    assert disagreement(net, grouping.groups, equal, forward) is None
+    assert find_disagreements(net, grouping, forward)
+
+
+def test_random_ops_draw_alike():
+    net = Net(
+        lambda net, x: net.head(net.a(x) + torch.rand(2, 1, 8, 8)),
+        a=conv(3, 6),
+        head=conv(6, 4),
+    )
+    assert find_disagreements(net, grouped(net), forward) == []
+
+
+def test_nothing_to_prove():
+    assert find_disagreements(ConvPair(), Grouping((), (), {}), forward) == []
+
+
+def test_an_error_of_the_model_itself_is_raised():
+    net = ConvPair()
+    with pytest.raises(ZeroDivisionError):
+        find_disagreements(net, grouped(net), lambda net: 1 / 0)
+
+
+def test_the_proof_leaves_the_model_alone():
+    net = ResidualPair()
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    grouping, state = grouped(net), torch.get_rng_state()
+    find_disagreements(net, grouping, forward)
+    assert net.training
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_masked_and_compact_are_copies():
+    net = ConvPair()
+    grouping = grouped(net)
+    alive = np.array([True, False, True, True, True, True])
+    masked, small = masked_and_compact(net, grouping.groups, alive)
+    assert net.conv2.weight[:, 1].any()
+    assert not masked.conv2.weight[:, 1].any()
+    assert torch.equal(masked.conv2.weight[:, 2], net.conv2.weight[:, 2])
+    assert small.conv2.weight.shape == (4, 5, 3, 3)
+
+
+# -- in the pruner --
+
+
+def test_a_group_that_fails_is_frozen_and_reported(caplog):
+    pruner = GroupFisherPruner(fixed_width())
+    with caplog.at_level(logging.WARNING, 'mmgfp'):
+        grouping = pruner.prepare(loss, forward, 2)
+    assert [g.name for g in grouping.groups] == ['b']
+    (reason,) = [f.reason for f in grouping.frozen if f.layer == 'a']
+    assert reason.startswith('masked and compact disagree: RuntimeError')
+    assert 'group a is left alone' in caplog.text
+    assert 'members: a.weight[0], a.bias[0], head.weight[1]' in caplog.text
+
+
+def test_a_group_that_fails_is_an_error_under_strict():
+    pruner = GroupFisherPruner(fixed_width(), strict=True)
+    words = r'groups a: expected equal outputs of the masked and the compact model'
+    with pytest.raises(TraceError, match=words):
+        pruner.prepare(loss, forward, 2)
+
+
+def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
+    """Freezing a group freezes its units, not all of its layers."""
+    answers = [lambda groups: [Disagreement(groups[1], 'no')], lambda groups: []]
+    monkeypatch.setattr(
+        'mmgfp.discovery.discover.find_disagreements',
+        lambda model, grouping, forward: answers.pop(0)(grouping.groups),
+    )
+    grouping = GroupFisherPruner(SharedHead()).prepare(loss, forward, 2)
+    assert [g.name for g in grouping.groups] == ['stem', 'tower']
+
+
+def test_the_proof_is_repeated_until_it_holds(monkeypatch):
+    answers = [1, 1, None]
+
+    def find(model, grouping, forward):
+        wrong = answers.pop(0)
+        return [] if wrong is None else [Disagreement(grouping.groups[wrong], 'no')]
+
+    monkeypatch.setattr('mmgfp.discovery.discover.find_disagreements', find)
+    grouping = GroupFisherPruner(SharedHead()).prepare(loss, forward, 2)
+    assert [g.name for g in grouping.groups] == ['stem']
+    assert answers == []

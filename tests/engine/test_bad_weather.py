@@ -1,0 +1,362 @@
+"""What long runs meet: bad losses, missing boxes, missing gradients, wrong files."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from support.configs import slim_retinanet, small_prune_config
+from support.reference import mask_fisher
+from support.roundtrip import without_boxes
+from support.toy_runner import Call, pruner_of, toy_loader, toy_runner
+from support.toys import ConvPair, TinyDetector, images, square_loss
+
+from mmgfp import FisherPruningHook, GroupFisherPruner
+from mmgfp.engine.batch_calls import BatchCalls
+from mmgfp.utils.errors import ConfigError, StatisticsError
+
+
+class Factors(Hook):
+    """Multiplies the loss of each iteration.
+
+    Args:
+        factors: The factors; further iterations have the last one.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(self, *factors):
+        self.factors = factors
+
+    def before_train_iter(self, runner, *args, **kwargs):
+        factor = self.factors[min(runner.iter, len(self.factors) - 1)]
+        runner.model.factor = factor
+
+
+NAN, INF = float('nan'), float('inf')
+#: A wrapper whose scaler skips steps with gradients that are not finite.
+SKIPPING = dict(type='CpuAmpOptimWrapper', scaler=dict(init_scale=1.0))
+
+
+# -- losses that are not finite -------------------------------------------------
+
+
+def test_bad_iterations_are_dropped_counted_and_survived(tmp_path, caplog):
+    runner = toy_runner(
+        tmp_path,
+        iters=8,
+        hooks=[Factors(1, NAN, INF, 1, -INF, 1)],
+        optim=SKIPPING,
+        hook=dict(max_dropped=3, target=dict(flops=0.1)),
+    )
+    with caplog.at_level('WARNING', 'mmgfp'):
+        runner.train()
+    assert pruner_of(runner).statistics.state_dict()[-2:].tolist() == [3, 0]
+    assert (~pruner_of(runner).alive).sum() == 4
+    said = [r.message for r in caplog.records if 'not finite' in r.message]
+    words = 'gradients were not finite in {} iterations so far, which do not count'
+    assert said == [words.format(n) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize('where', ['hook', 'pruner'])
+def test_a_run_of_bad_iterations_stops(tmp_path, where):
+    """Plain SGD takes NaN into the weights at once."""
+    option = dict(max_dropped=3)
+    runner = toy_runner(
+        tmp_path,
+        iters=20,
+        hooks=[Factors(1, 1, 1, NAN, 1)],
+        hook=option if where == 'hook' else dict(pruner=option),
+    )
+    words = (
+        'gradients: expected finite ones, got NaN or infinity in the last 3 '
+        'iterations; look at the loss, lower the learning rate or clip gradients; '
+        'max_dropped sets how many are tolerated'
+    )
+    with pytest.raises(StatisticsError) as caught:
+        runner.train()
+    assert str(caught.value) == words
+    assert runner.iter == 5
+
+
+def test_bad_iterations_are_as_if_they_had_not_been():
+    """Nothing of them is in the sums, whichever units they touch."""
+    torch.manual_seed(0)
+    model = TinyDetector().double()
+    pruner = GroupFisherPruner(model, interval=10**6)
+    pruner.prepare(_loss, _loss, 2)
+    _loss(model).backward()
+    pruner.step()
+    expected = pruner.importance.copy()
+    poisoned = images().double()
+    poisoned[1, 0, 3, 3] = NAN
+    for batch, factor in ((poisoned, 1), (images().double(), INF)):
+        (square_loss(model(batch)) * factor).backward()
+        pruner.step()
+    assert (pruner.importance == expected).all()
+    assert (pruner.statistics.seen == 1).all()
+
+
+@pytest.mark.parametrize('value', [0, -1, 2.5, True])
+def test_max_dropped_must_be_a_number(value):
+    words = f'max_dropped: expected a whole number of at least 1, got {value}'
+    with pytest.raises(ConfigError, match=words):
+        GroupFisherPruner(ConvPair(), max_dropped=value)
+
+
+def _loss(model):
+    return square_loss(model(images().double()))
+
+
+# -- images without boxes, heads without gradients --------------------------------
+
+
+@pytest.fixture(scope='module')
+def retinanet():
+    return slim_retinanet()
+
+
+def test_image_without_boxes(retinanet):
+    model, calls = retinanet
+    calls = without_boxes(calls, 0)
+    pruner = GroupFisherPruner(model, interval=10**6)
+    pruner.prepare(calls.loss, calls.forward, 2)
+    calls.loss(model.train()).backward()
+    pruner.step()
+    found = pruner.importance.copy()
+    pruner.close()
+    expected = mask_fisher(model, calls.loss, pruner.grouping.groups, 2).numpy()
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-3 * float(expected.max()))
+    assert (pruner.statistics.seen == 1).all()
+
+
+def test_batches_without_boxes_do_not_cost_the_box_tower_its_channels(retinanet):
+    """Its loss is a sum times zero then, which says nothing about importance."""
+    model, calls = copy.deepcopy(retinanet)
+    pruner = GroupFisherPruner(model, interval=2, units_per_step=40)
+    pruner.prepare(calls.loss, calls.forward, 2)
+    empty = without_boxes(calls, 0, 1)
+    for _ in range(2):
+        empty.loss(model.train()).backward()
+        step = pruner.step()
+    names = [g.name for g in pruner.grouping.groups]
+    gone = dict(zip(names, pruner.removed, strict=True))
+    tower = [n for n in names if n.startswith('bbox_head.reg_convs')]
+    assert len(step.units) == 40 and len(tower) == 4
+    assert not any(gone[n] for n in tower)
+    assert any(
+        f'group {n} got no gradient in 2' in w for n in tower for w in pruner._warned
+    )
+
+
+def test_a_batch_says_whether_it_has_boxes(retinanet):
+    _, calls = retinanet
+    assert not calls.without_boxes
+    assert not without_boxes(calls, 0).without_boxes
+    assert without_boxes(calls, 0, 1).without_boxes
+
+
+def test_pruning_begins_with_the_first_batch_that_has_boxes(tmp_path, monkeypatch):
+    flags = iter([True, True, False])
+    monkeypatch.setattr(BatchCalls, 'without_boxes', property(lambda _: next(flags)))
+    config = small_prune_config(tmp_path)
+    config.train_cfg.max_iters = 3
+    runner = Runner.from_cfg(config)
+    runner.train()
+    (hook,) = (h for h in runner.hooks if isinstance(h, FisherPruningHook))
+    assert runner.iter == 3 and hook.pruner.iteration == 1
+
+
+def test_first_batch_without_boxes_finds_the_same_groups(retinanet):
+    model, calls = retinanet
+    names = []
+    for own in (calls, without_boxes(calls, 0, 1)):
+        pruner = GroupFisherPruner(model)
+        names.append([g.name for g in pruner.prepare(own.loss, own.forward, 2).groups])
+        pruner.close()
+    missing = set(names[0]) - set(names[1])
+    assert set(names[1]) <= set(names[0])
+    assert all(n.startswith('bbox_head.reg_convs') for n in missing)
+
+
+class TwoHeads(torch.nn.Module):
+    """A stem that two heads read, which lose by turns."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 6, 1)
+        self.left, self.right = ConvPair(), ConvPair()
+        for head in (self.left, self.right):
+            head.conv1 = torch.nn.Conv2d(6, 6, 3, bias=False)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.left(x), self.right(x)
+
+
+def test_head_without_gradient_in_some_iterations_counts_in_the_others():
+    torch.manual_seed(0)
+    model = TwoHeads().double()
+    pruner = GroupFisherPruner(model, interval=10**6)
+    pruner.prepare(_loss, _loss, 2)
+    expected = 0
+    for used in ((0, 1), (0,), (1,), (0,)):
+
+        def loss(model, used=used):
+            outputs = model(images().double())
+            return square_loss(tuple(outputs[i] for i in used))
+
+        pruner.tap.detach()
+        expected += mask_fisher(model, loss, pruner.grouping.groups, 2).numpy()
+        pruner.tap.attach()
+        loss(model).backward()
+        pruner.step()
+    assert pruner.importance == pytest.approx(expected, rel=1e-5)
+    seen = dict(
+        zip(
+            [g.name for g in pruner.grouping.groups],
+            pruner.statistics.seen,
+            strict=True,
+        )
+    )
+    assert seen == {'stem': 4, 'left.conv1': 3, 'right.conv1': 2}
+
+
+def test_uneven_last_batch_counts_each_of_its_images(tmp_path):
+    """Five images in batches of two, without a step: 2, 2, 1."""
+    totals = []
+
+    def watch(runner):
+        totals.append(pruner_of(runner).importance.copy())
+
+    runner = toy_runner(
+        tmp_path,
+        hooks=[Call(after_train_iter=watch)],
+        hook=dict(interval=10**6),
+        optim=dict(optimizer=dict(type='SGD', lr=0.0)),
+        train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1),
+        train_dataloader=toy_loader(2, count=5),
+    )
+    runner.train()
+    model, groups = runner.model, pruner_of(runner).grouping.groups
+    data, expected = runner.train_dataloader.dataset.images, 0
+    for n, batch in enumerate(data.split(2)):
+        expected += mask_fisher(
+            model, lambda m, b=batch: m(b, mode='loss')['loss'], groups, len(batch)
+        ).numpy()
+        assert totals[n] == pytest.approx(expected, rel=1e-5)
+    assert len(totals) == 3
+
+
+def test_batch_without_images_is_harmless():
+    torch.manual_seed(0)
+    model = TinyDetector().double().eval()
+    pruner = GroupFisherPruner(model, interval=10**6)
+    pruner.prepare(_loss, _loss, 2)
+    sum(o.sum() for o in model(images()[:0].double())).backward()
+    pruner.step()
+    assert not pruner.importance.any() and not pruner.statistics.seen.any()
+    _loss(model).backward()
+    pruner.step()
+    assert (pruner.statistics.seen == 1).all()
+
+
+# -- torch.compile ----------------------------------------------------------------
+
+
+def test_compile_in_the_config_is_refused_in_one_line(tmp_path):
+    runner = toy_runner(tmp_path, cfg=dict(compile=True))
+    words = (
+        'compile: expected no torch.compile while pruning, which looks into every '
+        'layer, got True; remove it; the compact model can be compiled for fine-tuning'
+    )
+    with pytest.raises(ConfigError) as caught:
+        runner.train()
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize('in_place', [False, True])
+def test_compiled_modules_are_refused_in_one_line(in_place):
+    model = ConvPair()
+    if in_place:
+        model.compile()
+    else:
+        model = torch.compile(model)
+    words = (
+        'model: expected a module without torch.compile, as pruning looks into every '
+        'layer, got a compiled ConvPair; prune first; the compact model can be '
+        'compiled for fine-tuning'
+    )
+    with pytest.raises(ConfigError) as caught:
+        GroupFisherPruner(model)
+    assert str(caught.value) == words
+
+
+# -- checkpoints of something else ------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A run that was not finished: its checkpoint and its compact weights."""
+    folder = tmp_path_factory.mktemp('trained')
+    checkpoint = dict(type='CheckpointHook', interval=4, by_epoch=False)
+    runner = toy_runner(
+        folder, iters=4, default_hooks=dict(logger=None, checkpoint=checkpoint)
+    )
+    runner.train()
+    (compact,) = (folder / 'work').glob('*_unfinished.pth')
+    return folder / 'work' / 'iter_4.pth', compact
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_compact_weights_are_not_loaded_into_the_full_model(tmp_path, trained, resume):
+    words = (
+        r'checkpoint: net\.\w+\.\w+: expected shape \[.*\] as in the model that is '
+        r'pruned, got \[.*\]; give a checkpoint of that model, not one that was cut'
+    )
+    runner = toy_runner(tmp_path, load_from=str(trained[1]), resume=resume)
+    with pytest.raises(ConfigError, match=words) as caught:
+        runner.train()
+    assert '\n' not in str(caught.value)
+
+
+def resumed_with(tmp_path, path, change):
+    """Resume a checkpoint whose pruning state has been tampered with."""
+    checkpoint = torch.load(path, weights_only=False)
+    change(checkpoint)
+    changed = tmp_path / 'changed.pth'
+    torch.save(checkpoint, changed)
+    toy_runner(tmp_path, load_from=str(changed), resume=True).train()
+
+
+def test_state_of_another_version_is_refused(tmp_path, trained):
+    words = (
+        'checkpoint: expected a pruning state of version 1, got 99; start pruning '
+        'anew from the weights, with load_from'
+    )
+    with pytest.raises(ConfigError) as caught:
+        resumed_with(tmp_path, trained[0], lambda c: c['pruner'].update(version=99))
+    assert str(caught.value) == words
+
+
+def test_state_of_another_structure_is_refused(tmp_path, trained):
+    def change(checkpoint):
+        group = checkpoint['pruner']['discovery']['groups'][0]
+        group['members'][0][0] = 'backbone.conv1.weight'
+
+    words = (
+        'checkpoint: expected the groups of coupled channels of this model, got '
+        "KeyError: 'backbone.conv1.weight'; resume with the configuration that the run "
+        'was started with'
+    )
+    with pytest.raises(ConfigError) as caught:
+        resumed_with(tmp_path, trained[0], change)
+    assert str(caught.value) == words
+
+
+def test_untouched_checkpoint_resumes(tmp_path, trained):
+    """The tests above would pass with any checkpoint otherwise."""
+    state = torch.load(trained[0], weights_only=False)['pruner']
+    assert not state['alive'].all()
+    resumed_with(tmp_path, trained[0], lambda c: None)

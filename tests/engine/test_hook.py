@@ -1,0 +1,223 @@
+"""The hook in MMEngine's runner: when it prunes, what it logs, saves and stops."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from support.configs import small_prune_config
+from support.toy_runner import hook_of
+
+from mmgfp.engine.registry import PRUNERS
+from mmgfp.pruner import GroupFisherPruner
+from mmgfp.utils.errors import ConfigError, TraceError
+
+
+def test_run_stops_at_the_target_with_one_named_artifact(pruning_run):
+    runner, pruner = pruning_run.runner, hook_of(pruning_run.runner).pruner
+    left = pruner.totals.macs / pruner.full.macs
+    assert runner.iter < pruning_run.config.train_cfg.max_iters
+    assert runner.train_loop.stop_training
+    assert 0.45 < left <= 0.5
+    compact = [p.name for p in pruning_run.artifact.parent.glob('*flops*.pth')]
+    assert compact == ['retinanet_r18_fpn_digits_prune_flops50.pth']
+
+
+def test_artifact_is_compact_and_loads_weights_only(pruning_run):
+    checkpoint = torch.load(pruning_run.artifact, weights_only=True)
+    pruner = hook_of(pruning_run.runner).pruner
+    parameters = dict(pruner.model.named_parameters())
+    saved = sum(
+        t.numel() for n, t in checkpoint['state_dict'].items() if n in parameters
+    )
+    assert saved == pruner.totals.params < pruner.full.params
+    assert checkpoint['meta']['dataset_meta']['classes'][3] == '3'
+    assert checkpoint['meta']['costs']['macs']['ratio'] <= 0.5
+    assert checkpoint['prune_structure'] == pruner.structure().to_dict()
+
+
+def test_scalars_reach_the_visualizer(pruning_run):
+    (path,) = Path(pruning_run.config.work_dir).glob('*/vis_data/scalars.json')
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    ratios = [r['pruning/macs_ratio'] for r in rows if 'pruning/macs_ratio' in r]
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[-1] <= 0.5
+
+
+def test_log_says_what_is_left_and_what_stays(pruning_run):
+    (path,) = Path(pruning_run.config.work_dir).glob('*/*.log')
+    text = path.read_text()
+    assert 'bbox_head.retina_cls keeps channels: an output' in text
+    assert 'memory' in text and 'eta to the target' in text
+    assert 'the run stops' in text
+
+
+def test_checkpoints_carry_the_state_of_pruning(pruning_run):
+    path = next(Path(pruning_run.config.work_dir).glob('iter_*.pth'))
+    state = torch.load(path, weights_only=False)['pruner']
+    assert state['iteration'] == int(path.stem.split('_')[1])
+    assert len(state['alive']) == hook_of(pruning_run.runner).pruner.grouping.units
+
+
+def test_schedule_that_ends_early_says_so_and_saves(tmp_path, caplog):
+    config = small_prune_config(tmp_path, units_per_step=5)
+    config.train_cfg.max_iters = 3
+    runner = Runner.from_cfg(config)
+    runner.logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING):
+        runner.train()
+    pruner = hook_of(runner).pruner
+    ratio = pruner.totals.macs / pruner.full.macs
+    assert f'reached flops={ratio:.4f}' in caplog.text
+    (saved,) = Path(config.work_dir).glob('*_unfinished.pth')
+    structure = torch.load(saved, weights_only=True)['prune_structure']
+    assert structure == pruner.structure().to_dict()
+
+
+def test_several_targets_give_one_artifact_each(tmp_path):
+    config = small_prune_config(
+        tmp_path, target=[dict(flops=0.9), dict(memory=0.8)], units_per_step=120
+    )
+    runner = Runner.from_cfg(config)
+    runner.train()
+    names = {
+        p.name.rpartition('_')[2] for p in Path(config.work_dir).glob('retina*.pth')
+    }
+    assert names == {'flops90.pth', 'memory80.pth'}
+    meta = {
+        name: torch.load(path, weights_only=True)['meta']['costs']
+        for path in Path(config.work_dir).glob('retina*.pth')
+        for name in [path.stem.rpartition('_')[2]]
+    }
+    assert (
+        meta['flops90']['macs']['ratio']
+        <= 0.9
+        < meta['flops90']['macs']['ratio'] + 0.05
+    )
+    assert meta['memory80']['memory']['ratio'] <= 0.8
+
+
+def test_resumed_run_continues_from_the_saved_masks(tmp_path):
+    config = small_prune_config(tmp_path, units_per_step=10)
+    config.train_cfg.max_iters = 4
+    first = Runner.from_cfg(config)
+    first.train()
+    before = hook_of(first).pruner
+    config.resume = True
+    config.train_cfg.max_iters = 8
+    config.experiment_name = 'resumed'
+    second = Runner.from_cfg(config)
+    second.train()
+    after = hook_of(second).pruner
+    assert after.iteration == 8
+    assert not (after.alive & ~before.alive).any()
+    assert (before.alive.sum() - after.alive.sum()) == 20
+    assert (~before.alive).sum() == 20
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (dict(intervall=10), 'FisherPruningHook.intervall: expected a known argument'),
+        (
+            dict(target=dict(flops=1.5)),
+            'target.flops: expected a ratio between 0 and 1',
+        ),
+        (dict(target=dict(flops=0)), 'target.flops: expected a ratio between 0 and 1'),
+        (dict(target=dict(speed=0.5)), 'target: expected a dict with one cost'),
+        (dict(target=[]), 'target: expected at least one target'),
+        (dict(interval=0), 'interval: expected a whole number of at least 1, got 0'),
+        (dict(units_per_step=1.5), 'units_per_step: expected a whole number'),
+        (dict(iterations=5), 'iterations: .*, at least the interval .*: 10, got 5'),
+        (dict(iterations=50, units_per_step=2), 'units_per_step: expected not given'),
+        (dict(divisor=0), 'divisor: expected a whole number of at least 1, got 0'),
+        (dict(normalize='latency'), 'normalize: expected one of memory, flops, none'),
+        (dict(max_ratio=2), 'max_ratio: expected a number in'),
+        (dict(keep='neck'), 'keep: expected a list of layer names or patterns'),
+        (dict(input_shape=(3, 64)), r'input_shape: expected \(C, H, W\)'),
+    ],
+)
+def test_bad_arguments_fail_before_the_run(arguments, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        HOOKS.build(dict(type='FisherPruningHook', **arguments))
+    assert '\n' not in str(caught.value)
+    assert ';' in str(caught.value)  # the remedy
+
+
+def test_keep_that_matches_nothing_stops_the_run(tmp_path):
+    config = small_prune_config(tmp_path, keep=['backbone.layer9'])
+    with pytest.raises(ConfigError, match="keep: expected .* got 'backbone.layer9'"):
+        Runner.from_cfg(config).train()
+
+
+def test_nothing_to_prune_stops_the_run(tmp_path):
+    config = small_prune_config(tmp_path, keep=['*'])
+    with pytest.raises(TraceError, match='at least one group .* kept as configured'):
+        Runner.from_cfg(config).train()
+
+
+def test_run_meets_its_target_in_the_given_iterations(tmp_path):
+    config = small_prune_config(tmp_path, units_per_step=1, iterations=6, divisor=4)
+    runner = Runner.from_cfg(config)
+    runner.train()
+    pruner = hook_of(runner).pruner
+    assert runner.iter == pruner.iteration == 6
+    assert 0.4 < pruner.totals.macs / pruner.full.macs <= 0.5
+    assert next(Path(config.work_dir).glob('*_flops50.pth'))
+    sizes = np.array([g.units for g in pruner.grouping.groups])
+    left = (sizes - pruner.removed)[pruner.removed > 0]
+    assert len(left) and not (left % 4).any()
+
+
+def test_kept_layers_keep_their_shape(tmp_path):
+    config = small_prune_config(tmp_path, keep=['bbox_head.*', 'backbone.conv1'])
+    config.train_cfg.max_iters = 4
+    runner = Runner.from_cfg(config)
+    runner.train()
+    compact = dict(hook_of(runner).pruner.compact().named_parameters())
+    kept = [n for n in compact if n.startswith(('bbox_head', 'backbone.conv1'))]
+    shapes = {n: p.shape for n, p in runner.model.named_parameters()}
+    assert kept and all(compact[n].shape == shapes[n] for n in kept)
+    assert any(compact[n].shape != shapes[n] for n in compact)
+
+
+def test_config_can_name_another_algorithm(tmp_path):
+    @PRUNERS.register_module(force=True)
+    class MostImportantFirst(GroupFisherPruner):
+        def step(self, *args):
+            self.importance_seen = True
+            return super().step(*args)
+
+    config = small_prune_config(tmp_path, pruner=dict(type='MostImportantFirst'))
+    config.train_cfg.max_iters = 2
+    runner = Runner.from_cfg(config)
+    runner.train()
+    assert type(hook_of(runner).pruner) is MostImportantFirst
+    assert hook_of(runner).pruner.importance_seen
+
+
+def test_hook_is_found_by_type_and_acts_before_others():
+    hook = HOOKS.build(dict(type='FisherPruningHook'))
+    assert isinstance(hook, Hook)
+    assert hook.priority == 'HIGH'
+
+
+def test_pruned_columns_stay_at_zero_under_momentum(pruning_run):
+    pruner = hook_of(pruning_run.runner).pruner
+    parameters = dict(pruner.model.named_parameters())
+    start, checked = 0, 0
+    for group in pruner.grouping.groups:
+        gone = ~pruner.alive[start : start + group.units]
+        start += group.units
+        for member in group.members:
+            if member.role == 'in' and gone.any():
+                index = torch.from_numpy(np.ravel(member.index[gone]))
+                columns = parameters[member.name].index_select(member.dim, index)
+                assert not columns.any()
+                checked += columns.numel()
+    assert checked

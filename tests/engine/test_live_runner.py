@@ -1,0 +1,280 @@
+"""Live compaction in MMEngine's runner: averages, checkpoints, resuming, processes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.hooks import EMAHook
+from mmengine.registry import HOOKS, MODELS
+from mmengine.runner import Runner
+from support.configs import FASTER, slim, small_prune_config
+from support.roundtrip import seeded_loss, traced
+from support.runs import (
+    Cut,
+    artifacts,
+    assert_ranks_agree,
+    assert_same_end,
+    ended,
+    logged,
+    steady_classifier,
+    tiny_classifier,
+    train,
+)
+from support.toy_runner import Call, hook_of, pruner_of, toy_loader, toy_runner
+
+from mmgfp import FisherPruningHook, GroupFisherPruner, PruneStructure
+from mmgfp.discovery.verify import difference
+from mmgfp.engine.runner_access import check_wrapper
+from mmgfp.utils.errors import ConfigError
+
+
+def validated(folder, compact_every, averages):
+    """A toy run with averaging and validation, to its target."""
+    return toy_runner(
+        folder,
+        iters=40,
+        hook=dict(units_per_step=4, compact_every=compact_every),
+        hooks=[
+            dict(type='EMAHook', momentum=0.3, update_buffers=averages),
+            dict(type='CheckpointHook', by_epoch=False, interval=5),
+        ],
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=40, val_interval=3),
+        val_cfg=dict(type='ValLoop'),
+        val_dataloader=toy_loader(4, count=4),
+        val_evaluator=dict(type='NoMetric'),
+    )
+
+
+def test_run_with_a_loss_scaler_ends_like_a_masked_one(tmp_path):
+    """Gradients overflow at first; the scaler finds out on parameters that are new."""
+    scaler = dict(init_scale=2.0**122, growth_interval=5)
+    results = []
+    for every in (None, 1):
+        runner = toy_runner(
+            tmp_path / f'{every}',
+            iters=12,
+            model=dict(type='ToyDetector', double=False, factor=2.0**8),
+            hook=dict(units_per_step=3, compact_every=every, target=dict(flops=0.1)),
+            optim=dict(
+                type='CpuAmpOptimWrapper',
+                optimizer=dict(type='SGD', lr=1e-6, momentum=0.9),
+                scaler=scaler,
+            ),
+        )
+        runner.train()
+        results.append(runner)
+    masked, live = map(pruner_of, results)
+    assert masked.alive.tolist() == live.alive.tolist()
+    assert not live.present.all()
+    scales = [r.optim_wrapper.loss_scaler.get_scale() for r in results]
+    assert scales[0] == scales[1] < 2.0**122
+
+
+def artifact(runner):
+    (path,) = Path(runner.work_dir).glob('*_flops50.pth')
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize('buffers', [False, True])
+def test_averaged_and_validated_run_ends_like_a_masked_one(tmp_path, buffers):
+    runners = [
+        validated(tmp_path / f'{every}', every, averages=buffers) for every in (None, 1)
+    ]
+    for runner in runners:
+        runner.train()
+    masked, live = map(artifact, runners)
+    assert masked['prune_structure'] == live['prune_structure']
+    assert masked['meta']['iter'] == live['meta']['iter']
+    for key in ('state_dict', 'source_state_dict'):
+        for name, tensor in masked[key].items():
+            torch.testing.assert_close(tensor, live[key][name], msg=f'{key} {name}')
+    assert not pruner_of(runners[1]).present.all()
+    (hook,) = [h for h in runners[1].hooks if isinstance(h, EMAHook)]
+    averaged = hook.ema_model
+    kept = averaged.module.state_dict()
+    assert all(kept[n].shape == t.shape for n, t in averaged.avg_parameters.items())
+
+
+def test_checkpoint_of_a_cut_model_holds_its_structure(tmp_path):
+    """Any tool can build the model of it, as of an artifact."""
+    runner = validated(tmp_path, 1, averages=False)
+    runner.train()
+    path = Path(runner.work_dir) / 'iter_5.pth'
+    checkpoint = torch.load(path, weights_only=False)
+    structure = PruneStructure.from_dict(checkpoint['prune_structure'])
+    present, alive = (checkpoint['pruner'][k] for k in ('present', 'alive'))
+    assert torch.equal(present, alive) and not present.all()
+    config = dict(type='ToyDetector')
+    config = dict(type='PrunedModel', architecture=config, structure=str(path))
+    small = MODELS.build(config)
+    small.load_state_dict(checkpoint['state_dict'], strict=True)
+    kept = structure.kept['net.stage2.weight'][0]
+    assert small.net.stage2.out_channels == len(kept) < 6
+
+
+def test_config_that_prunes_validates_too(tmp_path):
+    """Where there is no optimizer."""
+    assert validated(tmp_path, 1, averages=False).val() == {'images': 4}
+
+
+@pytest.mark.parametrize(
+    ('every', 'expected'),
+    [(1, [2, 4, 6, 8]), (3, [4, 6]), (4, [4, 8]), (5, [6]), (100, [])],
+)
+def test_model_is_cut_at_decisions_after_so_many_iterations(tmp_path, every, expected):
+    sizes = []
+
+    def note(runner):
+        sizes.append(sum(p.numel() for p in runner.model.parameters()))
+
+    runner = toy_runner(
+        tmp_path,
+        iters=9,
+        hook=dict(compact_every=every, target=dict(flops=0.05)),
+        hooks=[Call(after_train_iter=note)],
+    )
+    runner.train()
+    cut = [n for n in range(2, 10) if sizes[n - 1] != sizes[n - 2]]
+    assert cut == expected
+
+
+def test_detector_ends_like_a_masked_one(tmp_path):
+    """RetinaNet with AdamW and clipping, at the demo's precision."""
+    results = []
+    for every in (None, 2):
+        config = small_prune_config(
+            tmp_path / f'{every}', compact_every=every, units_per_step=60
+        )
+        config.train_dataloader.dataset.data_root = str(tmp_path / 'digits') + '/'
+        runner = Runner.from_cfg(config)
+        runner.train()
+        results.append(runner)
+    masked, live = (hook_of(r).pruner for r in results)
+    assert masked.alive.tolist() == live.alive.tolist()
+    assert masked.totals == live.totals and masked.reached == live.reached
+    assert live.present.sum() < len(live.present)
+    one, two = (p.compact().state_dict() for p in (masked, live))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_two_stage_detector_computes_what_it_did(tmp_path):
+    found = traced(slim(FASTER), 64)
+    model, calls = found.model.double(), found.calls
+    calls.data['inputs'] = calls.data['inputs'].double()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    pruner = GroupFisherPruner(model, interval=1, units_per_step=60)
+    pruner.prepare(calls.steady_loss, calls.forward, 2, calls.work(model))
+    for _ in range(3):
+        optimizer.zero_grad()
+        seeded_loss(calls, model).backward()
+        optimizer.step()
+        pruner.step()
+        with torch.no_grad():
+            before = [calls.forward(model.eval()), seeded_loss(calls, model)]
+        assert pruner.shrink([optimizer])
+        with torch.no_grad():
+            after = [calls.forward(model.eval()), seeded_loss(calls, model)]
+        assert difference(before, after) < 1e-9
+    assert model.roi_head.bbox_head.fc_cls.in_features < 12
+    assert not pruner.alive.all()
+
+
+# -- interruptions ------------------------------------------------------------------
+
+
+def cut_classifier(folder, every=3):
+    config = tiny_classifier(folder)
+    config.custom_hooks[0].compact_every = every
+    config.custom_hooks.append(dict(type='EMAHook', momentum=0.2))
+    return config
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    config = cut_classifier(tmp_path_factory.mktemp('whole'))
+    assert train(config) == [0]
+    return config
+
+
+def test_killed_run_ends_like_the_whole_one(whole, tmp_path):
+    """With momentum and an average, once at a decision and once between two."""
+    config = cut_classifier(tmp_path)
+    assert train(config, cut=Cut('backward', 6)) == [-9]
+    assert train(config, resume=True, cut=Cut('end', 10)) == [-9]
+    assert train(config, resume=True) == [0]
+    assert_same_end(config, whole)
+    assert 'what went is cut out of the model' in logged(config)
+
+
+def test_weights_of_a_cut_model_are_refused_where_the_whole_one_is_meant(
+    whole, tmp_path
+):
+    config = cut_classifier(tmp_path)
+    config.load_from = str(Path(whole.work_dir) / 'iter_14.pth')
+    config.resume = False
+    assert train(config) == [2]
+    assert 'as in the model that is pruned' in logged(config)
+
+
+# -- several processes ----------------------------------------------------------------
+
+
+def test_processes_cut_alike_and_end_like_masked_ones(tmp_path):
+    masked, live = (steady_classifier(tmp_path / n, 2) for n in ('masked', 'live'))
+    live.custom_hooks[0].compact_every = 5
+    for config in (masked, live):
+        assert train(config, processes=2) == [0, 0]
+    assert ended(live)['alive'] == ended(masked)['alive']
+    assert_ranks_agree(live)
+    small, full = (
+        sum(t.numel() for t in ended(c)['weights'].values()) for c in (live, masked)
+    )
+    assert small < full
+    one, two = (torch.load(artifacts(c)[0], weights_only=True) for c in (masked, live))
+    for name, tensor in one['state_dict'].items():
+        torch.testing.assert_close(
+            tensor, two['state_dict'][name], rtol=1e-3, atol=1e-5, msg=name
+        )
+
+
+@pytest.mark.slow
+def test_resumed_processes_end_like_uninterrupted_ones(tmp_path):
+    whole, config = (steady_classifier(tmp_path / n, 2) for n in 'ab')
+    for each in (whole, config):
+        each.custom_hooks[0].compact_every = 5
+    assert train(whole, processes=2) == [0, 0]
+    assert train(config, cut=Cut('decided', 13), processes=2) == [-9, -9]
+    assert train(config, resume=True, processes=2) == [0, 0]
+    assert_same_end(config, whole)
+    assert_ranks_agree(config)
+
+
+# -- what is refused ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize('every', [0, -1, 2.5, True])
+def test_bad_interval_is_refused(every):
+    words = 'compact_every: expected a whole number of at least 1'
+    with pytest.raises(ConfigError, match=words):
+        HOOKS.build(dict(type='FisherPruningHook', compact_every=every))
+
+
+def test_other_wrappers_are_refused(tmp_path):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    from mmengine.registry import MODEL_WRAPPERS
+
+    MODEL_WRAPPERS.register_module(module=Wrapper, force=True)
+    try:
+        runner = toy_runner(tmp_path, hook=dict(compact_every=2))
+        check_wrapper(runner)
+        runner.model = Wrapper(runner.model)
+        with pytest.raises(ConfigError, match='model_wrapper_cfg.type: .* got Wrapper'):
+            runner.train()
+    finally:
+        MODEL_WRAPPERS.module_dict.pop('Wrapper')
+    assert any(isinstance(h, FisherPruningHook) for h in runner.hooks)

@@ -1,0 +1,214 @@
+"""Costs worked out by hand, and against what compact models really do."""
+
+import numpy as np
+import pytest
+import torch
+from support.toys import (
+    TOYS,
+    ConvPair,
+    DepthWise,
+    FlattenLinear,
+    GroupConv,
+    SharedHead,
+    Transposed,
+    conv,
+    images,
+    square_loss,
+)
+from torch import nn
+
+from mmgfp import GroupFisherPruner
+from mmgfp.discovery.profile import record_work
+from mmgfp.discovery.verify import random_units
+from mmgfp.selection.costs import CostTable, RunningCosts
+
+
+def costs_of(model, forward, count=1, groups=()):
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    return CostTable(shapes, record_work(model, forward, count), groups)
+
+
+def values(totals):
+    return [totals.macs, totals.memory, totals.params]
+
+
+def one_unit(toy, group, gone=0):
+    """What one more unit of the group called ``group`` saves after ``gone`` units."""
+    model = toy()
+
+    def loss(model):
+        return square_loss(model(images()))
+
+    pruner = GroupFisherPruner(model)
+    names = [g.name for g in pruner.prepare(loss, loss, 2).groups]
+    removed = np.zeros(len(names))
+    removed[names.index(group)] = gone
+    return [v[names.index(group)] for v in values(pruner.costs.savings(removed))]
+
+
+@pytest.mark.parametrize(
+    ('layer', 'shape', 'macs', 'memory', 'params'),
+    [
+        # weight elements · output positions, channels · positions, elements + biases
+        (conv(3, 4, stride=2), (3, 8, 8), 108 * 16, 4 * 16, 108 + 4),
+        (conv(8, 12, groups=4), (8, 8, 8), 12 * 2 * 9 * 64, 12 * 64, 216 + 12),
+        (conv(6, 6, groups=6), (6, 8, 8), 54 * 64, 6 * 64, 54 + 6),
+        (nn.Conv1d(3, 4, 3), (3, 10), 36 * 8, 4 * 8, 36 + 4),
+        # weight elements · input positions
+        (nn.ConvTranspose2d(5, 6, 2, 2), (5, 4, 4), 120 * 16, 6 * 64, 120 + 6),
+        (nn.ConvTranspose2d(4, 6, 2, 2, groups=2), (4, 4, 4), 48 * 16, 384, 48 + 6),
+        (nn.Linear(5, 3), (5,), 15, 3, 18),
+        (nn.Linear(5, 3, bias=False), (7, 5), 15 * 7, 3 * 7, 15),
+    ],
+)
+def test_layers_by_hand(layer, shape, macs, memory, params):
+    for count in (1, 3):  # costs are for one image
+        x = torch.zeros(count, *shape)
+        model = nn.Sequential(layer)
+        table = costs_of(model, lambda m, x=x: m(x), count)
+        assert values(table.totals(np.zeros(0))) == [macs, memory, params]
+
+
+def test_shared_head_works_on_every_level():
+    head = nn.Sequential(conv(2, 3, 1))
+
+    def forward(head):
+        return head(torch.zeros(1, 2, 4, 4)), head(torch.zeros(1, 2, 2, 2))
+
+    # 6 weights on 16 + 4 positions; parameters once
+    assert values(costs_of(head, forward).totals(np.zeros(0))) == [120, 60, 9]
+
+
+def test_layer_that_does_not_run_costs_parameters_only():
+    model = nn.ModuleList([conv(2, 3, 1), conv(2, 3, 1)])
+    table = costs_of(model, lambda m: m[0](torch.zeros(1, 2, 4, 4)))
+    assert values(table.totals(np.zeros(0))) == [96, 48, 18]
+
+
+@pytest.mark.parametrize('gone', [0, 2])
+@pytest.mark.parametrize(
+    ('toy', 'group', 'saved'),
+    [
+        # conv1: 3·9 weights, bn: 2, conv2: 4·9 weights, all on 64 positions
+        (ConvPair, 'conv1', [(27 + 36) * 64, 64, 27 + 2 + 36]),
+        # expand: 3 + bias, dw: 9, bn: 2, project: 4; two layers make the channel
+        (DepthWise, 'expand', [(3 + 9 + 4) * 64, 128, 4 + 9 + 2 + 4]),
+        # stem: 2·27 + 2, mid: 3·2·9 + 3, head: 3·4·9
+        (GroupConv, 'stem', [(54 + 54 + 108) * 64, 5 * 64, 56 + 57 + 108]),
+        # level1: 6 + 1 on 64, level2: 54 + 1 on 16, tower: 5·9 on 64 + 16 positions
+        (SharedHead, 'level1', [6 * 64 + 54 * 16 + 45 * 80, 80, 7 + 55 + 45]),
+        # stem: 27 + 1, up: 6·4 on 64 inputs each; up makes 16·16 outputs
+        (Transposed, 'stem', [(27 + 24) * 64, 64, 28 + 24]),
+        # up: 5·4 on 64 inputs, head: 4·9 on 256
+        (Transposed, 'up', [20 * 64 + 36 * 256, 256, 20 + 1 + 36]),
+        # conv: 27 + 1 on 64, fc1: 4 inputs for each of 5 outputs
+        (FlattenLinear, 'conv', [27 * 64 + 20, 64, 28 + 20]),
+    ],
+)
+def test_savings_of_one_unit_by_hand(toy, group, saved, gone):
+    assert one_unit(toy, group, gone) == saved
+
+
+class Loop(nn.Module):
+    """mid reads and makes the channels of one group."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv(3, 6, 1, bias=False)
+        self.mid = conv(6, 6, 1, bias=False)
+        self.head = conv(6, 4, 1, bias=False)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.mid(x))
+
+
+def test_savings_of_a_layer_inside_one_group():
+    # mid shrinks from 6·6 to 5·5 (11 weights), and from 4·4 to 3·3 (7 weights)
+    assert one_unit(Loop, 'stem') == [(3 + 11 + 4) * 64, 128, 3 + 11 + 4]
+    assert one_unit(Loop, 'stem', 2) == [(3 + 7 + 4) * 64, 128, 3 + 7 + 4]
+
+
+def test_savings_depend_on_what_the_neighbours_have_left():
+    # level1 keeps reading the 6 - 2 channels of stem that are left
+    model = SharedHead()
+
+    def loss(model):
+        return square_loss(model(images()))
+
+    pruner = GroupFisherPruner(model)
+    pruner.prepare(loss, loss, 2)
+    saved = pruner.costs.savings(np.array([2, 0, 0]))
+    assert saved.macs[1] == 4 * 64 + 36 * 16 + 45 * 80
+
+
+def test_flops_is_another_word_for_macs():
+    totals = costs_of(nn.Sequential(nn.Linear(5, 3)), lambda m: m(torch.zeros(1, 5)))
+    totals = totals.totals(np.zeros(0))
+    assert totals['flops'] == totals['macs'] == 15
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('toy', [*TOYS, Loop])
+def test_arithmetic_equals_measurement(toy, seed):
+    """Totals without random units are those of the compact model."""
+
+    def loss(model):
+        return square_loss(model(images()))
+
+    pruner = GroupFisherPruner(toy())
+    groups = pruner.prepare(loss, loss, 2).groups
+    rng = np.random.default_rng(seed)
+    pruner.alive = random_units(groups, rng.uniform(0.1, 0.9), rng)
+    assert pruner.removed.sum() > 0
+    measured = costs_of(pruner.compact(), loss, 2).totals(np.zeros(0))
+    assert values(pruner.totals) == values(measured)
+
+
+def test_savings_are_differences_of_totals():
+    def loss(model):
+        return square_loss(model(images()))
+
+    pruner = GroupFisherPruner(SharedHead())
+    pruner.prepare(loss, loss, 2)
+    removed = np.array([1, 3, 2])
+    savings = values(pruner.costs.savings(removed))
+    for g in range(3):
+        more = pruner.costs.totals(removed + np.eye(3, dtype=int)[g])
+        for now, then, saved in zip(
+            values(pruner.costs.totals(removed)), values(more), savings, strict=True
+        ):
+            assert now - then == saved[g]
+
+
+@pytest.mark.parametrize('toy', [*TOYS, Loop])
+def test_costs_that_follow_are_those_worked_out_anew(toy):
+    def loss(model):
+        return square_loss(model(images()))
+
+    pruner = GroupFisherPruner(toy())
+    sizes = [g.units for g in pruner.prepare(loss, loss, 2).groups]
+    rng = np.random.default_rng(0)
+    removed, more = np.zeros(len(sizes), dtype=int), np.ones(len(sizes))
+    running = RunningCosts(pruner.costs, removed)
+    for _ in range(6):
+        g = int(rng.integers(len(sizes)))
+        units = min(int(rng.integers(1, 3)), sizes[g] - removed[g])
+        removed[g] += units
+        more[g] = min(int(rng.integers(1, 3)), sizes[g] - removed[g])
+        running.remove(g, units, more[g])
+        assert values(running.totals) == values(pruner.costs.totals(removed))
+        expected = pruner.costs.savings(removed, more)
+        for now, then in zip(values(running.savings), values(expected), strict=True):
+            assert now.tolist() == then.tolist()
+
+
+def test_savings_of_two_units_at_once():
+    def loss(model):
+        return square_loss(model(images()))
+
+    pruner = GroupFisherPruner(Loop())
+    pruner.prepare(loss, loss, 2)
+    saved = pruner.costs.savings(np.zeros(1), np.array([2]))
+    # stem 2·3, mid from 6·6 to 4·4, head 2·4, on 64 positions each
+    assert saved.macs.tolist() == [(6 + 20 + 8) * 64]

@@ -1,0 +1,344 @@
+"""Greedy selection, worked out by hand on a chain of three layers.
+
+a makes the units of group A, b reads them and makes those of group B, c reads these.
+All kernels are 1 x 1, so MACs are channels in · channels out · positions.
+"""
+
+import numpy as np
+import pytest
+
+from mmgfp.groups import ChannelGroup, Member
+from mmgfp.selection.costs import CostTable, LayerWork, Totals
+from mmgfp.selection.greedy import (
+    Limits,
+    Target,
+    auto_bound,
+    rest_steps,
+    select_units,
+    waypoints,
+)
+from mmgfp.utils.errors import ConfigError
+
+NONE_LEAST = Limits(np.array([0, 0]))
+
+
+def chain(width=2, positions=(10, 1, 1)):
+    """A chain from 1 channel over ``width`` and ``width`` to 1 channel."""
+    shapes = {
+        'a.weight': (width, 1),
+        'b.weight': (width, width),
+        'c.weight': (1, width),
+    }
+    work = {n: LayerWork(p, p) for n, p in zip(shapes, positions, strict=True)}
+    index = np.arange(width)[:, None]
+    groups = [
+        ChannelGroup(
+            maker,
+            (
+                Member(f'{maker}.weight', 0, index, 'out'),
+                Member(f'{reader}.weight', 1, index, 'in'),
+            ),
+        )
+        for maker, reader in ('ab', 'bc')
+    ]
+    return CostTable(shapes, work, groups)
+
+
+def pick(importance, costs=None, count=99, alive=None, done=None, **options):
+    """Numbers of the picked units; the first half is of group A, the rest of B."""
+    importance = np.array(importance, dtype=float)
+    half = len(importance) // 2
+    units = select_units(
+        importance,
+        np.repeat([0, 1], half),
+        np.ones(2 * half, dtype=bool) if alive is None else np.array(alive),
+        costs or chain(half),
+        options.get('limits', NONE_LEAST),
+        options.get('normalize', 'none'),
+        count,
+        done or (lambda now: False),
+        options.get('steps'),
+        options.get('bound', np.inf),
+    )
+    return units.tolist()
+
+
+# -- the greedy order ---------------------------------------------------------
+
+
+def test_order_without_normalisation():
+    assert pick([5, 30, 1, 4]) == [2, 3, 0, 1]
+
+
+def test_order_by_memory():
+    # a puts out 10 elements a channel, b 1: 0.5 and 3 in A, 1 and 4 in B
+    assert pick([5, 30, 1, 4], normalize='memory') == [0, 2, 1, 3]
+
+
+def test_order_by_flops():
+    # A saves 10 in a and 1 in b for each unit of B: 12; B 1 for each unit of A and 1
+    # in c: 3. 5/12 > 1/3: unit 2. Then A saves 11: 5/11 < 4/3: unit 0. Then B saves 2:
+    # 30/11 > 4/2: unit 3, and unit 1 is left.
+    assert pick([5, 30, 1, 4], normalize='flops') == [2, 0, 3, 1]
+
+
+def test_costs_are_those_that_earlier_picks_leave():
+    # Both groups save 2·10 + 1 = 21 at first: unit 0 is least. Without it B saves
+    # 1·10 + 1 = 11 only: 25/11 > 30/21, though 25/21 < 30/21.
+    costs = chain(positions=(1, 10, 1))
+    importance = [1, 30, 25, 99]
+    assert pick(importance, costs, 2, normalize='flops') == [0, 1]
+    assert pick(importance, costs, 2, normalize='none') == [0, 2]
+
+
+def test_earlier_steps_count_as_well():
+    costs = chain(positions=(1, 10, 1))
+    alive = [False, True, True, True]
+    assert pick([0, 30, 25, 99], costs, 1, alive, normalize='flops') == [1]
+    assert pick([0, 30, 25, 99], costs, 1, normalize='flops') == [0]
+
+
+def test_scale_of_the_importance_changes_nothing():
+    importance = np.random.default_rng(0).random(40)
+    picked = pick(importance, normalize='flops')
+    assert pick(importance * 65536.0**2, normalize='flops') == picked
+    assert len(picked) == 40
+
+
+def test_ties_go_to_the_lowest_number():
+    assert pick([1, 1, 1, 1]) == [0, 1, 2, 3]
+    assert pick([0, 0, 0, 0], normalize='flops') == [0, 1, 2, 3]
+
+
+def test_slow_greedy_search_agrees():
+    """All units are scored anew for each pick."""
+    rng = np.random.default_rng(0)
+    costs, group_of = chain(20, (3, 5, 7)), np.repeat([0, 1], 20)
+    importance, removed, expected = rng.random(40), np.zeros(2), []
+    left = np.ones(40, dtype=bool)
+    for _ in range(30):
+        scores = importance / costs.savings(removed).macs[group_of]
+        unit = int(np.where(left, scores, np.inf).argmin())
+        expected.append(unit)
+        left[unit] = False
+        removed[group_of[unit]] += 1
+    assert pick(importance, costs, 30, normalize='flops') == expected
+
+
+# -- what is never picked -----------------------------------------------------
+
+
+def test_unknown_importance_is_never_picked():
+    assert pick([np.nan, 2, np.nan, 1]) == [3, 1]
+    assert pick([np.nan] * 4) == []
+
+
+def test_infinite_importance_is_never_picked():
+    assert pick([np.inf, 2, 1, np.inf]) == [2, 1]
+
+
+def test_pruned_units_are_never_picked():
+    assert pick([1, 2, 3, 4], alive=[False, True, True, False]) == [1, 2]
+
+
+def test_input_arrays_are_left_alone():
+    importance, alive = np.array([1.0, 2, 3, 4]), np.ones(4, dtype=bool)
+    limits = Limits(np.array([0, 0]))
+    select_units(
+        importance,
+        np.repeat([0, 1], 2),
+        alive,
+        chain(),
+        limits,
+        'flops',
+        9,
+        lambda _: 0,
+    )
+    assert alive.all()
+    assert importance.tolist() == [1, 2, 3, 4]
+    assert limits.least.tolist() == [0, 0]
+
+
+# -- when it stops ------------------------------------------------------------
+
+
+def test_limits_close_a_group():
+    limits = Limits(np.array([1, 2]))
+    assert pick([5, 6, 1, 2], limits=limits) == [0]
+    # one unit of A went earlier
+    assert pick([5, 6, 1, 2], limits=limits, alive=[False, True, True, True]) == []
+
+
+def test_count_is_a_bound():
+    assert pick([5, 30, 1, 4], count=3) == [2, 3, 0]
+
+
+def test_stops_exactly_at_the_target():
+    # memory: 2·10 + 2·1 + 1 = 23; without unit 2: 22, without 3: 21, without 0: 11
+    def reached(memory):
+        return pick([5, 30, 1, 4], done=lambda now: now.memory <= memory)
+
+    assert reached(23) == []
+    assert reached(22) == [2]
+    assert reached(21) == [2, 3]
+    assert reached(20) == [2, 3, 0]
+
+
+def test_several_targets_stop_at_the_first():
+    costs = chain()
+    full = costs.totals(np.zeros(2))  # 26 MACs, 23 elements
+    targets = [Target('flops', 0.85), Target('memory', 0.96)]
+    picked = pick(
+        [5, 30, 1, 4], done=lambda now: any(t.reached(now, full) for t in targets)
+    )
+    assert picked == [2]  # 22 / 23 elements < 0.96, while 23 / 26 MACs > 0.85
+
+
+def test_work_per_pick_does_not_grow_with_the_model(monkeypatch):
+    """After a pick only the tensors of its group are worked out, here 2 of 3."""
+    table, rows = chain(10_000), []
+    costs = CostTable.costs
+
+    def counted(self, sizes, which):
+        rows.append(len(sizes))
+        return costs(self, sizes, which)
+
+    monkeypatch.setattr(CostTable, 'costs', counted)
+    importance = np.random.default_rng(0).random(20_000)
+    picked = pick(importance, table, 3000)
+    assert picked == np.argsort(importance)[:3000].tolist()
+    # at first all 3 tensors and 4 pairs; then 2 tensors and their 3 pairs per pick
+    assert sorted(rows[:2]) == [3, 4] and len(rows) == 2 + 2 * 3000
+    assert max(rows[2:]) == 3
+
+
+# -- sizes at which groups rest -----------------------------------------------
+
+
+def test_rest_steps_by_hand():
+    # units of 1, 2, 3, 6 and 8 channels until the next multiple of 8
+    widths = np.array([1, 2, 3, 6, 8])
+    assert rest_steps(widths, 8).tolist() == [8, 4, 8, 4, 1]
+    assert rest_steps(widths, 1).tolist() == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ('count', 'picked'),
+    [
+        (99, [9, 0, 1, 2, 5, 6]),
+        (4, [9, 0, 1, 2]),
+        (3, [9, 0, 1, 2]),  # a bundle is not cut
+        (2, [9, 0]),
+    ],
+)
+def test_groups_rest_at_multiples(count, picked):
+    # Both go from 5 to 4 by one unit, 1 or 0.5; then by two to 2: 2 + 3 or 5 + 5.
+    # Another two would leave none.
+    importance = [1, 2, 3, 4, 9, 5, 5, 5, 5, 0.5]
+    options = dict(steps=np.array([2, 2]), limits=Limits(np.array([1, 1])))
+    assert pick(importance, count=count, **options) == picked
+
+
+def test_bundles_stop_above_the_limit():
+    options = dict(steps=np.array([4, 4]), limits=Limits(np.array([3, 5])))
+    # 8 units rest at 4, which is fewer than the 5 that must stay in B
+    assert pick([1] * 16, **options) == [0, 1, 2, 3]
+
+
+def test_bundles_compete_with_all_that_they_cost_and_save():
+    # B first: 1/3. Then the two units of A: 25 / (2·10 + 2·1) < 4/3; then the rest.
+    options = dict(normalize='flops', steps=np.array([2, 1]))
+    assert pick([5, 20, 1, 4], **options) == [2, 0, 1, 3]
+    # 35/22 > 4/3
+    assert pick([5, 30, 1, 4], **options) == [2, 3, 0, 1]
+
+
+def test_bundle_needs_enough_known_units():
+    assert pick([1, np.nan, 3, 4], steps=np.array([2, 2])) == [2, 3]
+
+
+# -- how many at once ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('bound', 'picked'),
+    [
+        (0.1, [0]),  # there is always one
+        (5.9, [0]),
+        (6, [0, 1]),  # 2 units of 1 + 2
+        (17.9, [0, 1]),
+        (18, [0, 1, 2]),  # 3 units of 1 + 2 + 3
+    ],
+)
+def test_bound_on_the_importance_of_all_picks(bound, picked):
+    assert pick([1, 2, 3, 94], bound=bound) == picked
+
+
+def test_bound_holds_in_the_worst_case():
+    """Mask gradients of units that go together add up before they are squared."""
+    rng = np.random.default_rng(0)
+    alike = np.outer(rng.normal(size=50), [1.0, 1, 1, 1])  # (N, units)
+    for gradients in (alike, rng.normal(size=(50, 4))):
+        together = np.square(gradients.sum(1)).sum()
+        worst = 4 * np.square(gradients).sum()
+        assert together <= worst * (1 + 1e-12)
+    assert np.square(alike.sum(1)).sum() == pytest.approx(4 * np.square(alike).sum())
+
+
+def test_auto_bound_by_hand():
+    importance = np.array([100, 250, np.nan, 7, 150.0])
+    alive = np.array([True, True, True, False, True])
+    assert auto_bound(importance, alive) == pytest.approx(0.01 * 500)
+    assert auto_bound(importance * 65536, alive) == pytest.approx(65536 * 5)
+
+
+def test_waypoints_lie_on_straight_lines():
+    now, full = Totals(90, 160, 50), Totals(100, 200, 50)
+    flops, memory = Target('flops', 0.5), Target('memory', 0.5)
+    (point,) = waypoints(now, full, [flops], 4)
+    assert (point.cost, point.ratio) == ('flops', pytest.approx(0.8))
+    # One of the four is kept in hand, as a decision ends where it meets a target.
+    points = waypoints(now, full, [flops, memory], 4)
+    assert [p.ratio for p in points] == pytest.approx([0.9 - 0.4 / 3, 0.7])
+    for late in (2, 1, 0, -3):
+        assert waypoints(now, full, [flops, memory], late) == [flops, memory]
+
+
+# -- limits and targets -------------------------------------------------------
+
+
+def test_limits_of_groups():
+    units, no_minimum = np.array([10, 7, 1]), np.array([1, 1, 1])
+    assert Limits.of(units, no_minimum, 1.0).least.tolist() == [1, 1, 1]
+    assert Limits.of(units, no_minimum, 0.5).least.tolist() == [5, 4, 1]
+    assert Limits.of(units, no_minimum, 0.7).least.tolist() == [3, 3, 1]
+    # a group that is smaller than its minimum is closed
+    assert Limits.of(units, np.array([8, 8, 8]), 0.5).least.tolist() == [8, 7, 1]
+
+
+def test_target_labels_are_file_names():
+    assert Target.parse({'flops': 0.5}).label == 'flops50'
+    assert Target.parse({'memory': 0.125}).label == 'memory12_5'
+
+
+@pytest.mark.parametrize(
+    ('raw', 'words'),
+    [
+        ({'flops': 1.0}, r'target.flops: expected a ratio between 0 and 1, got 1\.0; '),
+        ({'flops': 0}, 'target.flops: expected a ratio between 0 and 1, got 0; '),
+        (
+            {'params': '0.5'},
+            "target.params: expected a ratio .*, got '0.5'; give",
+        ),
+        ({'latency': 0.5}, r'target: expected a dict with one cost, got .*latency.*; '),
+        ({'flops': 0.5, 'memory': 0.5}, 'target: expected a dict with one cost'),
+        (
+            {},
+            'target: expected a dict with one cost, got {}; give one of flops',
+        ),
+        (0.5, r'got 0.5; give one of .*, such as dict\(flops=0.5\)'),
+    ],
+)
+def test_bad_targets_are_refused(raw, words):
+    with pytest.raises(ConfigError, match=words):
+        Target.parse(raw)

@@ -1,0 +1,1 @@
+"""Toys, configs, references and runs that several test modules share."""

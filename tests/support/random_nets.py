@@ -1,0 +1,243 @@
+"""Random small convolutional nets, drawn by hypothesis.
+
+A net is a chain of blocks, each a function of what came before, and a head. All widths
+that code would need follow from tensors, so that a compact copy can run.
+"""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from support.toys import conv
+
+
+class Conv(nn.Module):
+    """Convolution, norm and activation, the last two if drawn."""
+
+    def __init__(self, c_in, c_out, kernel=3, groups=1, norm=True, active=True):
+        super().__init__()
+        self.conv = conv(c_in, c_out, kernel, groups=groups, bias=not norm)
+        self.norm = nn.BatchNorm2d(c_out) if norm else nn.Identity()
+        self.active = active
+        self.width = c_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        return x.relu() if self.active else x
+
+
+class Residual(nn.Module):
+    """A branch of two layers beside the identity, or beside a projection."""
+
+    def __init__(self, c_in, inner, c_out, project):
+        super().__init__()
+        self.width = c_out if project else c_in
+        self.a = Conv(c_in, inner)
+        self.b = Conv(inner, self.width, 1, active=False)
+        self.skip = Conv(c_in, c_out, 1, active=False) if project else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.skip(x) + self.b(self.a(x))).relu()
+
+
+class Concat(nn.Module):
+    """Branches side by side, the input among them if drawn."""
+
+    def __init__(self, c_in, widths, keep):
+        super().__init__()
+        self.branches = nn.ModuleList(Conv(c_in, w, norm=False) for w in widths)
+        self.keep = keep
+        self.width = sum(widths) + c_in * keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [x] if self.keep else []
+        return torch.cat([*parts, *(b(x) for b in self.branches)], 1)
+
+
+class Split(nn.Module):
+    """Halves, of which one is worked on; joined again, and shuffled if drawn."""
+
+    def __init__(self, c_in, shuffle):
+        super().__init__()
+        self.even = Conv(c_in, c_in + c_in % 2, 1)
+        self.width = self.even.width
+        self.worked = Conv(self.width // 2, self.width // 2)
+        self.shuffle = shuffle
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.even(x).chunk(2, 1)
+        x = torch.cat([a, self.worked(b)], 1)
+        if self.shuffle:
+            n, _, h, w = x.shape
+            x = x.view(n, 2, -1, h, w).transpose(1, 2).reshape(n, -1, h, w)
+        return x
+
+
+class GroupConv(nn.Module):
+    """A layer ahead of a group convolution of any ratio of widths."""
+
+    def __init__(self, c_in, groups, inside, outside):
+        super().__init__()
+        self.before = Conv(c_in, groups * inside, 1)
+        self.grouped = Conv(groups * inside, groups * outside, groups=groups)
+        self.width = groups * outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grouped(self.before(x))
+
+
+class DepthWise(nn.Module):
+    """A depth-wise convolution with ``times`` outputs of each channel."""
+
+    def __init__(self, c_in, times):
+        super().__init__()
+        self.dw = Conv(c_in, c_in * times, groups=c_in)
+        self.width = c_in * times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dw(x)
+
+
+class Shared(nn.Module):
+    """One layer on two levels, which are added; on its own output, too, if drawn."""
+
+    def __init__(self, c_in, c_out, twice):
+        super().__init__()
+        self.level = Conv(c_in, c_in, 1)
+        self.layer = Conv(c_in, c_in if twice else c_out, norm=False)
+        self.twice = twice
+        self.width = c_in if twice else c_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.twice:
+            y = self.layer(y)
+        small = self.layer(F.max_pool2d(self.level(x), 2))
+        return y + F.interpolate(small, scale_factor=2.0)
+
+
+class SqueezeExcite(nn.Module):
+    """A gate on each channel, made from their means."""
+
+    def __init__(self, c_in, inner):
+        super().__init__()
+        self.squeeze, self.expand = conv(c_in, inner, 1), conv(inner, c_in, 1)
+        self.width = c_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.squeeze(F.adaptive_avg_pool2d(x, 1)).relu()
+        return x * self.expand(gate).sigmoid()
+
+
+class GroupNorm(nn.Module):
+    """A layer and a GroupNorm, whose norm groups live and die together."""
+
+    def __init__(self, c_in, groups, each):
+        super().__init__()
+        self.conv = conv(c_in, groups * each)
+        self.norm = nn.GroupNorm(groups, groups * each)
+        self.width = groups * each
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x)).relu()
+
+
+class UpDown(nn.Module):
+    """A transposed convolution, and pooling back."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(c_in, c_out, 2, stride=2)
+        self.width = c_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.up(x).relu(), 2)
+
+
+class Head(nn.Module):
+    """What reaches the loss: a map, means of channels, or all positions flattened."""
+
+    def __init__(self, c_in, kind, hidden):
+        super().__init__()
+        self.kind = kind
+        if kind == 'map':
+            self.layer = nn.Sequential(Conv(c_in, hidden), conv(hidden, 3, 1))
+            return
+        positions = 4 if kind == 'flat' else 1
+        self.layer = nn.Sequential(
+            nn.Linear(c_in * positions, hidden), nn.ReLU(), nn.Linear(hidden, 3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == 'flat':
+            x = F.adaptive_avg_pool2d(x, 2).flatten(1)
+        elif self.kind == 'mean':
+            x = x.mean((2, 3))
+        return self.layer(x)
+
+
+class RandomNet(nn.Module):
+    """A stem, blocks and heads.
+
+    Args:
+        stem: Width of the first layer.
+        blocks: The class of each block, and its arguments after the input's width.
+        heads: The block that each further head reads, counted from the last, its kind
+            and its hidden width.
+    """
+
+    def __init__(self, stem, blocks, heads):
+        super().__init__()
+        self.stem = Conv(3, stem)
+        self.blocks, widths = nn.ModuleList(), [stem]
+        for kind, arguments in blocks:
+            self.blocks.append(kind(widths[-1], *arguments))
+            widths.append(self.blocks[-1].width)
+        # The first one reads the last block, so that all blocks are part of the loss.
+        self.places = [
+            -1 - (place * bool(i)) % len(widths)
+            for i, (place, _, _) in enumerate(heads)
+        ]
+        self.heads = nn.ModuleList(
+            Head(widths[place], *rest)
+            for place, (_, *rest) in zip(self.places, heads, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        outputs = [self.stem(x)]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1]))
+        return tuple(
+            head(outputs[place])
+            for place, head in zip(self.places, self.heads, strict=True)
+        )
+
+
+def _block(kind, *arguments):
+    return st.tuples(st.just(kind), st.tuples(*arguments))
+
+
+_width, _few, _flag = st.integers(2, 7), st.integers(1, 3), st.booleans()
+_blocks = st.one_of(
+    _block(Conv, _width, st.sampled_from([1, 3]), st.just(1), _flag, _flag),
+    _block(Residual, _width, _width, _flag),
+    _block(Concat, st.lists(_width, min_size=1, max_size=3), _flag),
+    _block(Split, _flag),
+    _block(GroupConv, st.integers(2, 4), _few, _few),
+    _block(DepthWise, _few),
+    _block(Shared, _width, _flag),
+    _block(SqueezeExcite, _width),
+    _block(GroupNorm, st.integers(2, 4), _few),
+    _block(UpDown, _width),
+)
+_heads = st.tuples(
+    st.integers(0, 5), st.sampled_from(['map', 'mean', 'flat']), st.integers(2, 6)
+)
+
+#: Arguments of `RandomNet`.
+specifications = st.tuples(
+    _width,
+    st.lists(_blocks, max_size=5),
+    st.lists(_heads, min_size=1, max_size=2),
+)

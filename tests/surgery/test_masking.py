@@ -1,0 +1,172 @@
+"""Masks: zeroed input columns stay at zero while everything else trains."""
+
+import numpy as np
+import pytest
+import torch
+from support.toys import TOYS, ConvPair, TinyDetector, Transposed, images, square_loss
+from torch import nn
+
+from mmgfp import GroupFisherPruner
+from mmgfp.discovery.verify import random_units
+from mmgfp.surgery.masking import ColumnMask
+
+OPTIMIZERS = {
+    'sgd': lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
+    'nesterov': lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True),
+    'adamw': lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
+}
+
+
+def prepared(model, **options):
+    """A pruner of ``model`` in double precision, and a loss to train with."""
+    model.double()
+
+    def loss(model):
+        return square_loss(model(images().double()))
+
+    pruner = GroupFisherPruner(model, interval=10**6, **options)
+    pruner.prepare(loss, loss, 2)
+    return pruner, loss
+
+
+def drop_random_units(pruner, seed=0):
+    rng = np.random.default_rng(seed)
+    pruner.alive = random_units(pruner.grouping.groups, 0.4, rng)
+    pruner.mask.update(pruner.alive)
+
+
+def columns(pruner, of=lambda p: p):
+    """What reads pruned units, of the parameters or of what belongs to them."""
+    start, found = 0, []
+    for group in pruner.grouping.groups:
+        gone = ~pruner.alive[start : start + group.units]
+        start += group.units
+        for member in group.members:
+            if member.role == 'in':
+                tensor = of(pruner.model.get_parameter(member.name))
+                index = torch.from_numpy(member.index[gone].reshape(-1))
+                found.append(tensor.index_select(member.dim, index).flatten())
+    return torch.cat(found)
+
+
+def test_columns_of_every_consumer_by_hand():
+    pruner, _ = prepared(TinyDetector())
+    names = [g.name for g in pruner.grouping.groups]
+    first = int(np.flatnonzero(pruner._group_of == names.index('fpn1'))[0])
+    pruner.alive[first + 2] = False  # channel 2 of fpn1 and fpn2
+    before = {n: p.clone() for n, p in pruner.model.named_parameters()}
+    pruner.mask.update(pruner.alive)
+    for name, parameter in pruner.model.named_parameters():
+        expected = before[name]
+        if name in ('cls_tower.weight', 'reg_tower.weight'):
+            expected[:, 2] = 0
+        assert torch.equal(parameter, expected), name
+
+
+def test_transposed_conv_holds_its_inputs_in_dimension_0():
+    pruner, _ = prepared(Transposed())
+    pruner.alive[1] = False  # the second output of stem
+    pruner.mask.update(pruner.alive)
+    weight = pruner.model.up.weight
+    assert [i for i in range(5) if not weight[i].any()] == [1]
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+@pytest.mark.parametrize('toy', TOYS)
+def test_zeroed_columns_stay_zero(toy, optimizer):
+    torch.manual_seed(0)
+    pruner, loss = prepared(toy())
+    optimizer = OPTIMIZERS[optimizer](pruner.model.parameters())
+    for iteration in range(5):
+        optimizer.zero_grad()
+        loss(pruner.model).backward()
+        optimizer.step()
+        pruner.step()
+        if iteration == 1:  # momentum has been gathered
+            drop_random_units(pruner)
+        if iteration > 1:
+            assert columns(pruner).numel() > 0
+            assert not columns(pruner).any()
+    assert not columns(pruner, lambda p: p.grad).any()
+
+
+@pytest.mark.parametrize('toy', TOYS)
+def test_gradient_norm_is_that_of_the_compact_model(toy):
+    """Clipping by norm sees only what is left."""
+    torch.manual_seed(0)
+    pruner, loss = prepared(toy())
+    drop_random_units(pruner)
+    norms = []
+    for model in (pruner.model, pruner.compact()):
+        loss(model).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1e-3).item())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-9)
+    assert norms[0] > 0
+
+
+def test_frozen_weights_are_masked_too():
+    model = ConvPair()
+    model.conv2.weight.requires_grad_(False)
+    pruner, _ = prepared(model)
+    drop_random_units(pruner)
+    assert columns(pruner).numel() > 0
+    assert not columns(pruner).any()
+
+
+def test_removed_mask_lets_columns_train_again():
+    torch.manual_seed(0)
+    pruner, loss = prepared(ConvPair())
+    drop_random_units(pruner)
+    pruner.mask.remove()
+    loss(pruner.model).backward()
+    assert columns(pruner, lambda p: p.grad).all()
+    nn.init.ones_(pruner.model.conv2.weight)
+    pruner.mask.apply()
+    assert columns(pruner).all()
+
+
+def test_update_replaces_the_mask():
+    torch.manual_seed(0)
+    pruner, loss = prepared(ConvPair())
+    drop_random_units(pruner, 0)
+    pruner.alive[:] = True
+    pruner.alive[0] = False
+    pruner.mask.update(pruner.alive)
+    loss(pruner.model).backward()
+    gradient = pruner.model.conv2.weight.grad
+    assert [i for i in range(6) if not gradient[:, i].any()] == [0]
+
+
+def test_update_touches_only_what_changed():
+    pruner, loss = prepared(TinyDetector())
+    names = [g.name for g in pruner.grouping.groups]
+    first = int(np.flatnonzero(pruner._group_of == names.index('fpn1'))[0])
+    pruner.alive[first] = False
+    pruner.mask.update(pruner.alive)
+    hooks = {
+        n: p._post_accumulate_grad_hooks for n, p in pruner.model.named_parameters()
+    }
+    with torch.no_grad():
+        pruner.model.cls_tower.weight[:, 0] = 1
+    pruner.alive[first + 2] = False
+    pruner.mask.update(pruner.alive)
+    weight = pruner.model.cls_tower.weight
+    # what went earlier is left to `apply`
+    assert [i for i in range(3) if not weight[:, i].any()] == [2]
+    pruner.mask.apply()
+    assert [i for i in range(3) if not weight[:, i].any()] == [0, 2]
+    loss(pruner.model).backward()
+    assert [i for i in range(3) if not weight.grad[:, i].any()] == [0, 2]
+    masked = [n for n, h in hooks.items() if h]
+    assert masked == ['cls_tower.weight', 'reg_tower.weight']
+    assert all(len(hooks[n]) == 1 for n in masked)
+
+
+def test_full_mask_touches_nothing():
+    model = ConvPair()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    pruner, _ = prepared(ConvPair())
+    mask = ColumnMask(model, pruner.grouping.groups)
+    mask.update(pruner.alive)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not any(p._backward_hooks for p in model.parameters())

@@ -1,0 +1,329 @@
+"""Attention heads as units: a toy worked out by hand, and models of MMPretrain."""
+
+import numpy as np
+import pytest
+import torch
+from mmengine.registry import MODELS
+from support.configs import classifier
+from support.reference import mask_fisher
+from support.roundtrip import assert_prunes, traced
+from support.toys import Net, grouped, images, square_loss, widths
+from torch import nn
+from torch.nn import functional as F
+
+from mmgfp import GroupFisherPruner
+from mmgfp.discovery.discover import DISPROVED
+from mmgfp.discovery.verify import disagreement, masked_and_compact
+from mmgfp.surgery.structure import PruneStructure, shapes_of
+from mmgfp.tracing import HEAD_KINDS, HeadKind
+
+HEADS, WIDTH = 4, 2
+
+
+class Attention(nn.Module):
+    """Attention of `HEADS` heads of `WIDTH` channels over inputs (N, L, 3)."""
+
+    def __init__(self, attend, heads=HEADS, **parts):
+        super().__init__()
+        self.attend = attend
+        self.num_heads, self.head_dims, self.embed_dims = heads, WIDTH, heads * WIDTH
+        self.qkv = nn.Linear(3, 3 * self.embed_dims)
+        self.proj = nn.Linear(self.embed_dims, 5)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        shape = (*x.shape[:2], 3, self.num_heads, WIDTH)
+        q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
+        x = self.attend(self, q, k, v).transpose(1, 2)
+        return self.proj(x.reshape(*x.shape[:2], self.embed_dims))
+
+
+class ShapeBoundAttention(Attention):
+    """Its attributes look like those of a module that copes; its code does not."""
+
+    def forward(self, x):
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+        x = fused(self, q, k, v).transpose(1, 2)
+        return self.proj(x.reshape(*x.shape[:2], HEADS * WIDTH))
+
+
+class UncountedAttention(Attention):
+    """Has no ``embed_dims``."""
+
+    def __init__(self):
+        super().__init__(None)
+        del self.embed_dims
+
+    forward = ShapeBoundAttention.forward
+
+
+def fused(net, q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def plain(net, q, k, v):
+    return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def scaled(net, q, k, v):
+    return (q @ k.transpose(-2, -1) * net.scale).softmax(-1) @ v
+
+
+def biased(net, q, k, v):
+    bias = net.table[net.index.view(-1)].view(64, 64, -1).permute(2, 0, 1)
+    return (q @ k.transpose(-2, -1) + bias.unsqueeze(0)).softmax(-1) @ v
+
+
+def fused_biased(net, q, k, v):
+    bias = net.biases[:, net.index].unsqueeze(0)
+    return F.scaled_dot_product_attention(q, k, v, bias)
+
+
+def across_channels(net, q, k, v):
+    return (q.transpose(-2, -1) @ k).softmax(-1) @ v.transpose(-2, -1)
+
+
+def distances():
+    """How far apart two of 64 positions lie, (64, 64)."""
+    return (torch.arange(64)[:, None] - torch.arange(64)).abs()
+
+
+def net_of(make, *args, **options):
+    """The attention on the 64 pixels of an image (N, 3, 8, 8)."""
+    torch.manual_seed(0)
+    attn = make(*args, **options)
+    return Net(lambda net, x: net.attn(x.flatten(2).mT), attn=attn)
+
+
+@pytest.mark.parametrize(
+    ('attend', 'parts', 'also'),
+    [
+        (fused, {}, {}),
+        (plain, {}, {}),
+        (scaled, {'scale': (HEADS, 1, 1)}, {('attn.scale', 0): 1}),
+        (biased, {'table': (64, HEADS)}, {('attn.table', 1): 1}),
+        (fused_biased, {'biases': (HEADS, 64)}, {('attn.biases', 0): 1}),
+    ],
+    ids=lambda value: getattr(value, '__name__', ''),
+)
+def test_a_head_is_a_unit(attend, parts, also):
+    tensors = {name: nn.Parameter(torch.rand(shape)) for name, shape in parts.items()}
+    net = net_of(Attention, attend, index=distances(), **tensors)
+    (group,) = grouped(net).groups
+    assert group.units == HEADS
+    assert widths(group) == also | {
+        ('attn.qkv.weight', 0): 3 * WIDTH,
+        ('attn.qkv.bias', 0): 3 * WIDTH,
+        ('attn.proj.weight', 1): WIDTH,
+    }
+    rows = {(m.name, m.role): m.index.tolist() for m in group.members}
+    # q, k and v are 8 rows each; a head has two of each.
+    assert rows['attn.qkv.weight', 'out'][1] == [2, 3, 10, 11, 18, 19]
+    assert rows['attn.proj.weight', 'in'] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+    alive = np.array([True, False, True, True])
+    assert disagreement(net, [group], alive, lambda net: net(images())) is None
+    _, small = masked_and_compact(net, [group], alive)
+    assert (small.attn.num_heads, small.attn.embed_dims) == (3, 6)
+    assert small.attn.qkv.weight.shape == (18, 3)
+
+
+def test_contracting_positions_leaves_heads_apart():
+    (group,) = grouped(net_of(Attention, lambda *a: across_channels(*a).mT)).groups
+    assert (group.units, group.members[0].width) == (HEADS, 3 * WIDTH)
+
+
+def test_a_single_head_stays():
+    grouping = grouped(net_of(Attention, plain, heads=1))
+    assert grouping.groups == ()
+    reasons = {f.layer: f.reason for f in grouping.frozen}
+    assert reasons['attn.qkv'] == 'multiplied with an activation by Bmm'
+
+
+def test_heads_of_an_unknown_module_stay():
+    grouping = grouped(net_of(UncountedAttention))
+    reasons = {f.layer: f.reason for f in grouping.frozen}
+    assert grouping.groups == ()
+    assert reasons['attn.qkv'] == (
+        'in heads, for whose count in UncountedAttention there is no HeadKind, '
+        'multiplied with an activation by ScaledDotProductFlashAttentionForCpu'
+    )
+
+
+def test_a_kind_can_be_added(monkeypatch):
+    class Renamed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads, self.size = HEADS, WIDTH
+            self.to_qkv, self.proj = nn.Linear(3, 24), nn.Linear(8, 5)
+
+        def forward(self, x):
+            qkv = self.to_qkv(x).unflatten(2, (3, self.num_heads, self.size))
+            x = fused(self, *qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
+            return self.proj(x.flatten(2))
+
+    assert grouped(net_of(Renamed)).groups == ()
+    kind = HeadKind(('to_qkv', 'proj'), 'size', ('num_heads',))
+    monkeypatch.setattr('mmgfp.tracing.attention.HEAD_KINDS', [*HEAD_KINDS, kind])
+    net = net_of(Renamed)
+    (group,) = grouped(net).groups
+    assert group.units == HEADS
+    alive = np.arange(HEADS) != 2
+    assert disagreement(net, [group], alive, lambda net: net(images())) is None
+
+
+def test_code_that_does_not_cope_is_found_by_the_proof():
+    torch.manual_seed(0)
+    parts = {'good': Attention(fused), 'bad': ShapeBoundAttention(fused)}
+    net = Net(
+        lambda net, x: net.bad(net.mlp(net.good(x.flatten(2).mT))),
+        mlp=nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)),
+        **parts,
+    )
+    pruner = GroupFisherPruner(net)
+    grouping = pruner.prepare(lambda m: square_loss(m(images())), forward, 2)
+    found = [g.name for g in grouping.groups]
+    assert 'good.qkv' in found and 'mlp.0' in found and 'bad.qkv' not in found
+    (reason,) = [f.reason for f in grouping.frozen if f.layer == 'bad.qkv']
+    assert DISPROVED in reason
+
+
+def forward(model):
+    return model(images())
+
+
+@pytest.mark.parametrize('attend', [fused, plain])
+def test_fisher_information_of_heads(attend):
+    """A head's mask lies on the inputs of ``proj``, all channels of it together."""
+    net = net_of(Attention, attend).double()
+
+    def loss(net):
+        return square_loss(net(images().double()))
+
+    pruner = GroupFisherPruner(net, interval=10**6)
+    groups = pruner.prepare(loss, loss, 2).groups
+    loss(net).backward()
+    pruner.step()
+    got = torch.from_numpy(pruner.importance)
+    pruner.close()
+    expected = mask_fisher(net, loss, groups, 2)
+    assert len(expected) == HEADS and (expected > 0).all()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+VIT = dict(
+    type='VisionTransformer',
+    arch=dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=40),
+    img_size=32,
+    patch_size=8,
+)
+MODELS_WITH_HEADS = {
+    'vit': (VIT, 3),
+    'eva02': (
+        dict(
+            type='ViTEVA02',
+            arch=dict(
+                embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=40
+            ),
+            img_size=32,
+            patch_size=8,
+        ),
+        3,
+    ),
+}
+
+
+def vit(backbone):
+    cfg = classifier(backbone, 24)
+    cfg.model.pop('neck')
+    cfg.model.backbone.out_type = 'cls_token'
+    return cfg
+
+
+@pytest.mark.parametrize('name', MODELS_WITH_HEADS)
+def test_heads_of_transformers(name, tmp_path):
+    backbone, heads = MODELS_WITH_HEADS[name]
+    found = traced(vit(backbone), 32)
+    assert [
+        found.units(f'backbone.layers.{i}.attn.qkv')
+        for i in range(len(found.model.backbone.layers))
+    ] == [heads, heads]
+    assert_prunes(found, tmp_path)
+
+
+def test_a_config_rebuilds_the_counts_of_heads(tmp_path):
+    found = traced(vit(VIT), 32)
+    groups = found.grouping.groups
+    alive = np.concatenate([np.arange(g.units) > 0 for g in groups])
+    file = tmp_path / 'structure.json'
+    PruneStructure.of(groups, alive, shapes_of(found.model)).save(file)
+    architecture = found.cfg.model
+    rebuilt = MODELS.build(
+        dict(type='PrunedModel', architecture=architecture, structure=str(file))
+    )
+    for layer in rebuilt.backbone.layers:
+        attn = layer.attn
+        assert (attn.num_heads, attn.head_dims, attn.embed_dims) == (2, 8, 16)
+        assert attn.qkv.weight.shape == (48, 24)
+        assert (attn.proj.in_features, attn.proj.out_features) == (16, 24)
+
+
+UNCOUNTED = {
+    'BEiTAttention': (
+        dict(
+            type='BEiTViT',
+            arch=dict(
+                embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=40
+            ),
+            img_size=32,
+            patch_size=8,
+        ),
+        24,
+        'backbone.layers.0.attn.qkv',
+    ),
+    'WindowMSA': (
+        dict(
+            type='SwinTransformer',
+            arch=dict(embed_dims=24, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2]),
+            img_size=64,
+            stage_cfgs=dict(block_cfgs=dict(window_size=2)),
+        ),
+        192,
+        'backbone.stages.0.blocks.0.attn.w_msa.qkv',
+    ),
+}
+
+
+@pytest.mark.parametrize('module', UNCOUNTED)
+def test_heads_stay_where_code_reads_the_width_off_its_input(module):
+    backbone, channels, layer = UNCOUNTED[module]
+    cfg = classifier(backbone, channels)
+    if module == 'BEiTAttention':
+        cfg.model.pop('neck')
+    found = traced(cfg, 64 if module == 'WindowMSA' else 32)
+    assert f'for whose count in {module} there is no HeadKind' in found.reason(layer)
+
+
+@pytest.mark.parametrize('eager', [True, False])
+def test_biases_that_levit_keeps_ready_follow(eager):
+    """It computes ``ab`` when it is switched to inference."""
+    from mmpretrain.models.backbones.levit import Attention as LeViTAttention
+
+    torch.manual_seed(0)
+    net = Net(
+        lambda net, x: net.attn(x.flatten(2).mT),
+        attn=LeViTAttention(3, key_dim=2, num_heads=4, attn_ratio=2, resolution=8),
+    )
+    nn.init.normal_(net.attn.attention_biases)
+    (group,) = grouped(net).groups
+    assert group.units == 4
+    net.train(not eager)
+    masked, small = masked_and_compact(net, [group], np.arange(4) != 1)
+    assert (small.attn.num_heads, small.attn.dh, small.attn.nh_kd) == (3, 12, 6)
+    if not eager:
+        masked.eval(), small.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(masked(images()), small(images()))

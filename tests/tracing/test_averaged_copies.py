@@ -1,0 +1,108 @@
+"""Averaged copies inside a model shrink with their originals."""
+
+import numpy as np
+import pytest
+import torch
+from mmengine.model import ExponentialMovingAverage
+from support.toys import ConvPair, grouped, images, square_loss
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from mmgfp.discovery.verify import disagreement, masked_and_compact, random_units
+from mmgfp.surgery.masking import ColumnMask
+from mmgfp.tracing.averaged_copies import twin_tensors
+
+
+class Contrast(nn.Module):
+    """Compares a network with its averaged copy, as contrastive learning does."""
+
+    def __init__(self, averaged):
+        super().__init__()
+        self.net = ConvPair()
+        self.neck = nn.Conv2d(4, 2, 1)
+        self.copy = averaged(nn.Sequential(self.net, self.neck))
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.copy.update_parameters(nn.Sequential(self.net, self.neck))
+            target = self.copy(x)
+        return self.neck(self.net(x).relu()), target
+
+
+def momentum(module):
+    return ExponentialMovingAverage(module, 0.1)
+
+
+AVERAGED = pytest.mark.parametrize('averaged', [momentum, AveragedModel])
+
+
+@AVERAGED
+def test_copies_are_found_with_their_originals(averaged):
+    twins = twin_tensors(Contrast(averaged))
+    assert twins['net.conv1.weight'] == ['copy.module.0.conv1.weight']
+    assert twins['net.bn.running_mean'] == ['copy.module.0.bn.running_mean']
+    assert twins['neck.bias'] == ['copy.module.1.bias']
+    assert len(twins) == len(ConvPair().state_dict()) + 2
+
+
+def loss(model):
+    outputs, target = model(images())
+    return (outputs - target).square().sum()
+
+
+@AVERAGED
+def test_units_take_their_copies_along(averaged):
+    torch.manual_seed(0)
+    model = Contrast(averaged)
+    grouping = grouped(model, loss)
+    assert {g.name: g.units for g in grouping.groups} == {
+        'net.conv1': 6,
+        'net.conv2': 4,
+    }
+    roles = {(m.name, m.dim): m.role for m in grouping.groups[0].members}
+    assert roles['copy.module.0.conv1.weight', 0] == 'out'
+    assert roles['copy.module.0.conv2.weight', 1] == 'in'
+    assert roles['copy.module.0.bn.running_var', 0] == 'with'
+    assert {f.layer for f in grouping.frozen} == {'neck', 'copy.module.1'}
+
+
+class Predicting(Contrast):
+    """Predicts the copy's output from the network's, through a further layer."""
+
+    def __init__(self, averaged):
+        super().__init__(averaged)
+        self.predictor = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        y, target = super().forward(x)
+        return self.predictor(y.relu()), target
+
+
+def test_what_leaves_a_copy_keeps_its_width():
+    grouping = grouped(Predicting(momentum), loss)
+    assert [g.name for g in grouping.groups] == ['net.conv1', 'net.conv2']
+    reasons = {f.layer: f.reason for f in grouping.frozen}
+    assert reasons['neck'] == 'an output of an averaged copy'
+
+
+@AVERAGED
+def test_masked_and_compact_stay_alike_while_the_copy_follows(averaged):
+    torch.manual_seed(0)
+    model = Contrast(averaged)
+    groups = grouped(model, loss).groups
+    alive = random_units(groups, 0.4, np.random.default_rng(0))
+    assert disagreement(model, groups, alive, lambda m: m(images())) is None
+    pair = masked_and_compact(model.double(), groups, alive)
+    masks = ColumnMask(pair[0], groups)
+    masks.update(alive)
+    for _ in range(3):
+        losses = []
+        for one in pair:
+            optimizer = torch.optim.SGD(one.parameters(), 0.01)
+            optimizer.zero_grad()
+            outputs, target = one(images().double())
+            losses.append(square_loss(outputs - target + 1))
+            losses[-1].backward()
+            optimizer.step()
+        masks.apply()
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-9)

@@ -1,0 +1,601 @@
+"""Every op rule: conv, op, conv; what is coupled, and that masked equals compact.
+
+A new rule needs one line here: a `case` if channels pass through the op, else a line
+in `FROZEN`.
+"""
+
+from dataclasses import dataclass, field
+
+import mmcv.ops
+import numpy as np
+import pytest
+import torch
+import torchvision
+from support.toys import Net, conv, grouped, images, widths
+from torch import nn
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from mmgfp.discovery.verify import (
+    difference,
+    disagreement,
+    masked_and_compact,
+    random_units,
+)
+from mmgfp.tracing import RULES, register_rule
+from mmgfp.tracing.value import op_name
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op between two layers.
+
+    Attributes:
+        op: The op whose rule is tested; it must appear in the graph.
+        run: From the net and the output of its conv ``a`` to the input of its head.
+        units: Units that the channels of ``a`` make up.
+        entries: What one unit takes of ``a``'s outputs and of the head's inputs.
+        also: Further (tensor, dimension) that the unit takes one entry of.
+        parts: Layers and parameters that ``run`` uses.
+    """
+
+    op: str
+    run: object
+    units: int = 6
+    entries: tuple[int, int] = (1, 1)
+    also: tuple = ()
+    parts: dict = field(default_factory=dict)
+
+    def net(self):
+        """The network, with a head for what ``run`` returns."""
+        torch.manual_seed(0)
+        parts = {'a': conv(3, 6), 'b': conv(3, 6)} | {
+            k: make() for k, make in self.parts.items()
+        }
+        net = Net(lambda net, x: self.run(net, net.a(x)), **parts)
+        with torch.no_grad():
+            shape = net.eval()(images()).shape
+        net.head = head(shape)
+        net.run = lambda net, x: net.head(self.run(net, net.a(x)))
+        return net.train()
+
+
+def head(shape):
+    """A layer that reads channels from dimension 1 of a tensor of ``shape``."""
+    if len(shape) == 2:
+        return nn.Linear(shape[1], 4)
+    return [nn.Conv1d, nn.Conv2d, nn.Conv3d][len(shape) - 3](shape[1], 4, 1)
+
+
+def plain(op, run):
+    return Case(op, lambda net, y: run(y))
+
+
+def joined(op, run):
+    """An op of two activations, whose channels become coupled."""
+    also = (('b.weight', 0), ('b.bias', 0))
+    return Case(op, lambda net, y: run(y, net.b(images().to(y)) + 2), also=also)
+
+
+def norm(op, run, make, buffers=True):
+    names = ['weight', 'bias'] + ['running_mean', 'running_var'] * buffers
+    also = tuple((f'norm.{n}', 0) for n in names)
+    return Case(op, lambda net, y: run(net.norm, y), also=also, parts={'norm': make})
+
+
+def other_precision(y):
+    return y.to(torch.float32 if y.dtype == torch.float64 else torch.float64)
+
+
+def assigned(y):
+    out = y.new_zeros(3, y.shape[1], 8, 8)
+    out[torch.tensor([2, 0])] = y
+    return out
+
+
+def rois(y):
+    return torch.tensor([[0.0, 0, 0, 4, 4], [1.0, 2, 2, 8, 8], [0.0, 1, 1, 5, 5]]).to(y)
+
+
+def grid(y):
+    return F.affine_grid(torch.eye(2, 3).repeat(2, 1, 1), [2, 1, 4, 4], False).to(y)
+
+
+def stand_in(name, forward):
+    """An op under the name of one that runs on GPUs only."""
+    return type(name, (Function,), {'forward': staticmethod(forward)}).apply
+
+
+def gpu_batch_norm(name):
+    def forward(ctx, x, weight, bias, mean, var):
+        if not name.startswith('Sync'):  # which save other things
+            ctx._saved_running_mean, ctx._saved_running_var = mean, var
+        return F.batch_norm(x, mean, var, weight, bias)
+
+    op = stand_in(name, forward)
+    return norm(
+        name,
+        lambda n, y: op(y, n.weight, n.bias, n.running_mean, n.running_var),
+        lambda: nn.BatchNorm2d(6),
+    )
+
+
+gpu_roi_pool = stand_in(
+    'RoIPoolFunction', lambda ctx, y, rois: torchvision.ops.roi_pool(y, rois, 2)
+)
+
+
+FUSED_ATTENTION = (
+    'ScaledDotProductFlashAttentionForCpu',
+    'ScaledDotProductFlashAttention',
+    'ScaledDotProductEfficientAttention',
+    'ScaledDotProductCudnnAttention',
+)
+
+
+def fused_attention(op, *operands):
+    def forward(ctx, *operands):
+        return F.scaled_dot_product_attention(*operands)
+
+    return stand_in(op, forward)(*operands)
+
+
+def shared_keys(y, z):
+    """Attention in which two heads of queries share those of keys and values."""
+
+    def forward(ctx, q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    return stand_in(FUSED_ATTENTION[1], forward)(y, z, z)
+
+
+def gpu_attention(op):
+    return joined(op, lambda y, z: fused_attention(op, y, z, y))
+
+
+def channel_shuffle(y):
+    n, _, h, w = y.shape
+    return y.view(n, 2, -1, h, w).transpose(1, 2).reshape(n, -1, h, w)
+
+
+def halves_swapped(y):
+    first, second = y.chunk(2, 1)
+    return torch.cat([second, first], 1)
+
+
+CASES = [
+    # Element by element.
+    plain('Relu', lambda y: y.relu()),
+    plain('Sigmoid', lambda y: y.sigmoid()),
+    plain('Tanh', lambda y: y.tanh()),
+    plain('Silu', F.silu),
+    plain('Mish', F.mish),
+    plain('Gelu', F.gelu),
+    plain('Elu', F.elu),
+    plain('Celu', F.celu),
+    plain('LeakyRelu', F.leaky_relu),
+    plain('Hardtanh', F.hardtanh),
+    plain('Hardswish', F.hardswish),
+    plain('Hardsigmoid', F.hardsigmoid),
+    plain('Softplus', F.softplus),
+    plain('LogSigmoid', F.logsigmoid),
+    plain('Clamp', lambda y: y.clamp(-1, 1)),
+    plain('ClampMin', lambda y: y.clamp_min(0)),
+    plain('ClampMax', lambda y: y.clamp_max(0)),
+    plain('Exp', lambda y: y.exp()),
+    plain('Expm1', lambda y: y.expm1()),
+    plain('Log', lambda y: (y.abs() + 1).log()),
+    plain('Log1P', lambda y: y.abs().log1p()),
+    plain('Sqrt', lambda y: (y.abs() + 1).sqrt()),
+    plain('Rsqrt', lambda y: (y.abs() + 1).rsqrt()),
+    plain('Reciprocal', lambda y: (y.abs() + 1).reciprocal()),
+    plain('Neg', lambda y: -y),
+    plain('Abs', lambda y: y.abs()),
+    plain('Sin', lambda y: y.sin()),
+    plain('Cos', lambda y: y.cos()),
+    plain('Tan', lambda y: y.tanh().tan()),
+    plain('Erf', lambda y: y.erf()),
+    plain('Pow', lambda y: y**2),
+    plain('Rsub', lambda y: torch.rsub(y, 1)),
+    plain('Threshold', lambda y: F.threshold(y, 0.1, 0.5)),
+    plain('RreluWithNoise', lambda y: torch.rrelu(y, 0.2, 0.2, training=True)),
+    plain('Clone', lambda y: y.clone()),
+    plain('ToCopy', lambda y: other_precision(y).to(y.dtype)),
+    plain('Alias', aten.alias),
+    plain('NativeDropout', lambda y: torch.native_dropout(y, 0.0, True)[0]),
+    plain('MaskedFill', lambda y: y.masked_fill(y > 0, 0.5)),
+    plain('NanToNum', lambda y: y.nan_to_num()),
+    plain('Fill', lambda y: torch.fill(y, 1.0)),
+    plain('Expand', lambda y: y[:, :, :1].expand(-1, -1, 8, -1)),
+    joined('Add', lambda y, z: y + z),
+    joined('Sub', lambda y, z: y - z),
+    joined('Mul', lambda y, z: y * z),
+    joined('Div', lambda y, z: y / (z.abs() + 1)),
+    joined('Maximum', torch.maximum),
+    joined('Minimum', torch.minimum),
+    joined('Where', lambda y, z: torch.where(y > 0, y, z)),
+    joined('Lerp', lambda y, z: torch.lerp(y, z, 0.3)),
+    joined('Addcmul', lambda y, z: torch.addcmul(y, y, z)),
+    joined('Addcdiv', lambda y, z: torch.addcdiv(y, y, z.abs() + 1)),
+    joined('Atan2', torch.atan2),
+    joined('Fmod', lambda y, z: torch.fmod(y, z.abs() + 1)),
+    joined('Remainder', lambda y, z: torch.remainder(y, z.abs() + 1)),
+    Case(
+        'PreluKernel',
+        lambda net, y: net.prelu(y),
+        also=(('prelu.weight', 0),),
+        parts={'prelu': lambda: nn.PReLU(6)},
+    ),
+    # Norms.
+    norm('NativeBatchNorm', lambda n, y: n(y), lambda: nn.BatchNorm2d(6)),
+    gpu_batch_norm('CudnnBatchNorm'),
+    gpu_batch_norm('MiopenBatchNorm'),
+    gpu_batch_norm('SyncBatchNorm'),
+    gpu_batch_norm('SyncBatchNormFunction'),
+    norm('NativeGroupNorm', lambda n, y: n(y), lambda: nn.GroupNorm(6, 6), False),
+    # Positions are resampled.
+    plain('MaxPool2DWithIndices', lambda y: F.max_pool2d(y, 2)),
+    plain('AvgPool2D', lambda y: F.avg_pool2d(y, 2)),
+    plain('AdaptiveAvgPool2D', lambda y: F.adaptive_avg_pool2d(y, 3)),
+    plain('AdaptiveMaxPool2D', lambda y: F.adaptive_max_pool2d(y, 3)),
+    plain('MaxPool3DWithIndices', lambda y: F.max_pool3d(y.unsqueeze(2), (1, 2, 2))),
+    plain('AvgPool3D', lambda y: F.avg_pool3d(y.unsqueeze(2), (1, 2, 2))),
+    plain('AdaptiveAvgPool3D', lambda y: F.adaptive_avg_pool3d(y.unsqueeze(2), 3)),
+    plain('UpsampleNearest1D', lambda y: F.interpolate(y[..., 0], scale_factor=2)),
+    plain('UpsampleNearest2D', lambda y: F.interpolate(y, scale_factor=2)),
+    plain('UpsampleNearest3D', lambda y: F.interpolate(y.unsqueeze(2), scale_factor=2)),
+    plain(
+        'UpsampleNearestExact2D',
+        lambda y: F.interpolate(y, scale_factor=2, mode='nearest-exact'),
+    ),
+    plain(
+        'UpsampleLinear1D',
+        lambda y: F.interpolate(y[..., 0], scale_factor=2, mode='linear'),
+    ),
+    plain(
+        'UpsampleBilinear2D',
+        lambda y: F.interpolate(y, scale_factor=2, mode='bilinear'),
+    ),
+    plain(
+        'UpsampleBicubic2D', lambda y: F.interpolate(y, scale_factor=2, mode='bicubic')
+    ),
+    plain(
+        'UpsampleTrilinear3D',
+        lambda y: F.interpolate(y.unsqueeze(2), scale_factor=2, mode='trilinear'),
+    ),
+    plain('ReflectionPad2D', lambda y: F.pad(y, (1, 1, 1, 1), mode='reflect')),
+    plain('ReplicationPad2D', lambda y: F.pad(y, (1, 1, 1, 1), mode='replicate')),
+    plain('GridSampler2D', lambda y: F.grid_sample(y, grid(y), align_corners=False)),
+    plain('RoIAlignFunction', lambda y: mmcv.ops.roi_align(y, rois(y), 2)),
+    plain('RoIPoolFunction', lambda y: gpu_roi_pool(y, rois(y))),
+    plain('ROIAlignFunction', lambda y: torchvision.ops.roi_align(y, rois(y), 2)),
+    plain('ROIPoolFunction', lambda y: torchvision.ops.roi_pool(y, rois(y), 2)),
+    # Positions are reduced, or mixed with one another.
+    plain('Sum', lambda y: y.sum((2, 3))),
+    plain('Mean', lambda y: y.mean((-2, -1), keepdim=True)),
+    plain('Amax', lambda y: y.amax((2, 3))),
+    plain('Amin', lambda y: y.amin((2, 3))),
+    plain('Max', lambda y: y.max(2)[0]),
+    plain('Min', lambda y: y.min(-1)[0]),
+    plain('Std', lambda y: y.std((2, 3))),
+    plain('Var', lambda y: y.var((2, 3))),
+    plain('LinalgVectorNorm', lambda y: y.norm(dim=2)),
+    plain('Norm', lambda y: aten.norm(y, 2, [2, 3], False)),
+    plain('Logsumexp', lambda y: y.logsumexp((2, 3))),
+    plain('Prod', lambda y: y.prod(3)),
+    plain('VarMean', lambda y: torch.add(*torch.var_mean(y, (2, 3)))),
+    plain('StdMean', lambda y: torch.add(*torch.std_mean(y, (2, 3)))),
+    plain('Softmax', lambda y: y.flatten(2).softmax(-1)),
+    plain('LogSoftmax', lambda y: y.log_softmax(2)),
+    plain('SafeSoftmax', lambda y: aten._safe_softmax(y, 2)),
+    plain('Cumsum', lambda y: y.cumsum(3)),
+    plain('NativeLayerNorm', lambda y: F.layer_norm(y, y.shape[2:])),
+    # Elements are moved.
+    Case('View', lambda net, y: y.view(len(y), -1), entries=(1, 64)),
+    Case('View', lambda net, y: channel_shuffle(y), units=3, entries=(2, 2)),
+    plain('UnsafeView', lambda y: aten._unsafe_view(y, [2, -1, 64])),
+    Case(
+        'ReshapeAlias',
+        lambda net, y: aten._reshape_alias(y, [2, y[0].numel()], [y[0].numel(), 1]),
+        entries=(1, 64),
+    ),
+    plain('Permute', lambda y: y.permute(0, 1, 3, 2)),
+    plain('Transpose', lambda y: y.transpose(1, 3).transpose(-1, 1)),
+    plain('T', lambda y: y.mean((2, 3)).t().t()),
+    plain('Unsqueeze', lambda y: y.unsqueeze(-1)),
+    plain('Squeeze', lambda y: y[..., :1].squeeze(-1)),
+    plain('Slice', lambda y: y[:, :, 1:-2:2]),
+    plain('Select', lambda y: y[..., -1]),
+    Case('Split', lambda net, y: halves_swapped(y), units=3, entries=(2, 2)),
+    plain('Split', lambda y: y.split(4, 3)[1]),
+    plain('SplitWithSizes', lambda y: y.split([5, 3], 2)[1]),
+    plain('Unbind', lambda y: torch.add(*y[:, :, :2].unbind(2))),
+    plain('Flip', lambda y: y.flip(2)),
+    plain('IndexSelect', lambda y: y.index_select(3, torch.tensor([5, 0, 0]))),
+    Case('Repeat', lambda net, y: y.repeat(1, 2, 1, 1), entries=(1, 2)),
+    plain('ConstantPadNd', lambda y: F.pad(y, (1, 0, 0, 2))),
+    plain('Index', lambda y: y[torch.tensor([1, 0, 1])]),
+    plain('Index', lambda y: y[:, :, torch.tensor([1, 0]), torch.tensor([2, 2])]),
+    plain('IndexPut', lambda y: y.clone().index_put_((torch.tensor(0),), y[1])),
+    plain('IndexPut', assigned),
+    plain(
+        'IndexPutImpl',
+        lambda y: aten._index_put_impl(y.clone(), [torch.tensor([0])], y[1:]),
+    ),
+    Case('Cat', lambda net, y: torch.cat([y, y.relu()], 1), entries=(1, 2)),
+    plain('Cat', lambda y: torch.cat([y, y.relu()], 0)),
+    joined('Stack', lambda y, z: torch.stack([y, z], 2)),
+    Case(
+        'PixelShuffle',
+        lambda net, y: F.pixel_shuffle(y, 2),
+        units=2,
+        entries=(4, 1),
+        parts={'a': lambda: conv(3, 8)},
+    ),
+    # Positions.
+    plain('Gather', lambda y: y.gather(3, torch.zeros_like(y[..., :3]).long())),
+    plain('Roll', lambda y: y.roll(1, 2)),
+    plain('CopyBackwards', lambda y: torch.zeros_like(y).copy_(y)),
+    plain('CopySlices', lambda y: framed(y)),
+    plain('Topk', lambda y: y.topk(3, 3)[0]),
+    plain('Sort', lambda y: y.sort(2)[0]),
+    plain('Cummax', lambda y: y.cummax(2)[0]),
+    plain('Cummin', lambda y: y.cummin(2)[0]),
+    plain('Cumprod', lambda y: y.cumprod(3)),
+    Case('Im2Col', lambda net, y: F.unfold(y, 2), entries=(1, 4)),
+    Case('PixelUnshuffle', lambda net, y: F.pixel_unshuffle(y, 2), entries=(1, 4)),
+    Case(
+        'Col2Im',
+        lambda net, y: F.fold(y.flatten(2), (16, 16), 2, stride=2),
+        units=2,
+        entries=(4, 1),
+        parts={'a': lambda: conv(3, 8)},
+    ),
+    Case(
+        'Slice',
+        lambda net, y: torch.cat([y[:, y.shape[1] // 2 :], y[:, : y.shape[1] // 2]], 1),
+        units=3,
+        entries=(2, 2),
+    ),
+    # Products of activations.
+    plain('Bmm', lambda y: torch.bmm(y.flatten(2), torch.ones(2, 64, 3).to(y))),
+    plain('Baddbmm', lambda y: y.new_ones(1, 1, 3).baddbmm(*factors(y))),
+    plain('Bmm', lambda y: torch.bmm(heads(y), heads(y).mT).unflatten(0, (2, -1))),
+    joined(FUSED_ATTENTION[0], lambda y, z: F.scaled_dot_product_attention(y, z, y)),
+    *(gpu_attention(op) for op in FUSED_ATTENTION[1:]),
+    # Layers.
+    Case('Convolution', lambda net, y: y),
+    Case(
+        'DeformConv2dFunction',
+        lambda net, y: net.dcn(y, y.new_full((2, 18, 8, 8), 0.3)),
+        parts={'dcn': lambda: mmcv.ops.DeformConv2d(6, 5, 3, padding=1)},
+    ),
+    Case(
+        'ModulatedDeformConv2dFunction',
+        lambda net, y: net.dcn(
+            y, y.new_full((2, 18, 8, 8), 0.3), y.new_full((2, 9, 8, 8), 0.5)
+        ),
+        parts={'dcn': lambda: mmcv.ops.ModulatedDeformConv2d(6, 5, 3, padding=1)},
+    ),
+    Case(
+        'DeformConv2dFunction',
+        lambda net, y: net.dcn(y, y.new_full((2, 36, 8, 8), 0.3)),
+        units=3,
+        entries=(2, 2),
+        parts={
+            'dcn': lambda: mmcv.ops.DeformConv2d(6, 5, 3, padding=1, deform_groups=2)
+        },
+    ),
+    Case('Addmm', lambda net, y: y.mean((2, 3))),
+    Case(
+        'Mm',
+        lambda net, y: net.fc(y.mean((2, 3))),
+        parts={'fc': lambda: nn.Linear(6, 5, bias=False)},
+    ),
+]
+
+
+#: Ops that leave no channel of ``a`` prunable, and what the reason says beside the op.
+FROZEN = [
+    ('Softmax', 'normalised together', lambda net, y: y.softmax(1)),
+    ('LogSoftmax', 'normalised together', lambda net, y: y.log_softmax(-3)),
+    ('Cumsum', 'normalised together', lambda net, y: y.cumsum(1)),
+    ('NativeLayerNorm', 'normalised together', lambda net, y: channels_last_norm(y)),
+    ('Mean', 'reduced', lambda net, y: y * y.mean(1, keepdim=True)),
+    ('Sum', 'reduced', lambda net, y: y * y.sum()),
+    ('Max', 'reduced', lambda net, y: y.max(1, keepdim=True)[0]),
+    ('LinalgVectorNorm', 'reduced', lambda net, y: y / y.norm(dim=1, keepdim=True)),
+    ('Slice', 'single channel', lambda net, y: y[:, :1]),
+    ('Select', 'single channel', lambda net, y: y[:, 2].unsqueeze(1)),
+    ('Unbind', 'single channel', lambda net, y: torch.stack(y.unbind(1), -1)),
+    (
+        'MaxPool2DWithIndices',
+        'positions',
+        lambda net, y: F.max_pool2d(y.transpose(1, 2), 1),
+    ),
+    ('Convolution', 'positions', lambda net, y: y.permute(0, 2, 1, 3)),
+    ('Convolution', 'fixed weight', lambda net, y: F.conv2d(y, torch.ones(5, 6, 1, 1))),
+    ('Convolution', 'grouped transposed', lambda net, y: net.grouped_up(y)),
+    ('Add', 'fixed width', lambda net, y: y + constant(6, 1, 1)),
+    ('Stack', 'fixed width', lambda net, y: torch.stack([y, constant(2, 6, 8, 8)], 2)),
+    ('IndexPut', 'overwritten', lambda net, y: overwritten(y)),
+    ('Gather', 'picked', lambda net, y: y.gather(1, torch.zeros_like(y).long())),
+    ('Roll', 'shifted', lambda net, y: y.roll(1, 1)),
+    ('Sort', 'ordered', lambda net, y: y.sort(1)[0]),
+    ('CopySlices', 'overwritten', lambda net, y: channel_overwritten(y)),
+    ('Scatter', 'data decides', lambda net, y: y.scatter(3, first(y), y)),
+    ('ScatterAdd', 'data decides', lambda net, y: y.scatter_add(3, first(y), y)),
+    (
+        'ScatterReduce',
+        'data decides',
+        lambda net, y: y.scatter_reduce(3, first(y), y, 'amax'),
+    ),
+    (
+        'IndexAdd',
+        'data decides',
+        lambda net, y: y.index_add(0, torch.tensor([0, 0]), y),
+    ),
+    (
+        'MaskedSelect',
+        'data decides',
+        lambda net, y: y.masked_select(y == y).view(y.shape),
+    ),
+    ('Bmm', 'an activation', lambda net, y: torch.bmm(y.flatten(2).mT, y.flatten(2))),
+    ('Mv', 'an activation', lambda net, y: y * (rows(y) @ y[0, :, 0, 0]).sum()),
+    ('Dot', 'an activation', lambda net, y: y * torch.dot(y.flatten(), y.flatten())),
+    ('Cdist', 'an activation', lambda net, y: distances(y, 'donot_use_mm')),
+    ('EuclideanDist', 'an activation', lambda net, y: distances(y, 'use_mm')),
+    (
+        'DeformConv2dFunction',
+        'as offsets',
+        lambda net, y: mmcv.ops.deform_conv2d(
+            images().to(y), torch.cat([y] * 3, 1), net.b.weight, 1, 1
+        ),
+    ),
+    (
+        'MultiScaleDeformableAttnFunction',
+        'an activation',
+        lambda net, y: stand_in(
+            'MultiScaleDeformableAttnFunction', lambda ctx, y, z: y * z
+        )(y, y),
+    ),
+    ('Bmm', 'fixed width', lambda net, y: torch.bmm(heads(y), y.new_ones(12, 8, 8))),
+    (
+        'Baddbmm',
+        'an activation',
+        lambda net, y: y.new_ones(12, 8, 8).baddbmm(heads(y), heads(y)),
+    ),
+    *(
+        (
+            op,
+            'an activation',
+            lambda net, y, op=op: fused_attention(op, *[pixels(y)] * 3),
+        )
+        for op in FUSED_ATTENTION
+    ),
+    (
+        FUSED_ATTENTION[0],
+        'fixed width',
+        lambda net, y: F.scaled_dot_product_attention(y, torch.ones_like(y), y),
+    ),
+    (FUSED_ATTENTION[1], 'fixed width', lambda net, y: shared_keys(y, y[:, :3])),
+]
+
+
+def first(y):
+    """Indices that pick the first element along any dimension."""
+    return torch.zeros_like(y).long()
+
+
+def factors(y):
+    return y.flatten(2), y.new_ones(2, 64, 3)
+
+
+def rows(y):
+    return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+
+
+def heads(y):
+    return y.flatten(0, 1)  # (N C, H, W)
+
+
+def pixels(y):
+    return y.permute(0, 2, 3, 1)  # (N, H, W, C)
+
+
+def distances(y, mode):
+    points = y.flatten(2).mT  # (N, HW, C)
+    return torch.cdist(points, points, compute_mode=f'{mode}_for_euclid_dist')
+
+
+def framed(y):
+    out = y.new_zeros(2, y.shape[1], 10, 10)
+    out[:, :, 1:9, 1:9] = y
+    return out
+
+
+def channel_overwritten(y):
+    y = y.clone()
+    y[:, :1] = 1.0
+    return y
+
+
+def channels_last_norm(y):
+    return F.layer_norm(y.permute(0, 2, 3, 1), (6,)).permute(0, 3, 1, 2)
+
+
+def constant(*shape):
+    """A tensor in the graph that belongs to no module."""
+    return torch.ones(shape, requires_grad=True) * 2
+
+
+def overwritten(y):
+    y = y.clone()
+    y[torch.tensor([0])] = torch.ones(1, 6, 8, 8)
+    return y
+
+
+def ops_in(tensor):
+    """Names of all ops in the autograd graph of ``tensor``."""
+    seen, stack = set(), [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [n for n, _ in node.next_functions]
+    return {op_name(n) for n in seen}
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda c: c.op)
+def test_channels_pass(case):
+    net, x = case.net(), images()
+    assert case.op in ops_in(net(x))
+    grouping = grouped(net)
+    first = next(g for g in grouping.groups if g.name == 'a')
+    made, read = case.entries
+    reader = next(m.name for m in first.members if m.role == 'in')
+    expected = {('a.weight', 0): made, ('a.bias', 0): made, (reader, 1): read}
+    assert first.units == case.units
+    assert widths(first) == expected | dict.fromkeys(case.also, 1)
+
+    alive = random_units(grouping.groups, 0.3, np.random.default_rng(0))
+    assert disagreement(net, grouping.groups, alive, lambda net: net(x)) is None
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda c: c.op)
+def test_masks_do_something(case):
+    net, x = case.net().eval(), images()
+    grouping = grouped(net)
+    alive = random_units(grouping.groups, 0.3, np.random.default_rng(0))
+    masked, small = masked_and_compact(net, grouping.groups, alive)
+    with torch.no_grad():
+        assert difference(net(x), masked(x)) > 1e-4
+    assert sum(p.numel() for p in small.parameters()) < sum(
+        p.numel() for p in net.parameters()
+    )
+
+
+@pytest.mark.parametrize(('op', 'words', 'run'), FROZEN, ids=[f[0] for f in FROZEN])
+def test_channels_freeze(op, words, run):
+    parts = {'grouped_up': lambda: nn.ConvTranspose2d(6, 6, 1, groups=3)}
+    net = Case(op, run, parts=parts).net()
+    assert op in ops_in(net(images()))
+    grouping = grouped(net)
+    assert 'a' not in [g.name for g in grouping.groups]
+    (reason,) = [f.reason for f in grouping.frozen if f.layer == 'a']
+    assert words in reason
+    assert reason.endswith(f' {op}')
+    assert [f.channels for f in grouping.frozen if f.layer == 'a'] == [6]
+
+
+def test_every_rule_is_tested():
+    tested = {c.op for c in CASES} | {op for op, _, _ in FROZEN}
+    assert set(RULES) - tested == set(), 'add a line to CASES or FROZEN above'
+
+
+def test_a_second_rule_for_an_op_is_refused():
+    with pytest.raises(KeyError, match="op 'Relu' has the rule elementwise already"):
+        register_rule('Relu')(lambda ctx, operands: None)
+    assert RULES['Relu'].__name__ == 'elementwise'

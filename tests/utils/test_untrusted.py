@@ -1,0 +1,314 @@
+"""Crafted files: refused in one line before anything is resized or written."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from support.toys import (
+    ConvPair,
+    DepthWise,
+    FlattenLinear,
+    GroupConv,
+    TinyDetector,
+    Transposed,
+    grouped,
+    images,
+    square_loss,
+)
+
+from mmgfp import GroupFisherPruner
+from mmgfp.engine.export import deploy, recorded_shape
+from mmgfp.surgery.compact import compact
+from mmgfp.surgery.structure import PruneStructure, shapes_of
+from mmgfp.utils.errors import ConfigError, StructureError
+
+
+def loss(model):
+    return square_loss(model(images()))
+
+
+@pytest.fixture(scope='module')
+def state():
+    """What a checkpoint of a pruning run holds, and a model to resume it with."""
+    pruner = GroupFisherPruner(TinyDetector(), interval=1)
+    pruner.prepare(loss, loss, 2)
+    return pruner.state_dict()
+
+
+def resume(state):
+    """Resume; the model must not have changed if that fails."""
+    model = TinyDetector()
+    before = copy.deepcopy(model.state_dict())
+    try:
+        GroupFisherPruner(model, interval=1).load_state_dict(state)
+    finally:
+        after = model.state_dict()
+        assert all(torch.equal(t, after[n]) for n, t in before.items())
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def member(state, which=0):
+    """A member of the first group: its name, dimension, indices and role."""
+    return state['discovery']['groups'][0]['members'][which]
+
+
+def set_member(place, value, which=0):
+    def change(state):
+        member(state, which)[place] = value
+
+    return change
+
+
+def set_index(change_index):
+    def change(state):
+        entry = member(state)
+        entry[2] = change_index(entry[2].clone())
+
+    return change
+
+
+def put(index, entry, value):
+    index[entry] = value
+    return index
+
+
+def in_work(**fields):
+    def change(state):
+        first = state['discovery']['work']['stem.weight']
+        for place, value in fields.items():
+            first[int(place[1:])] = value
+
+    return change
+
+
+CRAFTED = {
+    'no such tensor': (set_member(0, 'stem.nothing'), "KeyError: 'stem.nothing'"),
+    'no name': (set_member(0, ['stem']), 'KeyError'),
+    'attribute that counts no channels': (
+        lambda s: member(s, 1).__setitem__(
+            slice(0, 4, 3), ['stem.stride', 'attribute']
+        ),
+        "KeyError: 'stem.stride'",
+    ),
+    'role': (set_member(3, 'evil', which=1), r"\w+\.\w+: role 'evil'"),
+    'high dimension': (set_member(1, 4), 'stem.weight has no dimension 4'),
+    'negative dimension': (set_member(1, -4), 'stem.weight has no dimension -4'),
+    'dimension of a kind': (set_member(1, 0.0), r'stem.weight has no dimension 0\.0'),
+    'huge index': (
+        set_index(lambda i: put(i, (0, 0), 2**62)),
+        'stem.weight has no such channels',
+    ),
+    'negative index': (
+        set_index(lambda i: put(i, (0, 0), -1)),
+        'stem.weight has no such channels',
+    ),
+    'one channel twice': (
+        set_index(lambda i: put(i, (0, 0), i[1, 0])),
+        'stem.weight: channels of several units',
+    ),
+    'floats': (set_index(lambda i: i.double()), 'stem.weight: indices of float64'),
+    'booleans': (set_index(lambda i: i.bool()), 'stem.weight: indices of bool'),
+    'one row': (set_index(lambda i: i[:, 0]), r'stem.weight: indices of int64 \(4,\)'),
+    'no units': (set_index(lambda i: i[:0]), r'stem.weight: indices of int64 \(0, 1\)'),
+    'fewer units than others': (
+        set_member(2, torch.arange(3)[:, None], which=1),
+        r'\w+\.\w+: 3 units, not 4',
+    ),
+    'no maker': (
+        lambda s: [
+            m.__setitem__(3, 'with') for m in s['discovery']['groups'][0]['members']
+        ],
+        'no layer makes the group stem',
+    ),
+    'not a tensor': (set_member(2, [[0]]), 'AttributeError'),
+    'missing part of a member': (lambda s: member(s).pop(), 'not enough values'),
+    'inputs of no weight': (
+        lambda s: s['discovery']['inputs'].update(nothing=torch.zeros(3).long()),
+        'no weight nothing',
+    ),
+    'huge unit': (
+        lambda s: s['discovery']['inputs']['stage1.weight'].fill_(10**9),
+        'stage1.weight reads no such units',
+    ),
+    'negative unit': (
+        lambda s: s['discovery']['inputs']['stage1.weight'].fill_(-2),
+        'stage1.weight reads no such units',
+    ),
+    'more inputs than channels': (
+        lambda s: s['discovery']['inputs'].update(
+            {'stage1.weight': torch.zeros(10**6).long()}
+        ),
+        'stage1.weight reads 4 channels, not 1000000',
+    ),
+    'rows of no layer': (
+        lambda s: s['discovery']['rows']['first'].append('nothing'),
+        r"no layers \['nothing'\]",
+    ),
+    'unknown kind of rows': (
+        lambda s: s['discovery']['rows'].update(evil=[]),
+        'TypeError: .*evil',
+    ),
+    'work of no weight': (
+        lambda s: s['discovery']['work'].update(nothing=[1.0, 1.0, 0]),
+        'no weight nothing',
+    ),
+    'infinite work': (in_work(_0=float('inf')), 'stem.weight: work'),
+    'no number': (in_work(_1='many'), 'stem.weight: work'),
+    'negative work': (in_work(_1=-1.0), 'stem.weight: work'),
+    'work on another dimension': (in_work(_2=3), 'stem.weight: work'),
+    'no options': (
+        lambda s: s.pop('options'),
+        "a pruning state, got KeyError: 'options'",
+    ),
+    'unknown option': (
+        lambda s: s['options'].update(evil=1),
+        "a pruning state, got KeyError: 'evil'",
+    ),
+    'no mask': (lambda s: s.update(alive=None), 'a pruning state, got AttributeError'),
+    'mask of numbers': (
+        lambda s: s.update(alive=s['alive'].float()),
+        'a mask of 40 units that leaves some of each group, got float32',
+    ),
+    'two masks': (
+        lambda s: s.update(alive=s['alive'][None]),
+        'a mask of 40 units, got',
+    ),
+    'no units left': (lambda s: s.pop('present'), "got KeyError: 'present'"),
+    'units that were cut out and stay': (
+        lambda s: s['present'][:1].fill_(False),
+        'units that stay among those that were not cut out, got others',
+    ),
+    'nothing left of a group': (
+        lambda s: s['alive'][:4].fill_(False),
+        'a mask of 40 units that leaves some of each group, got none of stem',
+    ),
+    'target': (
+        lambda s: s.update(reached=[dict(flops=7)]),
+        r'target\.flops: expected a ratio',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', CRAFTED)
+def test_crafted_pruning_state_is_refused(state, name):
+    change, words = CRAFTED[name]
+    crafted = copy.deepcopy(state)
+    change(crafted)
+    with pytest.raises(ConfigError, match=words) as caught:
+        resume(crafted)
+    assert '\n' not in str(caught.value) and ';' in str(caught.value)
+
+
+def test_crafted_statistics_are_refused(state):
+    for statistics in (None, 3, torch.zeros(10**6)):
+        with pytest.raises(ConfigError, match='expected statistics of 40 units, got'):
+            GroupFisherPruner(TinyDetector(), interval=1).load_state_dict(
+                state | dict(statistics=statistics)
+            )
+
+
+def test_state_as_it_was_is_accepted(state):
+    """The changes above are what is refused."""
+    pruner = GroupFisherPruner(TinyDetector(), interval=1)
+    pruner.load_state_dict(state)
+    assert pruner.iteration == state['iteration']
+    assert pruner.alive.tolist() == state['alive'].tolist()
+    assert torch.equal(pruner.statistics.state_dict(), state['statistics'])
+
+
+# -- structures -------------------------------------------------------------------
+
+
+def structure_of(net, gone=(0, 1)):
+    grouping = grouped(net)
+    alive = ~np.isin(np.arange(grouping.units), gone)
+    return PruneStructure.of(grouping.groups, alive, shapes_of(net)).to_dict()
+
+
+@pytest.mark.parametrize(
+    ('toy', 'tensor', 'kept', 'words'),
+    [
+        (ConvPair, 'bn.bias', [0, 1, 2, 3], r'bn\.bias: .* 4 others; use the file'),
+        (ConvPair, 'bn.running_var', None, r'bn\.running_var: expected the channels'),
+        (ConvPair, 'bn.weight', [5], r'bn\.bias: .* got 4 others'),
+        (DepthWise, 'expand.bias', None, r'expand\.bias: .* weight keeps, got all'),
+        (FlattenLinear, 'conv.bias', [1], r'conv\.bias: .* got 1 others'),
+        (Transposed, 'stem.bias', [2, 3], r'stem\.bias: .* got 2 others'),
+        (
+            GroupConv,
+            'mid.weight',
+            [0, 6, 7, 8],
+            r'mid\.weight: expected as many .* group of the conv\w+, got \[1, 3\]',
+        ),
+    ],
+)
+def test_structure_whose_tensors_disagree_is_refused(toy, tensor, kept, words):
+    raw = structure_of(toy())
+    if kept is None:
+        raw['tensors'].pop(tensor)
+    else:
+        raw['tensors'][tensor]['kept']['0'] = kept
+        if toy is GroupConv:
+            raw['tensors']['mid.bias']['kept']['0'] = kept
+    net = toy()
+    with pytest.raises(StructureError, match=words) as caught:
+        compact(net, PruneStructure.from_dict(raw))
+    assert '\n' not in str(caught.value)
+    assert {n: t.shape for n, t in net.state_dict().items()} == {
+        n: t.shape for n, t in toy().state_dict().items()
+    }
+
+
+@pytest.mark.parametrize('kept', [[0.0, 1.0], [True, 2], '01', {0: 1}, [0, None]])
+def test_structure_of_other_things_than_whole_numbers_is_refused(kept):
+    entry = {'shape': [6, 3], 'kept': {'0': kept}}
+    raw = {'version': 1, 'tensors': {'conv1.weight': entry}}
+    with pytest.raises(StructureError, match='is no list of whole numbers'):
+        PruneStructure.from_dict(raw)
+
+
+def test_tied_weights_keep_what_their_first_name_says():
+    """The second layer's weight is the first one's; both biases are cut with it."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(3, 4, 1)
+            self.b.weight = self.a.weight
+            self.head = torch.nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            return self.head((self.a(x) + self.b(x)).relu())
+
+    raw = structure_of(Tied())
+    assert {'a.weight', 'a.bias', 'b.bias'} <= set(raw['tensors'])
+    small = compact(Tied(), PruneStructure.from_dict(raw))
+    assert small.a.weight is small.b.weight and len(small.b.bias) == 2
+
+
+# -- names and sizes --------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['../evil', '/tmp/evil', 'a/b', '..', '', '.'])
+def test_deployment_writes_only_into_its_folder(tmp_path, name):
+    out = tmp_path / 'out'
+    words = '--name: expected a file name, got .*; name the folder with --out'
+    with pytest.raises(ConfigError, match=words):
+        deploy(None, None, out, name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    'shape',
+    [(3, 10**6, 10**6), (3, 64), 'wide', (3, -1, 64), (3, 64.0, 64), [True] * 3],
+)
+def test_image_size_that_a_checkpoint_names_is_bounded(shape):
+    words = (
+        r'meta.input_shape of the checkpoint: expected \(C, H, W\), each at most 8192, '
+        r'got .*; name the size with --input-shape'
+    )
+    with pytest.raises(ConfigError, match=words):
+        recorded_shape({'input_shape': shape})
+    assert recorded_shape({'input_shape': (3, 800, 1280)}) == (3, 800, 1280)
+    assert recorded_shape({}) is None
