@@ -75,12 +75,12 @@ def _decide(
 
 def _rewind(decider: GroupFisherPruner) -> Callable[[], None]:
     """Brings the pruner back to where it stands now."""
-    alive, statistics = decider.alive.copy(), decider.statistics.state_dict()
+    kept, statistics = decider.kept.copy(), decider.statistics.state_dict()
 
     def run() -> None:
-        decider.alive = alive.copy()
+        decider.kept = kept.copy()
         decider.reached = []
-        decider.mask.update(decider.alive)
+        decider.mask.update(decider.kept)
         decider.statistics.load_state_dict(statistics)
 
     return run

@@ -9,15 +9,15 @@ from torch import nn
 
 import mmgfp.discovery.discover as discover_module
 from benchmarks.timing import Times, spread, stopwatch, timed_calls
-from mmgfp.discovery.discover import Discovery, discover, look_at, own_work
+from mmgfp.discovery.discover import Discovery, discover, own_profiles, trace_model
 from mmgfp.discovery.grouping import build_groups
 
 
-def unproven(model: nn.Module, calls: Any) -> Discovery:
+def unverified(model: nn.Module, calls: Any) -> Discovery:
     """What `discover` finds, for parts in which the time of the proof is no matter."""
-    seen = look_at(model, calls.loss)
+    seen = trace_model(model, calls.loss)
     grouping = build_groups(model, seen.trace, (), seen.unread)
-    return Discovery(grouping, seen.rows, own_work(model, calls.work(model)))
+    return Discovery(grouping, seen.rows, own_profiles(model, calls.profile(model)))
 
 
 def measure_discovery(
@@ -37,14 +37,14 @@ def measure_discovery(
         with stopwatch(times['loss'], device):
             calls.loss(model)
         with timed_calls(discover_module, 'trace_loss', times['trace'], device):
-            seen = look_at(model, calls.loss)
+            seen = trace_model(model, calls.loss)
         with stopwatch(times['groups'], device):
             grouping = build_groups(model, seen.trace, (), seen.unread)
         if turn == 0:  # does not count
             for values in times.values():
                 values.clear()
     with stopwatch(times['all'], device):
-        work = calls.work(model)
+        work = calls.profile(model)
         discover(model, calls.loss, calls.check, calls.images, work)
     return {
         'groups': len(grouping.groups),

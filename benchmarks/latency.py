@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.discovering import unproven
+from benchmarks.discovering import unverified
 from benchmarks.models import seeded, sgd, train_step
 from benchmarks.timing import ratio_text, ratios, spread, take_turns
 from mmgfp import GroupFisherPruner
@@ -49,7 +49,7 @@ def measure_latency(
         repeats: Timed rounds, times `ROUNDS`.
         device: Where the model is.
     """
-    discovery = unproven(model, calls)
+    discovery = unverified(model, calls)
     models = {ORIGINAL: copy_module(model).eval()}
     points: dict[str, dict[str, Any]] = {ORIGINAL: dict.fromkeys(COSTS, 1.0)}
     for variant, options in VARIANTS.items():
@@ -103,7 +103,7 @@ def prune(
     pruner = GroupFisherPruner(
         model, INTERVAL, target=TARGETS, iterations=ITERATIONS, **options
     )
-    pruner.begin(discovery)
+    pruner.attach(discovery)
     train = seeded(train_step(model, calls.loss, sgd(model, LR)))
     for _ in range(ITERATIONS):
         train()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from benchmarks.discovering import unproven
+from benchmarks.discovering import unverified
 from benchmarks.models import seeded, sgd, train_step
 from benchmarks.timing import (
     Times,
@@ -57,7 +57,7 @@ def measure_schedule(
         repeats: Of no use here: each interval is another one.
         device: Where the model is.
     """
-    discovery = unproven(model, calls)
+    discovery = unverified(model, calls)
 
     def begin(live: bool, **options: Any) -> Run:
         return Run(copy_module(model), calls, discovery, live, **options)
@@ -75,7 +75,7 @@ def measure_schedule(
     for name, (_, options) in RUNS.items():
         found[name]['ratio'] = _ratios(times, name)
         if not options:
-            found[name]['alike'] = compare(runs[name].alive, runs['masks'].alive)
+            found[name]['alike'] = compare(runs[name].kept, runs['masks'].kept)
     once = begin(False, iterations=SHORT, interval=SHORT)
     once.until_done(device)
     decisions = once.removed
@@ -94,7 +94,7 @@ class Run:
         options: Of the pruner.
 
     Attributes:
-        alive: The units that are left after each decision, (U,) each.
+        kept: The units that are left after each decision, (U,) each.
     """
 
     def __init__(
@@ -107,25 +107,25 @@ class Run:
     ) -> None:
         options = {'interval': INTERVAL, 'target': TARGET, **options}
         self.pruner = GroupFisherPruner(model, **options)
-        self.pruner.begin(discovery)
+        self.pruner.attach(discovery)
         self.optimizer = sgd(model, LR)
         self.live = live
-        self.alive: list[np.ndarray] = []
+        self.kept: list[np.ndarray] = []
         self._train = seeded(train_step(model, calls.loss, self.optimizer))
 
     @property
     def removed(self) -> int:
         """Units that have gone."""
-        return int((~self.pruner.alive).sum())
+        return int((~self.pruner.kept).sum())
 
     def step(self) -> None:
         """One iteration, with the decision and the cut that are due."""
         self._train()
         if self.pruner.step() is None:
             return
-        self.alive.append(self.pruner.alive.copy())
+        self.kept.append(self.pruner.kept.copy())
         if self.live:
-            self.pruner.shrink(optimizers=(self.optimizer,))
+            self.pruner.compact_(optimizers=(self.optimizer,))
 
     def interval(self) -> None:
         """All iterations up to a decision."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from benchmarks.discovering import unproven
+from benchmarks.discovering import unverified
 from benchmarks.models import seeded, train_step
 from benchmarks.timing import ratio_text, ratios, spread, take_turns
 from benchmarks.traffic import bytes_moved, peak_bytes
@@ -23,9 +23,9 @@ NEVER = 10**9
 def pruned_step(model: nn.Module, calls: Any) -> tuple[Callable[[], None], Any]:
     """One iteration as the hook has it, one unit of each group masked; its pruner."""
     pruner = GroupFisherPruner(model, interval=NEVER)
-    pruner.begin(unproven(model, calls))
-    pruner.alive[np.unique(pruner.grouping.group_of, return_index=True)[1]] = False
-    pruner.mask.update(pruner.alive)
+    pruner.attach(unverified(model, calls))
+    pruner.kept[np.unique(pruner.grouping.group_of, return_index=True)[1]] = False
+    pruner.mask.update(pruner.kept)
     train = train_step(model, calls.loss)
 
     def step() -> None:
@@ -40,7 +40,7 @@ def measure_step(
 ) -> dict[str, Any]:
     """Times, peak memory and bytes moved of a step, plain, pruning and between.
 
-    Between are iterations without statistics, as `statistics_every` leaves them.
+    Between are iterations without statistics, as `statistics_interval` leaves them.
 
     Args:
         model: The model in training mode.

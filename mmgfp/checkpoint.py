@@ -27,16 +27,16 @@ class PrunerState:
     Attributes:
         discovery: What is known about the model as it was at first.
         iteration: Iterations so far.
-        alive: Units that were not pruned, (U,).
-        present: Units that are still in the model, masked or not, (U,).
+        kept: Units that were not pruned, (U,).
+        in_model: Units that are still in the model, masked or not, (U,).
         statistics: What `UnitStatistics.state_dict` gives.
         reached: Targets that are met.
     """
 
     discovery: Discovery
     iteration: int
-    alive: np.ndarray
-    present: np.ndarray
+    kept: np.ndarray
+    in_model: np.ndarray
     statistics: Tensor
     reached: list[Target]
 
@@ -53,8 +53,8 @@ class PrunerState:
             },
             'discovery': self.discovery.to_dict(),
             'iteration': self.iteration,
-            'alive': torch.from_numpy(self.alive.copy()),
-            'present': torch.from_numpy(self.present.copy()),
+            'kept': torch.from_numpy(self.kept.copy()),
+            'in_model': torch.from_numpy(self.in_model.copy()),
             'statistics': self.statistics,
             'reached': [{t.cost: t.ratio} for t in self.reached],
         }
@@ -89,20 +89,20 @@ class PrunerState:
                     raise ConfigError(name, repr(value), repr(own), REMEDY)
             discovery = Discovery.from_dict(raw['discovery'], model)
             # A runner may have loaded the checkpoint onto a GPU.
-            alive, present = (
-                raw[key].cpu().numpy().copy() for key in ('alive', 'present')
+            kept, in_model = (
+                raw[key].cpu().numpy().copy() for key in ('kept', 'in_model')
             )
             reached = [Target.parse(t) for t in raw['reached']]
             iteration, statistics = int(raw['iteration']), raw['statistics']
         except (KeyError, TypeError, AttributeError) as error:
             got = f'{type(error).__name__}: {error}'
             raise ConfigError('checkpoint', 'a pruning state', got, REMEDY) from error
-        for units in (alive, present):
+        for units in (kept, in_model):
             _check_units(units, discovery.grouping)
-        if (alive & ~present).any():
+        if (kept & ~in_model).any():
             expected = 'units that stay among those that were not cut out'
             raise ConfigError('checkpoint', expected, 'others', REMEDY)
-        return cls(discovery, iteration, alive, present, statistics, reached)
+        return cls(discovery, iteration, kept, in_model, statistics, reached)
 
 
 def _check_units(units: np.ndarray, grouping: Grouping) -> None:

@@ -32,7 +32,7 @@ def check_options(options: Mapping[str, Any], targets: int) -> None:
     Raises:
         ConfigError: One is of a wrong type, out of range or at odds with another one.
     """
-    for field in ('interval', 'divisor', 'min_channels', 'max_dropped'):
+    for field in ('interval', 'divisor', 'min_channels', 'max_nonfinite'):
         check_count(field, options[field])
     interval, at_once = options['interval'], options['units_per_step']
     if at_once != 'auto':
@@ -44,10 +44,10 @@ def check_options(options: Mapping[str, Any], targets: int) -> None:
         check_count('iterations', iterations, expected, least)
         expected = 'not given beside iterations, which sets the pace'
         check('units_per_step', at_once == 1, expected, at_once)
-    every = options['statistics_every']
-    check_count('statistics_every', every)
+    every = options['statistics_interval']
+    check_count('statistics_interval', every)
     check(
-        'statistics_every',
+        'statistics_interval',
         every <= interval,
         f'at most the interval, {interval}',
         every,

@@ -131,33 +131,33 @@ class Grouping:
         sizes = [g.units for g in self.groups]
         return np.repeat(np.arange(len(sizes)), sizes)
 
-    def left(self, alive: np.ndarray) -> Grouping:
-        """The groups of the model that is cut down to the units ``alive``, (U,).
+    def remaining(self, kept: np.ndarray) -> Grouping:
+        """The groups of the model that is cut down to the units ``kept``, (U,).
 
         Units are numbered anew; groups stay in order and keep some units each.
         """
-        gone = gone_entries(self.groups, alive)
-        parts = np.split(alive, np.cumsum([g.units for g in self.groups])[:-1])
+        gone = gone_entries(self.groups, kept)
+        parts = np.split(kept, np.cumsum([g.units for g in self.groups])[:-1])
         groups = [
             ChannelGroup(
                 group.name, tuple(_moved(m, gone, some) for m in group.members)
             )
             for group, some in zip(self.groups, parts, strict=True)
         ]
-        number = np.append(np.cumsum(alive) - 1, -1)  # the last one is for no unit
-        stays = np.append(alive, True)
+        number = np.append(np.cumsum(kept) - 1, -1)  # the last one is for no unit
+        stays = np.append(kept, True)
         inputs = {n: number[index[stays[index]]] for n, index in self.inputs.items()}
         return Grouping(tuple(groups), self.frozen, inputs)
 
 
 def gone_entries(
-    groups: Sequence[ChannelGroup], alive: np.ndarray
+    groups: Sequence[ChannelGroup], kept: np.ndarray
 ) -> dict[tuple[str, int], np.ndarray]:
     """Which entries of each tensor's dimensions are those of units that went.
 
     Args:
         groups: The groups of the units.
-        alive: Units that stay, (U,).
+        kept: Units that stay, (U,).
 
     Returns:
         dict: Ascending entries by name and dimension, where there are any.
@@ -165,7 +165,7 @@ def gone_entries(
     gone: dict[tuple[str, int], list[np.ndarray]] = {}
     start = 0
     for group in groups:
-        went = ~alive[start : start + group.units]
+        went = ~kept[start : start + group.units]
         start += group.units
         for member in group.members if went.any() else ():
             parts = gone.setdefault((member.name, member.dim), [])
@@ -174,10 +174,10 @@ def gone_entries(
 
 
 def _moved(
-    member: Member, gone: Mapping[tuple[str, int], np.ndarray], alive: np.ndarray
+    member: Member, gone: Mapping[tuple[str, int], np.ndarray], kept: np.ndarray
 ) -> Member:
-    """A member of the units ``alive`` alone, where entries before it are ``gone``."""
-    index = member.index[alive]
+    """A member of the units ``kept`` alone, where entries before it are ``gone``."""
+    index = member.index[kept]
     before = gone.get((member.name, member.dim))
     if before is not None:
         index = index - np.searchsorted(before, index)

@@ -19,7 +19,7 @@ from mmgfp.criteria.statistics import Importance, Reduce, UnitStatistics
 from mmgfp.discovery.discover import Discovery, discover
 from mmgfp.discovery.profile import Forward, LossFunction, copy_module
 from mmgfp.groups import Grouping
-from mmgfp.selection.costs import CostTable, LayerWork, Totals
+from mmgfp.selection.costs import CostTable, LayerProfile, Totals
 from mmgfp.selection.greedy import (
     Limits,
     Target,
@@ -29,7 +29,7 @@ from mmgfp.selection.greedy import (
     waypoints,
 )
 from mmgfp.surgery.compact import compact
-from mmgfp.surgery.live import cut_live, units_left
+from mmgfp.surgery.live import cut_live, units_to_keep_in_model
 from mmgfp.surgery.masking import ColumnMask
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.errors import StatisticsError
@@ -78,9 +78,9 @@ class GroupFisherPruner:
             that one layer makes and one other reads (the paper's ablation -I).
         strict: Raise where something cannot be pruned for lack of understanding,
             instead of leaving it alone and reporting it.
-        max_dropped: Iterations in a row with gradients that are not finite, after
+        max_nonfinite: Iterations in a row with gradients that are not finite, after
             which it is an error; one such iteration is merely not counted.
-        statistics_every: Iterations from one that is watched to the next; those
+        statistics_interval: Iterations from one that is watched to the next; those
             between cost what plain training costs, and decisions rest on less.
 
     Raises:
@@ -99,8 +99,8 @@ class GroupFisherPruner:
         keep: Sequence[str] = (),
         coupled: bool = True,
         strict: bool = False,
-        max_dropped: int = 100,
-        statistics_every: int = 1,
+        max_nonfinite: int = 100,
+        statistics_interval: int = 1,
         iterations: int | None = None,
         divisor: int = 1,
     ) -> None:
@@ -114,8 +114,8 @@ class GroupFisherPruner:
                 'max_ratio': max_ratio,
                 'keep': keep,
                 'coupled': coupled,
-                'max_dropped': max_dropped,
-                'statistics_every': statistics_every,
+                'max_nonfinite': max_nonfinite,
+                'statistics_interval': statistics_interval,
                 'iterations': iterations,
                 'divisor': divisor,
             },
@@ -133,10 +133,10 @@ class GroupFisherPruner:
         self.keep = tuple(keep)
         self.coupled = coupled
         self.strict = strict
-        self.max_dropped = max_dropped
-        self.statistics_every = statistics_every
+        self.max_nonfinite = max_nonfinite
+        self.statistics_interval = statistics_interval
         self.discovery: Discovery | None = None
-        self.grouping = self.left = Grouping((), (), {})
+        self.grouping = self.remaining = Grouping((), (), {})
         self._copies: list[nn.Module] = []
         self.iteration = 0
         self._dropped = 0
@@ -150,7 +150,7 @@ class GroupFisherPruner:
         loss: LossFunction,
         forward: Forward,
         images: int,
-        work: Mapping[str, LayerWork] | None = None,
+        profiles: Mapping[str, LayerProfile] | None = None,
     ) -> Grouping:
         """Find the coupled channels, prove them, and start to watch.
 
@@ -159,7 +159,7 @@ class GroupFisherPruner:
                 a real batch.
             forward: Returns all outputs that the module it is given has at inference.
             images: Number of images in the batch of ``forward``.
-            work: What each layer works on, by weight, for one image; recorded from
+            profiles: What each layer works on, by weight, for one image; recorded from
                 ``forward`` if not given.
 
         Raises:
@@ -167,7 +167,7 @@ class GroupFisherPruner:
                 rule or the proof fails for a group.
             ConfigError: A pattern of ``keep`` matches no layer.
         """
-        self.begin(self.discover(loss, forward, images, work))
+        self.attach(self.discover(loss, forward, images, profiles))
         return self.grouping
 
     def discover(
@@ -175,13 +175,13 @@ class GroupFisherPruner:
         loss: LossFunction,
         forward: Forward,
         images: int,
-        work: Mapping[str, LayerWork] | None = None,
+        profiles: Mapping[str, LayerProfile] | None = None,
     ) -> Discovery:
         """What `prepare` finds, for processes or runs that share it."""
         options = (self.keep, self.coupled, self.strict)
-        return discover(self.model, loss, forward, images, work, *options)
+        return discover(self.model, loss, forward, images, profiles, *options)
 
-    def begin(self, discovery: Discovery) -> None:
+    def attach(self, discovery: Discovery) -> None:
         """Start to watch on the grounds of what was found before.
 
         Args:
@@ -189,15 +189,15 @@ class GroupFisherPruner:
                 another one or before an interruption.
         """
         self.discovery = discovery
-        self.grouping = self.left = discovery.grouping
+        self.grouping = self.remaining = discovery.grouping
         groups = self.grouping.groups
         parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
-        self.costs = CostTable(parameters, discovery.work, groups)
+        self.costs = CostTable(parameters, discovery.profiles, groups)
         #: Costs of the unpruned model.
         self.full = self.costs.totals(np.zeros(len(groups)))
         self.shapes = shapes_of(self.model)
-        self.alive = np.ones(self.grouping.units, dtype=bool)
-        self.present = self.alive.copy()
+        self.kept = np.ones(self.grouping.units, dtype=bool)
+        self.in_model = self.kept.copy()
         self._group_of = self.grouping.group_of
         device = next(self.model.parameters()).device
         self.statistics = UnitStatistics({}, self._group_of, device)
@@ -210,7 +210,7 @@ class GroupFisherPruner:
         least = -(-self.min_channels // self._widths)
         self.limits = Limits.of(sizes, least, self.max_ratio)
 
-    def follow(self, copied: nn.Module) -> None:
+    def track_copy(self, copied: nn.Module) -> None:
         """Mask and cut a copy of the model along with it, such as an averaged one.
 
         Args:
@@ -224,11 +224,11 @@ class GroupFisherPruner:
         """Tap and mask the model as it is now."""
         assert self.discovery is not None
         # Units keep their first numbers in all statistics.
-        numbers = np.append(np.flatnonzero(self.present), -1)
+        numbers = np.append(np.flatnonzero(self.in_model), -1)
         owners = weight_owners(self.model)
         units = {
             module: torch.from_numpy(numbers[index])
-            for weight, index in self.left.inputs.items()
+            for weight, index in self.remaining.inputs.items()
             for module in owners.get(weight, ())
             if (index >= 0).any()
         }
@@ -247,13 +247,13 @@ class GroupFisherPruner:
 
     def _masked(self, model: nn.Module) -> ColumnMask:
         """A mask of what went and is still there."""
-        mask = ColumnMask(model, self.left.groups)
-        mask.update(self.alive[self.present])
+        mask = ColumnMask(model, self.remaining.groups)
+        mask.update(self.kept[self.in_model])
         return mask
 
     def _update_masks(self) -> None:
         for mask in self._masks:
-            mask.update(self.alive[self.present])
+            mask.update(self.kept[self.in_model])
 
     # -- state ---------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class GroupFisherPruner:
     def removed(self) -> np.ndarray:
         """Units removed from each group, (G,)."""
         return np.bincount(
-            self._group_of[~self.alive], minlength=len(self.grouping.groups)
+            self._group_of[~self.kept], minlength=len(self.grouping.groups)
         )
 
     @property
@@ -286,11 +286,11 @@ class GroupFisherPruner:
 
     def structure(self) -> PruneStructure:
         """What is kept of every tensor dimension of the unpruned model."""
-        return PruneStructure.of(self.grouping.groups, self.alive, self.shapes)
+        return PruneStructure.of(self.grouping.groups, self.kept, self.shapes)
 
-    def cut_structure(self) -> PruneStructure:
+    def in_model_structure(self) -> PruneStructure:
         """What of the unpruned model is still there, masked or not."""
-        return PruneStructure.of(self.grouping.groups, self.present, self.shapes)
+        return PruneStructure.of(self.grouping.groups, self.in_model, self.shapes)
 
     def compact(self, copied: nn.Module | None = None) -> nn.Module:
         """A compact copy of the model as it stands, or of one that follows it."""
@@ -299,18 +299,18 @@ class GroupFisherPruner:
             made = copy_module(self.model if copied is None else copied)
         finally:
             self.tap.attach()
-        return compact(made, self._rest(self.alive))
+        return compact(made, self._rest(self.kept))
 
     def _rest(self, units: np.ndarray) -> PruneStructure:
         """What is left of the model as it is now if only ``units``, (U,), stay."""
         shapes = shapes_of(self.model)
-        return PruneStructure.of(self.left.groups, units[self.present], shapes)
+        return PruneStructure.of(self.remaining.groups, units[self.in_model], shapes)
 
-    def shrink(self, optimizers: Sequence[Optimizer] = ()) -> bool:
+    def compact_(self, optimizers: Sequence[Optimizer] = ()) -> bool:
         """Cut what was pruned out of the model while it goes on training.
 
         A few masked units may stay, so that kernels find even numbers of channels
-        (`units_left`).
+        (`units_to_keep_in_model`).
 
         The model computes what it did, faster. Its parameters are new objects: their
         gradients, the optimizers and the copies that `follow` it are seen to; anything
@@ -327,17 +327,19 @@ class GroupFisherPruner:
             ConfigError: An optimizer's state is of a kind that cannot be cut; nothing
                 has changed then.
         """
-        units = units_left(self.alive, self.present, self._group_of, self._widths)
+        units = units_to_keep_in_model(
+            self.kept, self.in_model, self._group_of, self._widths
+        )
         return self._cut(units, optimizers)
 
     def _cut(self, units: np.ndarray, optimizers: Sequence[Optimizer]) -> bool:
         """Let only ``units``, (U,), stay in the model."""
-        if np.array_equal(units, self.present):
+        if np.array_equal(units, self.in_model):
             return False
         cut_live(self.model, self._rest(units), optimizers, self._copies)
         self.close()
-        self.present = units.copy()
-        self.left = self.grouping.left(self.present)
+        self.in_model = units.copy()
+        self.remaining = self.grouping.remaining(self.in_model)
         self._watch()
         return True
 
@@ -353,8 +355,8 @@ class GroupFisherPruner:
         state = PrunerState(
             self.discovery,
             self.iteration,
-            self.alive,
-            self.present,
+            self.kept,
+            self.in_model,
             self.statistics.state_dict(),
             self.reached,
         )
@@ -384,11 +386,11 @@ class GroupFisherPruner:
         found = PrunerState.from_dict(state, self.model, self._options)
         if self.discovery is not None:
             self.close()
-        self.begin(found.discovery)
-        self.iteration, self.alive = found.iteration, found.alive
+        self.attach(found.discovery)
+        self.iteration, self.kept = found.iteration, found.kept
         self.reached = found.reached
         self.statistics.load_state_dict(found.statistics)
-        if not self._cut(found.present, optimizers):
+        if not self._cut(found.in_model, optimizers):
             self._update_masks()
         self._watch_next()
 
@@ -429,7 +431,7 @@ class GroupFisherPruner:
 
     def _watch_next(self) -> None:
         """Let the next iteration be watched if it is its turn."""
-        self.tap.active = (self.iteration + 1) % self.statistics_every == 0
+        self.tap.active = (self.iteration + 1) % self.statistics_interval == 0
 
     def _prune(self, reduce: Reduce | None) -> PruneStep:
         importance = self.statistics.collect(reduce)
@@ -439,7 +441,7 @@ class GroupFisherPruner:
         if self.iterations is not None:
             line = waypoints(totals, full, self.pending, self._decisions_left)
         elif isinstance(self.units_per_step, str):
-            bound = auto_bound(importance.values, self.alive)
+            bound = auto_bound(importance.values, self.kept)
         else:
             count = self.units_per_step
 
@@ -450,7 +452,7 @@ class GroupFisherPruner:
         units = select_units(
             importance.values,
             self._group_of,
-            self.alive,
+            self.kept,
             self.costs,
             self.limits,
             self.normalize,
@@ -459,7 +461,7 @@ class GroupFisherPruner:
             self._steps,
             bound,
         )
-        self.alive[units] = False
+        self.kept[units] = False
         self.statistics.reset()
         self._update_masks()
         totals = self.totals
@@ -475,13 +477,13 @@ class GroupFisherPruner:
 
     def _judge(self, importance: Importance) -> None:
         """Say which groups saw no gradient; stop if no iteration is any good."""
-        if importance.dropped_in_row >= self.max_dropped:
+        if importance.dropped_in_row >= self.max_nonfinite:
             raise StatisticsError(
                 'gradients',
                 'finite ones',
                 f'NaN or infinity in the last {importance.dropped_in_row} iterations',
                 'look at the loss, lower the learning rate or clip gradients; '
-                'max_dropped sets how many are tolerated',
+                'max_nonfinite sets how many are tolerated',
             )
         if importance.dropped > self._dropped:
             self._dropped = importance.dropped

@@ -12,12 +12,12 @@ from torch import nn
 
 from benchmarks import __main__ as command
 from benchmarks import decision, latency, schedule, timing
-from benchmarks.discovering import unproven
+from benchmarks.discovering import unverified
 from benchmarks.models import SUBJECTS, initialize, sgd, train_step
 from benchmarks.timing import ratios, spread, take_turns
 from benchmarks.traffic import bytes_moved, peak_bytes
 from mmgfp.discovery.discover import discover
-from mmgfp.discovery.profile import record_work
+from mmgfp.discovery.profile import profile_layers
 from mmgfp.pruner import GroupFisherPruner
 from mmgfp.selection.greedy import select_units
 
@@ -43,8 +43,8 @@ class ToyCalls:
 
     check = loss
 
-    def work(self, model):
-        return record_work(model, self.check, self.images)
+    def profile(self, model):
+        return profile_layers(model, self.check, self.images)
 
 
 class ToySubject:
@@ -129,7 +129,7 @@ def test_branches_begin_with_a_scale():
 
 def test_unproven_groups_are_those_of_discover():
     model, calls = ToySubject().build('cpu')
-    found = unproven(model, calls)
+    found = unverified(model, calls)
     proven = discover(model, calls.loss, calls.check, calls.images)
     assert repr(found.to_dict()) == repr(proven.to_dict())
 
@@ -156,7 +156,7 @@ def schedule_runs(dtype, **options):
     """A run with masks and one that is cut, in turns, both to the end."""
     torch.manual_seed(0)
     model, calls = Modal().to(dtype), ToyCalls(dtype)
-    found = unproven(model, calls)
+    found = unverified(model, calls)
     runs = {
         name: schedule.Run(copy.deepcopy(model), calls, found, live, **options)
         for name, live in (('masks', False), ('live', True))
@@ -169,7 +169,7 @@ def test_masks_and_live_compaction_end_alike():
     masks, live, calls = schedule_runs(torch.float64, iterations=40, interval=2)
     assert masks.pruner.done and live.pruner.done
     assert masks.pruner.structure() == live.pruner.structure()
-    alike, decisions = schedule.compare(live.alive, masks.alive), len(masks.alive)
+    alike, decisions = schedule.compare(live.kept, masks.kept), len(masks.kept)
     expected = {'same_decisions': decisions, 'decisions': decisions, 'share': 1.0}
     assert alike == expected and decisions > 10
     sizes = [sum(p.numel() for p in r.pruner.model.parameters()) for r in (masks, live)]
@@ -191,10 +191,10 @@ def test_schedule_counts_time_by_quarters(monkeypatch):
 def test_runs_are_compared_by_units():
     """Both lose unit 0; then one loses 1 and 2, the other 2 and 3."""
 
-    def alive(*gone):
+    def kept(*gone):
         return ~np.isin(np.arange(5), gone)
 
-    one, other = [[alive(0), alive(0, *more)] for more in ((1, 2), (2, 3))]
+    one, other = [[kept(0), kept(0, *more)] for more in ((1, 2), (2, 3))]
     found = schedule.compare(one, other)
     assert found == {'same_decisions': 1, 'decisions': 2, 'share': 2 / 4}
 
@@ -216,11 +216,11 @@ def test_schedule_to_the_target():
 def test_one_unit_at_a_time_is_counted_as_it_would_be_picked():
     """One decision to the target takes what single ones on its statistics take."""
     model, calls = ToySubject().build('cpu')
-    found = unproven(model, calls)
+    found = unverified(model, calls)
     pace = dict(iterations=schedule.SHORT, interval=schedule.SHORT)
     once = schedule.Run(copy.deepcopy(model), calls, found, False, **pace)
     pruner = GroupFisherPruner(model, schedule.SHORT, target=schedule.TARGET)
-    pruner.begin(found)
+    pruner.attach(found)
     train = train_step(model, calls.loss, sgd(model, schedule.LR))
     once.step()
     train()
@@ -233,7 +233,7 @@ def test_one_unit_at_a_time_is_counted_as_it_would_be_picked():
         unit = select_units(
             values,
             pruner.grouping.group_of,
-            pruner.alive,
+            pruner.kept,
             pruner.costs,
             pruner.limits,
             'memory',
@@ -241,16 +241,16 @@ def test_one_unit_at_a_time_is_counted_as_it_would_be_picked():
             lambda now: False,
         )
         assert len(unit) == 1
-        pruner.alive[unit] = False
+        pruner.kept[unit] = False
         single += 1
     assert once.removed == single > 1
-    assert (once.pruner.alive == pruner.alive).all()
+    assert (once.pruner.kept == pruner.kept).all()
 
 
 def test_a_run_that_does_not_get_there_is_given_up(monkeypatch):
     monkeypatch.setattr(schedule, 'MOST', 4)
     model, calls = ToySubject().build('cpu')
-    run = schedule.Run(model, calls, unproven(model, calls), False, interval=2)
+    run = schedule.Run(model, calls, unverified(model, calls), False, interval=2)
     times = run.until_done('cpu')
     assert len(times) == 2 and run.removed == 2
     cells = schedule._cells(schedule._facts(run, times))

@@ -129,11 +129,11 @@ def test_overflowed_iterations_do_not_count():
 
 
 def test_a_run_without_a_good_iteration_stops(caplog):
-    run = Run(interval=2, max_dropped=3)
+    run = Run(interval=2, max_nonfinite=3)
     caplog.set_level(logging.WARNING)
     words = (
         'gradients: expected finite ones, got NaN or infinity in the last 3 iterations;'
-        ' look at the loss, .*max_dropped'
+        ' look at the loss, .*max_nonfinite'
     )
     with pytest.raises(StatisticsError, match=words):
         for value in (1, float('nan'), float('nan'), float('inf'), float('nan')):
@@ -143,17 +143,17 @@ def test_a_run_without_a_good_iteration_stops(caplog):
 
 
 def test_a_good_iteration_ends_the_row():
-    run = Run(interval=1, max_dropped=2)
+    run = Run(interval=1, max_nonfinite=2)
     for value in (float('nan'), 1, float('nan'), 1):
         (run.loss(run.model) * value).backward()
         run.pruner.step()
-    assert run.pruner.alive.sum() == len(run.pruner.alive) - 2
+    assert run.pruner.kept.sum() == len(run.pruner.kept) - 2
 
 
 def test_pruned_units_stay_pruned():
     run = Run(interval=1, units_per_step=4)
     gone = np.concatenate([s.units for s in run.train(5)])
-    assert len(set(gone.tolist())) == len(gone) == (~run.pruner.alive).sum()
+    assert len(set(gone.tolist())) == len(gone) == (~run.pruner.kept).sum()
 
 
 # -- how many at once ---------------------------------------------------------
@@ -168,9 +168,9 @@ def test_iterations_reach_the_target_along_a_straight_line(iterations):
         step = run.train(2)[-1]
         point = before + (0.4 - before) / (7 - decision)
         assert step.totals.macs / full <= point + 1e-12 <= 1 - 0.6 * decision / 6 + 1e-9
-        run.pruner.alive[step.units[-1]] = True
+        run.pruner.kept[step.units[-1]] = True
         assert run.pruner.totals.macs / full > point  # and not further than that
-        run.pruner.alive[step.units[-1]] = False
+        run.pruner.kept[step.units[-1]] = False
     assert run.pruner.done and run.iteration == 12
 
 
@@ -235,9 +235,9 @@ def test_stops_at_the_target():
     assert left <= 0.6
     assert step.reached == (Target('flops', 0.6),)
     # one unit earlier the target was not met
-    run.pruner.alive[step.units[-1]] = True
+    run.pruner.kept[step.units[-1]] = True
     assert run.pruner.totals.macs / run.pruner.full.macs > 0.6
-    run.pruner.alive[step.units[-1]] = False
+    run.pruner.kept[step.units[-1]] = False
     assert run.train(2) == [None, None]
 
 
@@ -388,10 +388,10 @@ class TwoBranches(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.left, self.right = ConvPair(), ConvPair()
+        self.remaining, self.right = ConvPair(), ConvPair()
 
     def forward(self, x):
-        return self.left(x), self.right(x)
+        return self.remaining(x), self.right(x)
 
 
 def test_group_without_gradient_is_left_alone_and_named_once(caplog):
@@ -431,7 +431,7 @@ def test_step_without_backward_is_harmless():
     with torch.no_grad():
         run.loss(run.model.eval())
     assert len(run.pruner.step().units) == 0
-    assert run.pruner.alive.all()
+    assert run.pruner.kept.all()
 
 
 # -- the compact model --------------------------------------------------------
@@ -477,7 +477,7 @@ def test_compact_is_a_copy_without_hooks():
 
 def test_structure_names_what_is_kept():
     run = Run(ConvPair)
-    run.pruner.alive[[1, 4]] = False
+    run.pruner.kept[[1, 4]] = False
     kept = run.pruner.structure().kept
     assert kept['conv1.weight'] == {0: [0, 2, 3, 5]}
     assert kept['conv2.weight'] == {1: [0, 2, 3, 5]}
@@ -497,7 +497,7 @@ def test_state_dict_round_trip():
     other.pruner.load_state_dict(state)
     assert other.pruner.iteration == 3
     assert other.pruner.reached == run.pruner.reached != []
-    assert (other.pruner.alive == run.pruner.alive).all()
+    assert (other.pruner.kept == run.pruner.kept).all()
     assert (other.pruner.importance == run.pruner.importance).all()
     assert (other.pruner.statistics.seen == run.pruner.statistics.seen).all()
     assert other.pruner.totals == run.pruner.totals
@@ -509,7 +509,7 @@ def test_state_is_a_snapshot():
     run = Run(interval=1)
     state = run.pruner.state_dict()
     run.train(2)
-    assert state['alive'].all()
+    assert state['kept'].all()
     assert not state['statistics'].any()
 
 
@@ -585,7 +585,7 @@ def test_resuming_needs_no_batch_and_keeps_the_costs():
     ('change', 'words'),
     [
         (dict(version=9), 'checkpoint: expected a pruning state of version 1, got 9; '),
-        (dict(alive=torch.ones(3)), 'checkpoint: expected a mask of .* units, got 3; '),
+        (dict(kept=torch.ones(3)), 'checkpoint: expected a mask of .* units, got 3; '),
         (dict(statistics=torch.ones(3)), r'expected statistics of .* shape \(3,\); '),
         (dict(options=dict(coupled=False)), 'coupled: expected False, got True; '),
         (dict(options=dict(keep=['stem'])), r"keep: expected \['stem'\], got \(\); "),
@@ -650,7 +650,7 @@ def test_closed_pruner_leaves_no_hooks_and_zeroed_columns():
     run.pruner.close()
     assert not any(m._forward_pre_hooks for m in run.model.modules())
     assert not any(p._backward_hooks for p in run.model.parameters())
-    gone = ~run.pruner.alive
+    gone = ~run.pruner.kept
     assert gone.sum() == 2
     assert not run.model.conv2.weight[:, torch.from_numpy(gone)].any()
 

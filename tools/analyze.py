@@ -57,10 +57,10 @@ def analyze(
         check_checkpoint('checkpoint', checkpoint)
         load_checkpoint(model, checkpoint, map_location='cpu')
     calls = BatchCalls(model, demo_batch(cfg))
-    work = calls.work(model, shape)
+    profiles = calls.profile(model, shape)
     pruner = GroupFisherPruner(model, strict=strict)
-    pruner.prepare(calls.loss, calls.check, calls.images, work)
-    return report(pruner, work)
+    pruner.prepare(calls.loss, calls.check, calls.images, profiles)
+    return report(pruner, profiles)
 
 
 def show(result: dict[str, Any], console: Console) -> None:

@@ -55,7 +55,7 @@ def summarize(
     models = {'original': item.original, 'pruned': item.model}
     calls = BatchCalls(item.original, demo_batch(cfg))
     rows: dict[str, dict[str, Any]] = {
-        name: costs_of(model, calls.work(model, shape))
+        name: costs_of(model, calls.profile(model, shape))
         for name, model in models.items()
     }
     if rounds:

@@ -9,23 +9,23 @@ from torch import nn
 
 from mmgfp.groups import Grouping, module_of
 from mmgfp.pruner import GroupFisherPruner
-from mmgfp.selection.costs import CostTable, LayerWork
+from mmgfp.selection.costs import CostTable, LayerProfile
 
 
-def costs_of(model: nn.Module, work: dict[str, LayerWork]) -> dict[str, int]:
+def costs_of(model: nn.Module, profiles: dict[str, LayerProfile]) -> dict[str, int]:
     """``macs``, ``memory`` and ``params`` of a model for one image.
 
     Args:
         model: Any module.
-        work: What its layers work on.
+        profiles: What its layers work on.
     """
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    totals = CostTable(shapes, work, ()).totals(np.zeros(0))
+    totals = CostTable(shapes, profiles, ()).totals(np.zeros(0))
     return {cost: int(totals[cost]) for cost in ('macs', 'memory', 'params')}
 
 
 def coverage(
-    model: nn.Module, grouping: Grouping, work: dict[str, LayerWork]
+    model: nn.Module, grouping: Grouping, profiles: dict[str, LayerProfile]
 ) -> dict[str, float]:
     """Shares of a model that pruning can reach.
 
@@ -37,7 +37,7 @@ def coverage(
     parameters = dict(model.named_parameters())
     frozen = {f.layer: f.channels for f in grouping.frozen}
     channels = removable = 0
-    for name, layer in work.items():
+    for name, layer in profiles.items():
         width = parameters[name].shape[layer.out_dim]
         channels += width
         removable += width - frozen.get(module_of(name), 0)
@@ -47,7 +47,7 @@ def coverage(
         for member in group.members
         if member.role in ('in', 'out')
     } | {name for name, units in grouping.inputs.items() if (units >= 0).any()}
-    macs = {n: w.macs_positions * parameters[n].numel() for n, w in work.items()}
+    macs = {n: w.macs_positions * parameters[n].numel() for n, w in profiles.items()}
     reached = sum(value for name, value in macs.items() if name in touched)
     return {
         'channels': removable / max(channels, 1),
@@ -55,7 +55,9 @@ def coverage(
     }
 
 
-def report(pruner: GroupFisherPruner, work: dict[str, LayerWork]) -> dict[str, Any]:
+def report(
+    pruner: GroupFisherPruner, profiles: dict[str, LayerProfile]
+) -> dict[str, Any]:
     """Costs, groups, frozen layers and coverage of a prepared pruner, as plain data."""
     full = pruner.full
     return {
@@ -73,5 +75,5 @@ def report(pruner: GroupFisherPruner, work: dict[str, LayerWork]) -> dict[str, A
         'frozen': [
             {'layer': f.layer, 'reason': f.reason} for f in pruner.grouping.frozen
         ],
-        'coverage': coverage(pruner.model, pruner.grouping, work),
+        'coverage': coverage(pruner.model, pruner.grouping, profiles),
     }

@@ -55,7 +55,7 @@ def measure(
         }
         model, calls = build(candidate, pipeline.options)
         models[candidate.name] = model
-        rows.append({**row, **costs_of(model, calls.work(model, shape))})
+        rows.append({**row, **costs_of(model, calls.profile(model, shape))})
     if args.latency_rounds:
         times = {
             str(count): measure_latency(

@@ -215,19 +215,19 @@ def _unpad(model: Any) -> None:
 def _prune(model: Any, calls: BatchCalls) -> dict[str, Any]:
     """Prune; prepared groups are proven on outputs, here the loss is compared, too."""
     pruner = GroupFisherPruner(model)
-    work = calls.work(model)
+    profiles = calls.profile(model)
     start = time.perf_counter()
-    grouping = pruner.prepare(calls.loss, calls.check, calls.images, work)
+    grouping = pruner.prepare(calls.loss, calls.check, calls.images, profiles)
     prepared = time.perf_counter() - start
     pruner.close()
-    alive = random_units(grouping.groups, 0.3, np.random.default_rng(1))
+    kept = random_units(grouping.groups, 0.3, np.random.default_rng(1))
     compared = 'loss'
     try:
-        wrong = disagreement(model, grouping.groups, alive, calls.steady_loss)
+        wrong = disagreement(model, grouping.groups, kept, calls.steady_loss)
     except Exception as error:  # not of pruning: the masked model is a whole one
         compared = f'outputs (loss in double precision: {_one_line(error)})'
-        wrong = disagreement(model, grouping.groups, alive, calls.forward)
-    shares = coverage(model, grouping, work)
+        wrong = disagreement(model, grouping.groups, kept, calls.forward)
+    shares = coverage(model, grouping, profiles)
     return {
         'status': 'disagrees' if wrong else 'agrees',
         'reason': wrong or '',

@@ -18,14 +18,14 @@ from mmgfp.discovery.profile import (
     Forward,
     LossFunction,
     all_parameters_require_grad,
-    record_work,
+    profile_layers,
     undisturbed,
     watch_outputs,
     without_checkpointing,
 )
 from mmgfp.discovery.verify import Disagreement, find_disagreements
 from mmgfp.groups import ChannelGroup, FrozenLayer, Grouping, Member, Role, is_layer
-from mmgfp.selection.costs import LayerWork
+from mmgfp.selection.costs import LayerProfile
 from mmgfp.surgery.compact import has_attribute_rule
 from mmgfp.surgery.structure import shapes_of
 from mmgfp.tracing import (
@@ -53,12 +53,12 @@ class Discovery:
     Attributes:
         grouping: The groups, proven.
         rows: Which layers read images and which RoIs.
-        work: What each layer works on for one image, by the name of its weight.
+        profiles: What each layer works on for one image, by the name of its weight.
     """
 
     grouping: Grouping
     rows: RowUse
-    work: dict[str, LayerWork]
+    profiles: dict[str, LayerProfile]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types and tensors, as a checkpoint holds them."""
@@ -84,7 +84,7 @@ class Discovery:
             },
             'work': {
                 n: [w.macs_positions, w.out_positions, w.out_dim]
-                for n, w in self.work.items()
+                for n, w in self.profiles.items()
             },
         }
 
@@ -107,7 +107,7 @@ class Discovery:
 
 
 @dataclass(frozen=True)
-class Look:
+class ModelTrace:
     """What a forward pass of the loss shows of a model.
 
     Attributes:
@@ -121,7 +121,9 @@ class Look:
     unread: dict[str, str]
 
 
-def look_at(model: nn.Module, loss: LossFunction, strict: bool = False) -> Look:
+def trace_model(
+    model: nn.Module, loss: LossFunction, strict: bool = False
+) -> ModelTrace:
     """Run the loss once and follow all channels through its graph.
 
     Args:
@@ -146,13 +148,15 @@ def look_at(model: nn.Module, loss: LossFunction, strict: bool = False) -> Look:
         trace = trace_loss(model, value, strict, widths, outputs)
     rows = judge_rows(calls)
     weights = [call.weight for call in trace.calls]
-    return Look(trace, rows, untapped(weights, weight_owners(model), rows))
+    return ModelTrace(trace, rows, untapped(weights, weight_owners(model), rows))
 
 
-def own_work(model: nn.Module, work: Mapping[str, LayerWork]) -> dict[str, LayerWork]:
+def own_profiles(
+    model: nn.Module, profiles: Mapping[str, LayerProfile]
+) -> dict[str, LayerProfile]:
     """Work of the weights that are parameters of the model, by their first names."""
     owned = {n for n, _ in model.named_parameters()}
-    return {n: w for n, w in work.items() if n in owned}
+    return {n: w for n, w in profiles.items() if n in owned}
 
 
 def discover(
@@ -160,7 +164,7 @@ def discover(
     loss: LossFunction,
     forward: Forward,
     images: int,
-    work: Mapping[str, LayerWork] | None = None,
+    profiles: Mapping[str, LayerProfile] | None = None,
     keep: Sequence[str] = (),
     coupled: bool = True,
     strict: bool = False,
@@ -173,7 +177,7 @@ def discover(
             real batch.
         forward: Returns all outputs that the module it is given has at inference.
         images: Number of images in the batch of ``forward``.
-        work: What each layer works on, by weight, for one image; recorded from
+        profiles: What each layer works on, by weight, for one image; recorded from
             ``forward`` if not given.
         keep: Names or patterns of layers that are to be left alone.
         coupled: Whether channels that several layers share may go.
@@ -183,7 +187,7 @@ def discover(
         TraceError: Nothing can be pruned; under ``strict``, also what is said there.
         ConfigError: A pattern of ``keep`` matches no layer.
     """
-    seen = look_at(model, loss, strict)
+    seen = trace_model(model, loss, strict)
     trace, unread = seen.trace, seen.unread
     for op, layers in trace.unknown_ops.items():
         logger.warning('op %s has no rule; it freezes %s', op, ', '.join(layers))
@@ -206,8 +210,8 @@ def discover(
             'none',
             f'every layer is left alone because: {"; ".join(reasons)}',
         )
-    work = record_work(model, forward, images) if work is None else work
-    return Discovery(grouping, seen.rows, own_work(model, work))
+    profiles = profile_layers(model, forward, images) if profiles is None else profiles
+    return Discovery(grouping, seen.rows, own_profiles(model, profiles))
 
 
 def _report(failures: Sequence[Disagreement], strict: bool) -> None:
@@ -249,9 +253,9 @@ def _read(data: Mapping[str, Any], model: nn.Module) -> Discovery:
     unknown = {*rows.lost, *rows.first.union(*layers.values())}
     unknown -= {n for n, _ in model.named_modules()}
     _require(not unknown, f'no layers {sorted(unknown)[:3]}')
-    work = {n: LayerWork(*entry) for n, entry in data['work'].items()}
-    _check_work(work, model)
-    return Discovery(Grouping(groups, frozen, inputs), rows, work)
+    profiles = {n: LayerProfile(*entry) for n, entry in data['work'].items()}
+    _check_work(profiles, model)
+    return Discovery(Grouping(groups, frozen, inputs), rows, profiles)
 
 
 def _require(fine: bool, problem: str) -> None:
@@ -312,14 +316,14 @@ def _check_inputs(
             _require(fine, f'{name} reads {width} channels, not {len(index)}')
 
 
-def _check_work(work: Mapping[str, LayerWork], model: nn.Module) -> None:
+def _check_work(profiles: Mapping[str, LayerProfile], model: nn.Module) -> None:
     """Costs must be finite and of the model's layers.
 
     Raises:
         ValueError: They are not.
     """
     parameters = dict(model.named_parameters())
-    for name, layer in work.items():
+    for name, layer in profiles.items():
         _require(name in parameters, f'no weight {name}')
         positions = (layer.macs_positions, layer.out_positions)
         fine = all(isinstance(x, int | float) and 0 <= x < inf for x in positions)

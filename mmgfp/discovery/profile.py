@@ -15,7 +15,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from mmgfp.groups import is_layer
-from mmgfp.selection.costs import LayerWork
+from mmgfp.selection.costs import LayerProfile
 from mmgfp.utils.tree import tensors_in
 
 Forward = Callable[[nn.Module], Any]
@@ -23,12 +23,12 @@ LossFunction = Callable[[nn.Module], Tensor]
 
 
 @torch.no_grad()
-def record_work(
+def profile_layers(
     model: nn.Module,
     forward: Forward,
     images: int,
     rows: Mapping[str, int] | None = None,
-) -> dict[str, LayerWork]:
+) -> dict[str, LayerProfile]:
     """Run ``forward`` once and count the positions that each layer works on.
 
     Args:
@@ -43,7 +43,7 @@ def record_work(
         dict: Work by the name of the layer's weight; layers that did not run are
         left out.
     """
-    work: dict[str, LayerWork] = {}
+    profiles: dict[str, LayerProfile] = {}
     fixed = rows or {}
 
     def share(name: str, seen: int) -> float:
@@ -59,9 +59,9 @@ def record_work(
             positions = (
                 args[0].numel() / module.in_channels if out_dim else out_positions
             )
-            before = work.get(name, LayerWork(0.0, 0.0))
+            before = profiles.get(name, LayerProfile(0.0, 0.0))
             part = share(name, len(args[0]))
-            work[name] = LayerWork(
+            profiles[name] = LayerProfile(
                 before.macs_positions + positions * part,
                 before.out_positions + out_positions * part,
                 out_dim,
@@ -80,7 +80,7 @@ def record_work(
     finally:
         for handle in handles:
             handle.remove()
-    return work
+    return profiles
 
 
 @contextmanager

@@ -47,20 +47,20 @@ def random_units(
     """
     parts = []
     for group, own in zip(groups, np.broadcast_to(share, len(groups)), strict=True):
-        alive = np.ones(group.units, dtype=bool)
+        kept = np.ones(group.units, dtype=bool)
         gone = min(max(round(own * group.units), 1), group.units - 1)
-        alive[rng.permutation(group.units)[:gone]] = False
-        parts.append(alive)
+        kept[rng.permutation(group.units)[:gone]] = False
+        parts.append(kept)
     return np.concatenate([np.ones(0, dtype=bool), *parts])
 
 
 def masked_and_compact(
-    model: nn.Module, groups: Sequence[ChannelGroup], alive: np.ndarray
+    model: nn.Module, groups: Sequence[ChannelGroup], kept: np.ndarray
 ) -> tuple[nn.Module, nn.Module]:
-    """Two copies of ``model``: one masked, one cut down to the units ``alive``."""
+    """Two copies of ``model``: one masked, one cut down to the units ``kept``."""
     masked, small = copy_module(model), copy_module(model)
-    ColumnMask(masked, groups).update(alive)
-    structure = PruneStructure.of(groups, alive, shapes_of(model))
+    ColumnMask(masked, groups).update(kept)
+    structure = PruneStructure.of(groups, kept, shapes_of(model))
     return masked, compact(small, structure)
 
 
@@ -86,7 +86,7 @@ def difference(a: Any, b: Any) -> float:
 def disagreement(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
-    alive: np.ndarray,
+    kept: np.ndarray,
     forward: Forward,
 ) -> str | None:
     """Why the masked and the compact copy of ``model`` disagree; None if they agree.
@@ -101,7 +101,7 @@ def disagreement(
     probe = copy_module(model).double()
     probe.eval()  # returns nothing where distillation overrides it
     _randomize_norms(probe)
-    masked, small = masked_and_compact(probe, groups, alive)
+    masked, small = masked_and_compact(probe, groups, kept)
     # First, as the whole model shows what can be called.
     expected = _outputs(masked, forward)
     try:
@@ -142,12 +142,12 @@ def find_disagreements(
     # Unequal shares, most of all of neighbours: a split in halves must not go well
     # because both happen to lose as many channels.
     shares = np.resize([0.1, 0.5], len(groups)) + rng.uniform(0, 0.2, len(groups))
-    kept = random_units(groups, shares, rng)
+    drawn = random_units(groups, shares, rng)
     group_of = grouping.group_of
 
     def trial(members: np.ndarray) -> str | None:
-        alive = kept | ~np.isin(group_of, members)
-        return disagreement(model, groups, alive, forward)
+        kept = drawn | ~np.isin(group_of, members)
+        return disagreement(model, groups, kept, forward)
 
     doubted = np.arange(len(groups))
     found: list[Disagreement] = []

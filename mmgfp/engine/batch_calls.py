@@ -10,9 +10,9 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmgfp.discovery.profile import record_work
+from mmgfp.discovery.profile import profile_layers
 from mmgfp.engine.two_stage import fixed_proposals, rois_per_image
-from mmgfp.selection.costs import LayerWork
+from mmgfp.selection.costs import LayerProfile
 from mmgfp.utils.errors import ConfigError
 
 #: How a model is called for its outputs, best first. Some cannot give raw outputs,
@@ -94,9 +94,9 @@ class BatchCalls:
             self.steady_loss(model)
         return outputs
 
-    def work(
+    def profile(
         self, model: nn.Module, shape: tuple[int, ...] | None = None
-    ) -> dict[str, LayerWork]:
+    ) -> dict[str, LayerProfile]:
         """What each layer works on for one image; see `rois_per_image` for RoIs.
 
         Args:
@@ -105,8 +105,8 @@ class BatchCalls:
         """
         rois = rois_per_image(model)
         if shape is None:
-            return record_work(model, self.forward, self.images, rois)
-        return record_work(model, self.sized_forward(shape), 1, rois)
+            return profile_layers(model, self.forward, self.images, rois)
+        return profile_layers(model, self.sized_forward(shape), 1, rois)
 
     def _outputs(self, model: nn.Module, data: dict) -> Any:
         """Raw outputs; results or losses where the model's own code cannot give those.

@@ -43,7 +43,7 @@ def use_cpus(cfg: Config) -> None:
     cfg.model_wrapper_cfg = {**wrapper, 'device_ids': None}
 
 
-def made_once(make: Callable[[], Any]) -> Any:
+def once_for_all(make: Callable[[], Any]) -> Any:
     """What ``make`` gives in the main process, in all of them.
 
     Raises:
@@ -105,18 +105,18 @@ def any_of_all(flag: bool) -> bool:
     return bool(count > 0)
 
 
-def check_agreement(alive: np.ndarray) -> None:
+def check_agreement(kept: np.ndarray) -> None:
     """Compare the structures of all processes by their hashes.
 
     Args:
-        alive: Units that stay, (U,).
+        kept: Units that stay, (U,).
 
     Raises:
         StatisticsError: Processes decided differently.
     """
     if get_world_size() == 1:
         return
-    digest = hashlib.sha256(np.packbits(alive).tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(np.packbits(kept).tobytes()).hexdigest()[:16]
     hashes = all_gather_object(digest)
     if len(set(hashes)) > 1:
         raise StatisticsError(

@@ -46,7 +46,7 @@ class Progress:
         }
         self.runner.visualizer.add_scalars(scalars, step=self.runner.iter + 1)
         self.runner.logger.info(
-            f'pruned {len(step.units)} units, {int(self.pruner.alive.sum())} left: '
+            f'pruned {len(step.units)} units, {int(self.pruner.kept.sum())} left: '
             f'{costs_text(self.pruner)}, eta to the target {self._eta()}'
         )
 

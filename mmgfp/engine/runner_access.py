@@ -81,7 +81,7 @@ def _check_optim_wrapper(wrapper: Any) -> None:
         )
 
 
-def renew(runner: Runner) -> None:
+def rewrap_model(runner: Runner) -> None:
     """Let all that holds on to parameters have those that took their places.
 
     `MMDistributedDataParallel` puts gradients into buckets of the first sizes.
@@ -95,7 +95,7 @@ def renew(runner: Runner) -> None:
 
 
 def check_wrapper(runner: Runner) -> None:
-    """Refuse wrappers that `renew` cannot build again.
+    """Refuse wrappers that `rewrap_model` cannot build again.
 
     Raises:
         ConfigError: The model is in one.
@@ -104,9 +104,9 @@ def check_wrapper(runner: Runner) -> None:
     if is_model_wrapper(model) and not isinstance(model, DistributedDataParallel):
         raise ConfigError(
             'model_wrapper_cfg.type',
-            'MMDistributedDataParallel, or no compact_every',
+            'MMDistributedDataParallel, or no compact_interval',
             type(model).__name__,
-            'leave compact_every off; units stay masked until the end',
+            'leave compact_interval off; units stay masked until the end',
         )
 
 

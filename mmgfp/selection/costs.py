@@ -15,7 +15,7 @@ from mmgfp.groups import ChannelGroup
 
 
 @dataclass(frozen=True)
-class LayerWork:
+class LayerProfile:
     """What a layer does for one image.
 
     Attributes:
@@ -54,14 +54,14 @@ class CostTable:
 
     Args:
         shapes: Shapes of all parameters by name.
-        work: Work of the layers by the name of their weight.
+        profiles: Work of the layers by the name of their weight.
         groups: The groups G.
     """
 
     def __init__(
         self,
         shapes: Mapping[str, Sequence[int]],
-        work: Mapping[str, LayerWork],
+        profiles: Mapping[str, LayerProfile],
         groups: Sequence[ChannelGroup],
     ) -> None:
         names = list(shapes)
@@ -73,7 +73,7 @@ class CostTable:
         self.positions = np.zeros(len(names))  # (T,)
         self.out_positions = np.zeros(len(names))  # (T,)
         self.out_dims = np.zeros(len(names), dtype=int)  # (T,)
-        for name, layer in work.items():
+        for name, layer in profiles.items():
             self.positions[row[name]] = layer.macs_positions
             self.out_positions[row[name]] = layer.out_positions
             self.out_dims[row[name]] = layer.out_dim

@@ -113,7 +113,7 @@ def waypoints(
     ]
 
 
-def auto_bound(importance: np.ndarray, alive: np.ndarray) -> float:
+def auto_bound(importance: np.ndarray, kept: np.ndarray) -> float:
     """How important the units of one decision may be together, at worst.
 
     This is `AUTO_SHARE` of the importance that all units have since the last
@@ -121,9 +121,9 @@ def auto_bound(importance: np.ndarray, alive: np.ndarray) -> float:
 
     Args:
         importance: Accumulated Fisher information, (U,); NaN where nothing is known.
-        alive: Units not pruned yet, (U,).
+        kept: Units not pruned yet, (U,).
     """
-    known = importance[alive & np.isfinite(importance)]
+    known = importance[kept & np.isfinite(importance)]
     return AUTO_SHARE * float(known.sum())
 
 
@@ -137,7 +137,7 @@ def normalized(importance: np.ndarray, savings: Totals, normalize: str) -> np.nd
 def select_units(
     importance: np.ndarray,
     group_of: np.ndarray,
-    alive: np.ndarray,
+    kept: np.ndarray,
     costs: CostTable,
     limits: Limits,
     normalize: str,
@@ -157,7 +157,7 @@ def select_units(
         importance: Accumulated Fisher information, (U,); NaN where nothing is known,
             which is never picked.
         group_of: Group of each unit, ascending, (U,).
-        alive: Units not pruned yet, (U,).
+        kept: Units not pruned yet, (U,).
         costs: The model's costs.
         limits: How far each group may shrink.
         normalize: ``'memory'``, ``'flops'`` or ``'none'``.
@@ -173,12 +173,12 @@ def select_units(
     """
     groups = len(limits.least)
     steps = np.ones(groups, dtype=int) if steps is None else steps
-    left = np.bincount(group_of[alive], minlength=groups)
+    left = np.bincount(group_of[kept], minlength=groups)
     removed = np.bincount(group_of, minlength=groups) - left
     bundles = _bundles(left, steps)
     running = RunningCosts(costs, removed, bundles)
     # Units of a group save the same, so only the least of each group can be next.
-    queues = _Queues(importance, group_of, alive & np.isfinite(importance), groups)
+    queues = _Queues(importance, group_of, kept & np.isfinite(importance), groups)
 
     def least(g: int) -> float:
         stuck = left[g] - bundles[g] < limits.least[g]

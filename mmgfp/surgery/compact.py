@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgfp.surgery.structure import PruneStructure
-from mmgfp.tracing import count_heads, head_kind
+from mmgfp.tracing import attention_spec, update_head_counts
 
 CHANNELS_LAST = torch.channels_last
 
@@ -227,11 +227,11 @@ def _fix_dynamic_relu(relu: Any) -> None:
     relu.channels = relu.conv2.out_channels // relu.expansion
 
 
-@register_attributes(lambda m: head_kind(m) is not None)
+@register_attributes(lambda m: attention_spec(m) is not None)
 def _fix_attention(attention: Any) -> None:
-    kind = head_kind(attention)
+    kind = attention_spec(attention)
     assert kind is not None
-    count_heads(attention, kind)
+    update_head_counts(attention, kind)
     if hasattr(attention, 'ab'):  # what LeViT and its like keep ready for inference
         with torch.no_grad():
             index = attention.attention_bias_idxs

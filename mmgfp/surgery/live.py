@@ -20,11 +20,11 @@ from mmgfp.utils.errors import ConfigError
 
 #: Most channels that a large group keeps a multiple of while it is cut.
 MULTIPLE = 8
-REMEDY = 'leave compact_every off, or use SGD, Adam, AdamW or their like'
+REMEDY = 'leave compact_interval off, or use SGD, Adam, AdamW or their like'
 
 
-def units_left(
-    alive: np.ndarray, present: np.ndarray, group_of: np.ndarray, widths: np.ndarray
+def units_to_keep_in_model(
+    kept: np.ndarray, in_model: np.ndarray, group_of: np.ndarray, widths: np.ndarray
 ) -> np.ndarray:
     """Units that a cut leaves in the model, (U,), some masked ones among them.
 
@@ -34,23 +34,23 @@ def units_left(
     eighth above what it needs.
 
     Args:
-        alive: Units that were not pruned, (U,).
-        present: Units that are in the model, (U,).
+        kept: Units that were not pruned, (U,).
+        in_model: Units that are in the model, (U,).
         group_of: Group of each unit, ascending, (U,).
         widths: Channels of one unit of each group, (G,).
     """
     need, have = (
-        np.bincount(group_of[u], minlength=len(widths)) for u in (alive, present)
+        np.bincount(group_of[u], minlength=len(widths)) for u in (kept, in_model)
     )
     eighth = np.maximum(need * widths // 8, 1)
     multiple = np.minimum(2 ** np.log2(eighth).astype(int), MULTIPLE)
     step = multiple // np.gcd(widths, multiple)
     extra = np.minimum(-(-need // step) * step, have) - need  # (G,)
-    spare = present & ~alive
+    spare = in_model & ~kept
     before = np.cumsum(np.bincount(group_of[spare], minlength=len(widths)))
     first = np.append(0, before[:-1])  # (G,)
     rank = np.cumsum(spare) - 1 - first[group_of]
-    return alive | (spare & (rank < extra[group_of]))
+    return kept | (spare & (rank < extra[group_of]))
 
 
 @torch.no_grad()

@@ -39,18 +39,18 @@ class ColumnMask:
                     self._readers.setdefault(columns, []).append((g, member))
                     self._read[g].append(columns)
         self._ends = np.cumsum([0, *(g.units for g in groups)])
-        self._alive = np.ones(self._ends[-1], dtype=bool)
+        self._kept = np.ones(self._ends[-1], dtype=bool)
         self._index: dict[Columns, Tensor] = {}
         self._handles: dict[Columns, Any] = {}
 
-    def update(self, alive: np.ndarray) -> None:
-        """Mask all units that are not ``alive``, (U,).
+    def update(self, kept: np.ndarray) -> None:
+        """Mask all units that are not ``kept``, (U,).
 
         Only what reads units that went or came back is touched.
         """
-        fresh, gone = self._alive & ~alive, ~alive
-        changed = np.flatnonzero(self._alive != alive)
-        self._alive = alive.copy()
+        fresh, gone = self._kept & ~kept, ~kept
+        changed = np.flatnonzero(self._kept != kept)
+        self._kept = kept.copy()
         groups = np.unique(np.searchsorted(self._ends, changed, side='right') - 1)
         for columns in dict.fromkeys(c for g in groups for c in self._read[g]):
             self._set(columns, self._entries(columns, gone))
@@ -99,4 +99,4 @@ class ColumnMask:
             handle.remove()
         self._handles.clear()
         self._index.clear()
-        self._alive[:] = True
+        self._kept[:] = True

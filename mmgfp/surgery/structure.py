@@ -41,21 +41,21 @@ class PruneStructure:
     def of(
         cls,
         groups: Sequence[ChannelGroup],
-        alive: np.ndarray,
+        kept: np.ndarray,
         shapes: Mapping[str, Sequence[int]],
     ) -> PruneStructure:
-        """The structure that is left when only the units ``alive``, (U,), stay.
+        """The structure that is left when only the units ``kept``, (U,), stay.
 
         Args:
             groups: The groups of the units.
-            alive: Units that stay, (U,).
+            kept: Units that stay, (U,).
             shapes: What `shapes_of` says of the model.
         """
         attributes = {
             m.name for g in groups for m in g.members if m.role == 'attribute'
         }
         structure = cls()
-        for (name, dim), gone in sorted(gone_entries(groups, alive).items()):
+        for (name, dim), gone in sorted(gone_entries(groups, kept).items()):
             left = np.delete(np.arange(shapes[name][dim]), gone)
             if name in attributes:
                 structure.attributes[name] = len(left)

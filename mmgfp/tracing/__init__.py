@@ -1,6 +1,11 @@
 """Which channels are coupled, read off the autograd graph of a real loss."""
 
-from mmgfp.tracing.attention import HEAD_KINDS, HeadKind, count_heads, head_kind
+from mmgfp.tracing.attention import (
+    ATTENTION_SPECS,
+    AttentionSpec,
+    attention_spec,
+    update_head_counts,
+)
 from mmgfp.tracing.labels import NO_LABEL
 from mmgfp.tracing.row_rules import ROW_RULES, register_row_rule
 from mmgfp.tracing.rows import RowUse, judge_rows, watch_rows
@@ -10,18 +15,18 @@ from mmgfp.tracing.value import Context, LayerCall, Value
 from mmgfp.tracing.widths import watch_widths, width_attributes
 
 __all__ = [
-    'HEAD_KINDS',
+    'ATTENTION_SPECS',
     'NO_LABEL',
     'ROW_RULES',
     'RULES',
     'RowUse',
     'Context',
-    'HeadKind',
+    'AttentionSpec',
     'LayerCall',
     'Trace',
     'Value',
-    'count_heads',
-    'head_kind',
+    'update_head_counts',
+    'attention_spec',
     'judge_rows',
     'register_row_rule',
     'register_rule',

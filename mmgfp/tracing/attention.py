@@ -1,7 +1,7 @@
 """Attention modules, and the attributes with which they count their heads.
 
 A head is a unit only if its module can be told how many are left. What it takes for
-that is a `HeadKind`; modules are known by their attributes, not by their class, so
+that is a `AttentionSpec`; modules are known by their attributes, not by their class, so
 that subclasses and copies of a class in another library need nothing.
 """
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class HeadKind:
+class AttentionSpec:
     """A kind of attention module whose code copes with fewer heads.
 
     Its code must take every width of all heads from ``counts`` or leave it to the
@@ -33,18 +33,18 @@ class HeadKind:
 
 
 #: Append a kind of your own before tracing.
-HEAD_KINDS = [
+ATTENTION_SPECS = [
     # mmpretrain: ViT, DeiT, T2T, RevViT, EVA02, EdgeNeXt, DaViT's channel attention.
-    HeadKind(('qkv', 'proj'), 'head_dims', ('num_heads', 'embed_dims')),
+    AttentionSpec(('qkv', 'proj'), 'head_dims', ('num_heads', 'embed_dims')),
     # mmpretrain: LeViT, TinyViT, EfficientFormer.
-    HeadKind(
+    AttentionSpec(
         ('proj', 'key_dim', 'attention_biases'), 'd', ('num_heads', 'dh', 'nh_kd')
     ),
 ]
 
 
 @dataclass(frozen=True)
-class HeadOwner:
+class AttentionOwner:
     """The attention module that a parameter belongs to.
 
     Attributes:
@@ -55,12 +55,12 @@ class HeadOwner:
 
     module: str
     heads: int
-    kind: HeadKind | None
+    kind: AttentionSpec | None
 
 
-def head_kind(module: nn.Module) -> HeadKind | None:
+def attention_spec(module: nn.Module) -> AttentionSpec | None:
     """The kind of attention module that this is, if any."""
-    for kind in HEAD_KINDS:
+    for kind in ATTENTION_SPECS:
         numbers = [getattr(module, n, None) for n in (kind.width, *kind.counts)]
         whole = all(type(n) is int for n in numbers)
         if whole and all(hasattr(module, p) for p in kind.parts):
@@ -68,11 +68,11 @@ def head_kind(module: nn.Module) -> HeadKind | None:
     return None
 
 
-def head_owners(model: nn.Module) -> dict[str, HeadOwner]:
+def attention_owners(model: nn.Module) -> dict[str, AttentionOwner]:
     """The attention module of each parameter in one, by the parameter's name."""
     owners = {}
     for name, module in model.named_modules():
-        heads, kind = getattr(module, 'num_heads', None), head_kind(module)
+        heads, kind = getattr(module, 'num_heads', None), attention_spec(module)
         if type(heads) is not int:
             continue
         for parameter, _ in module.named_parameters(prefix=name):
@@ -80,11 +80,11 @@ def head_owners(model: nn.Module) -> dict[str, HeadOwner]:
             # network, most of which has nothing to do with its heads.
             depth = parameter.count('.') - name.count('.') - bool(name)
             if kind or depth <= 1:
-                owners[parameter] = HeadOwner(type(module).__name__, heads, kind)
+                owners[parameter] = AttentionOwner(type(module).__name__, heads, kind)
     return owners
 
 
-def count_heads(module: nn.Module, kind: HeadKind) -> None:
+def update_head_counts(module: nn.Module, kind: AttentionSpec) -> None:
     """Make the counts of an attention module true after its layers were cut."""
     heads = _input_width(module.get_submodule('proj')) // getattr(module, kind.width)
     before = getattr(module, kind.counts[0])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmgfp.tracing.labels import LabelTable
 
 
-def twin_tensors(model: nn.Module) -> dict[str, list[str]]:
+def averaged_copy_tensors(model: nn.Module) -> dict[str, list[str]]:
     """Names of the copies of each parameter and buffer, by its own name.
 
     A copy is known by the interface of `torch.optim.swa_utils.AveragedModel`, which
@@ -64,7 +64,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def couple_twins(table: LabelTable, twins: dict[str, list[str]]) -> None:
+def couple_averaged_copies(table: LabelTable, twins: dict[str, list[str]]) -> None:
     """Let copies lose what their originals lose, and be masked like them.
 
     What leaves a copy meets other tensors outside of the graph and keeps its width.

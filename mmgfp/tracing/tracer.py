@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, nn
 
-from mmgfp.tracing.attention import head_owners
-from mmgfp.tracing.averaged_copies import couple_twins, twin_tensors
+from mmgfp.tracing.attention import attention_owners
+from mmgfp.tracing.averaged_copies import averaged_copy_tensors, couple_averaged_copies
 from mmgfp.tracing.graph import Graph, Node, read_graph
 from mmgfp.tracing.labels import LabelTable
 from mmgfp.tracing.rules import RULES
@@ -100,7 +100,7 @@ class _Tracer:
         self.unknown: dict[str, list[str]] = {}
         self.strict = strict
         self.narrowed = narrowed
-        self.heads = head_owners(model)
+        self.heads = attention_owners(model)
         self.parameters = {id(p): n for n, p in model.named_parameters()}
         self.buffers = {b.data_ptr(): n for n, b in model.named_buffers() if b.numel()}
         self.shapes = {n: tuple(t.shape) for n, t in _tensors(model).items()}
@@ -119,7 +119,7 @@ class _Tracer:
                     self._freeze_outputs(operands)
                 shapes = [tuple(m.shape) for m in node._input_metadata]
                 values[node] = [Value(s) for s in shapes]
-        couple_twins(self.table, twin_tensors(self.model))
+        couple_averaged_copies(self.table, averaged_copy_tensors(self.model))
         followed = width_labels(self.model, widths, values)
         return Trace(self.table, self.calls, self.shapes, self.unknown, followed)
 

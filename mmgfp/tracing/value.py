@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmgfp.tracing.attention import HeadOwner
+from mmgfp.tracing.attention import AttentionOwner
 from mmgfp.tracing.labels import NO_LABEL, LabelTable, varying
 
 Shape = tuple[int, ...]
@@ -71,7 +71,7 @@ class Context:
     buffers: dict[int, str]
     calls: list[LayerCall] = field(default_factory=list)
     narrowed: frozenset[str] = frozenset()
-    heads: Mapping[str, HeadOwner] = field(default_factory=dict)
+    heads: Mapping[str, AttentionOwner] = field(default_factory=dict)
 
     @property
     def op(self) -> str:
@@ -130,7 +130,7 @@ class Context:
         for plane in value.planes if value else ():
             self.freeze(plane, what)
 
-    def attention(self, plane: Tensor) -> HeadOwner | None:
+    def attention(self, plane: Tensor) -> AttentionOwner | None:
         """The attention module whose layers made all the channels of ``plane``."""
         owners = {self.heads.get(name) for name in self.table.owners(plane)}
         return owners.pop() if len(owners) == 1 else None

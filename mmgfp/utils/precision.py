@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mmgfp.utils.tree import map_nest
+from mmgfp.utils.tree import tree_map
 
 #: What stands for double precision while the mode is on.
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,9 +42,9 @@ class InDouble(TorchFunctionMode):
         if name == '__setitem__' or (name.endswith('_') and not name.endswith('__')):
             target, *others = args
             return func(target, *(_like(target, x) for x in others), **kwargs)
-        return map_nest(
+        return tree_map(
             _widened,
-            func(*map_nest(_widened, tuple(args)), **map_nest(_widened, dict(kwargs))),
+            func(*tree_map(_widened, tuple(args)), **tree_map(_widened, dict(kwargs))),
         )
 
 

@@ -24,10 +24,10 @@ def tensors_in(nest: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-def map_nest(function: Callable[[Any], Any], nest: Any) -> Any:
+def tree_map(function: Callable[[Any], Any], nest: Any) -> Any:
     """``function`` on everything in nested lists, plain tuples and dicts."""
     if type(nest) is dict:
-        return {k: map_nest(function, v) for k, v in nest.items()}
+        return {k: tree_map(function, v) for k, v in nest.items()}
     if type(nest) in (list, tuple):
-        return type(nest)(map_nest(function, v) for v in nest)
+        return type(nest)(tree_map(function, v) for v in nest)
     return function(nest)

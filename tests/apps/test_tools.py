@@ -105,8 +105,8 @@ def test_deploy_times_two_stages_on_proposals_of_their_own(run_tool, tmp_path, n
     config.dump(tmp_path / 'config.py')
     found = traced(config, 64)
     groups = found.grouping.groups
-    alive = random_units(groups, 0.3, np.random.default_rng(0))
-    structure = PruneStructure.of(groups, alive, shapes_of(found.model))
+    kept = random_units(groups, 0.3, np.random.default_rng(0))
+    structure = PruneStructure.of(groups, kept, shapes_of(found.model))
     small = compact(found.model, structure)
     save_artifact(
         tmp_path / 'small.pth', small, structure, {'input_shape': (3, 64, 96)}

@@ -381,13 +381,13 @@ class TwoReaders(nn.Module):
     def __init__(self, change=False):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 1)
-        self.left, self.right = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.remaining, self.right = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
         self.head = nn.Conv2d(4, 2, 1)
         self.change = change
 
     def forward(self, x):
         x = self.stem(x)
-        left = self.left(x)
+        left = self.remaining(x)
         if self.change:
             x += 1  # the same tensor with other values
         return self.head(left + self.right(x) + x)
@@ -509,7 +509,7 @@ def test_statistics_of_every_third_iteration_only():
     def loss(model):
         return square_loss(model(batches[0]))
 
-    pruner = watched(model, loss, len(batches[0]), statistics_every=3)
+    pruner = watched(model, loss, len(batches[0]), statistics_interval=3)
     sums = []
     for x in batches:
         square_loss(model(x)).backward()
@@ -527,7 +527,7 @@ def test_resumed_pruner_keeps_the_turn():
 
     def prepared():
         return watched(
-            ConvPair(), lambda m: square_loss(m(x)), len(x), statistics_every=2
+            ConvPair(), lambda m: square_loss(m(x)), len(x), statistics_interval=2
         )
 
     first, second = prepared(), prepared()
@@ -540,5 +540,5 @@ def test_resumed_pruner_keeps_the_turn():
 
 @pytest.mark.parametrize('every', [0, 11, 1.5])
 def test_statistics_every_must_fit_the_interval(every):
-    with pytest.raises(ConfigError, match='statistics_every'):
-        GroupFisherPruner(ConvPair(), interval=10, statistics_every=every)
+    with pytest.raises(ConfigError, match='statistics_interval'):
+        GroupFisherPruner(ConvPair(), interval=10, statistics_interval=every)

@@ -26,7 +26,7 @@ FIXED = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    phases=[Phase.generate, Phase.shrink],
+    phases=[Phase.generate, Phase.compact_],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
@@ -46,14 +46,14 @@ def assert_prunes(specification, seed, folder):
     assert find_disagreements(net, grouping, forward, seed) == []
 
     rng = np.random.default_rng(seed)
-    alive = random_units(groups, rng.uniform(0, 1, len(groups)), rng)
-    assert disagreement(net, groups, alive, forward) is None
-    masked, small = masked_and_compact(net.double(), groups, alive)
+    kept = random_units(groups, rng.uniform(0, 1, len(groups)), rng)
+    assert disagreement(net, groups, kept, forward) is None
+    masked, small = masked_and_compact(net.double(), groups, kept)
     with torch.no_grad():
         outputs = [forward(m.eval()) for m in (masked, small)]
     assert difference(*outputs) < 1e-4
 
-    structure = PruneStructure.of(groups, alive, shapes_of(net))
+    structure = PruneStructure.of(groups, kept, shapes_of(net))
     state = small.state_dict()
     path = folder / 'small.pth'
     save_checkpoint({'state_dict': state, STRUCTURE_KEY: structure.to_dict()}, path)

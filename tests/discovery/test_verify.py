@@ -96,8 +96,8 @@ def test_tensors_of_data_elements_are_found():
 
 def test_random_units_of_every_group():
     groups = grouped(SharedHead()).groups  # 6, 8 and 5 units
-    alive = random_units(groups, 0.5, np.random.default_rng(0))
-    assert [part.sum() for part in np.split(alive, [6, 14])] == [3, 4, 3]
+    kept = random_units(groups, 0.5, np.random.default_rng(0))
+    assert [part.sum() for part in np.split(kept, [6, 14])] == [3, 4, 3]
     own = random_units(groups, np.array([0.0, 1.0, 0.8]), np.random.default_rng(0))
     assert [part.sum() for part in np.split(own, [6, 14])] == [5, 1, 1]
 
@@ -277,8 +277,8 @@ def test_the_proof_leaves_the_model_alone():
 def test_masked_and_compact_are_copies():
     net = ConvPair()
     grouping = grouped(net)
-    alive = np.array([True, False, True, True, True, True])
-    masked, small = masked_and_compact(net, grouping.groups, alive)
+    kept = np.array([True, False, True, True, True, True])
+    masked, small = masked_and_compact(net, grouping.groups, kept)
     assert net.conv2.weight[:, 1].any()
     assert not masked.conv2.weight[:, 1].any()
     assert torch.equal(masked.conv2.weight[:, 2], net.conv2.weight[:, 2])

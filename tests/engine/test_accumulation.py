@@ -8,15 +8,15 @@ from support.toy_runner import Call, pruner_of, toy_runner
 
 def watched(folder, **options):
     """Decisions and importance of a run by iteration, and its final weights."""
-    importance, alive = [], []
+    importance, kept = [], []
 
     def watch(runner):
         importance.append(pruner_of(runner).importance.copy())
-        alive.append(pruner_of(runner).alive.copy())
+        kept.append(pruner_of(runner).kept.copy())
 
     runner = toy_runner(folder, hooks=[Call(after_train_iter=watch)], **options)
     runner.train()
-    return importance, alive, runner.model.state_dict()
+    return importance, kept, runner.model.state_dict()
 
 
 def test_accumulating_two_batches_equals_one_of_both(tmp_path):

@@ -48,12 +48,12 @@ def test_bad_iterations_are_dropped_counted_and_survived(tmp_path, caplog):
         iters=8,
         hooks=[Factors(1, NAN, INF, 1, -INF, 1)],
         optim=SKIPPING,
-        hook=dict(max_dropped=3, target=dict(flops=0.1)),
+        hook=dict(max_nonfinite=3, target=dict(flops=0.1)),
     )
     with caplog.at_level('WARNING', 'mmgfp'):
         runner.train()
     assert pruner_of(runner).statistics.state_dict()[-2:].tolist() == [3, 0]
-    assert (~pruner_of(runner).alive).sum() == 4
+    assert (~pruner_of(runner).kept).sum() == 4
     said = [r.message for r in caplog.records if 'not finite' in r.message]
     words = 'gradients were not finite in {} iterations so far, which do not count'
     assert said == [words.format(n) for n in (1, 2, 3)]
@@ -62,7 +62,7 @@ def test_bad_iterations_are_dropped_counted_and_survived(tmp_path, caplog):
 @pytest.mark.parametrize('where', ['hook', 'pruner'])
 def test_a_run_of_bad_iterations_stops(tmp_path, where):
     """Plain SGD takes NaN into the weights at once."""
-    option = dict(max_dropped=3)
+    option = dict(max_nonfinite=3)
     runner = toy_runner(
         tmp_path,
         iters=20,
@@ -72,7 +72,7 @@ def test_a_run_of_bad_iterations_stops(tmp_path, where):
     words = (
         'gradients: expected finite ones, got NaN or infinity in the last 3 '
         'iterations; look at the loss, lower the learning rate or clip gradients; '
-        'max_dropped sets how many are tolerated'
+        'max_nonfinite sets how many are tolerated'
     )
     with pytest.raises(StatisticsError) as caught:
         runner.train()
@@ -100,9 +100,9 @@ def test_bad_iterations_are_as_if_they_had_not_been():
 
 @pytest.mark.parametrize('value', [0, -1, 2.5, True])
 def test_max_dropped_must_be_a_number(value):
-    words = f'max_dropped: expected a whole number of at least 1, got {value}'
+    words = f'max_nonfinite: expected a whole number of at least 1, got {value}'
     with pytest.raises(ConfigError, match=words):
-        GroupFisherPruner(ConvPair(), max_dropped=value)
+        GroupFisherPruner(ConvPair(), max_nonfinite=value)
 
 
 def _loss(model):
@@ -186,13 +186,13 @@ class TwoHeads(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = torch.nn.Conv2d(3, 6, 1)
-        self.left, self.right = ConvPair(), ConvPair()
-        for head in (self.left, self.right):
+        self.remaining, self.right = ConvPair(), ConvPair()
+        for head in (self.remaining, self.right):
             head.conv1 = torch.nn.Conv2d(6, 6, 3, bias=False)
 
     def forward(self, x):
         x = self.stem(x).relu()
-        return self.left(x), self.right(x)
+        return self.remaining(x), self.right(x)
 
 
 def test_head_without_gradient_in_some_iterations_counts_in_the_others():
@@ -358,5 +358,5 @@ def test_state_of_another_structure_is_refused(tmp_path, trained):
 def test_untouched_checkpoint_resumes(tmp_path, trained):
     """The tests above would pass with any checkpoint otherwise."""
     state = torch.load(trained[0], weights_only=False)['pruner']
-    assert not state['alive'].all()
+    assert not state['kept'].all()
     resumed_with(tmp_path, trained[0], lambda c: None)

@@ -81,4 +81,4 @@ def test_a_distilled_detector_is_built_without_its_teachers_weights(monkeypatch)
     assert model.training
     calls = BatchCalls(model, demo_batch(config))
     assert calls.loss(model).isfinite()
-    assert calls.work(model)
+    assert calls.profile(model)

@@ -89,7 +89,7 @@ def test_two_processes_decide_like_one_with_twice_the_batch(made, tmp_path):
             mine, theirs, rtol=tolerance, atol=1e-12, equal_nan=True
         )
     assert_equal(recorded(two, 0), recorded(two, 1))
-    assert ended(two)['alive'] == ended(one)['alive']
+    assert ended(two)['kept'] == ended(one)['kept']
     assert ended(two)['iteration'] == 20
     assert_ranks_agree(two)
     assert len(artifacts(two)) == 1

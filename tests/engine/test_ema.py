@@ -33,12 +33,12 @@ def pruned_columns(runner, model):
         pruner_of(runner).grouping.groups,
         dict(model.named_parameters()),
     )
-    alive = np.split(pruner_of(runner).alive, np.cumsum([g.units for g in groups]))
+    kept = np.split(pruner_of(runner).kept, np.cumsum([g.units for g in groups]))
     return {
         (m.name, m.dim): parameters[m.name].index_select(
             m.dim, torch.from_numpy(m.index[~own].reshape(-1))
         )
-        for group, own in zip(groups, alive, strict=False)
+        for group, own in zip(groups, kept, strict=False)
         for m in group.members
         if m.role == 'in'
     }
@@ -174,7 +174,7 @@ def test_average_that_starts_later(tmp_path):
     )
     runner.register_hook(Call(after_train_iter=_stop_after(4)), 'LOWEST')
     runner.train()
-    assert (~pruner_of(runner).alive).sum() == 8
+    assert (~pruner_of(runner).kept).sum() == 8
     state = averaged(runner).state_dict()
     assert all(torch.equal(t, state[n]) for n, t in runner.model.state_dict().items())
 

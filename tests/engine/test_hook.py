@@ -61,7 +61,7 @@ def test_checkpoints_carry_the_state_of_pruning(pruning_run):
     path = next(Path(pruning_run.config.work_dir).glob('iter_*.pth'))
     state = torch.load(path, weights_only=False)['pruner']
     assert state['iteration'] == int(path.stem.split('_')[1])
-    assert len(state['alive']) == hook_of(pruning_run.runner).pruner.grouping.units
+    assert len(state['kept']) == hook_of(pruning_run.runner).pruner.grouping.units
 
 
 def test_schedule_that_ends_early_says_so_and_saves(tmp_path, caplog):
@@ -115,9 +115,9 @@ def test_resumed_run_continues_from_the_saved_masks(tmp_path):
     second.train()
     after = hook_of(second).pruner
     assert after.iteration == 8
-    assert not (after.alive & ~before.alive).any()
-    assert (before.alive.sum() - after.alive.sum()) == 20
-    assert (~before.alive).sum() == 20
+    assert not (after.kept & ~before.kept).any()
+    assert (before.kept.sum() - after.kept.sum()) == 20
+    assert (~before.kept).sum() == 20
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_pruned_columns_stay_at_zero_under_momentum(pruning_run):
     parameters = dict(pruner.model.named_parameters())
     start, checked = 0, 0
     for group in pruner.grouping.groups:
-        gone = ~pruner.alive[start : start + group.units]
+        gone = ~pruner.kept[start : start + group.units]
         start += group.units
         for member in group.members:
             if member.role == 'in' and gone.any():

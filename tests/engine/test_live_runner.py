@@ -28,12 +28,12 @@ from mmgfp.engine.runner_access import check_wrapper
 from mmgfp.utils.errors import ConfigError
 
 
-def validated(folder, compact_every, averages):
+def validated(folder, compact_interval, averages):
     """A toy run with averaging and validation, to its target."""
     return toy_runner(
         folder,
         iters=40,
-        hook=dict(units_per_step=4, compact_every=compact_every),
+        hook=dict(units_per_step=4, compact_interval=compact_interval),
         hooks=[
             dict(type='EMAHook', momentum=0.3, update_buffers=averages),
             dict(type='CheckpointHook', by_epoch=False, interval=5),
@@ -54,7 +54,7 @@ def test_run_with_a_loss_scaler_ends_like_a_masked_one(tmp_path):
             tmp_path / f'{every}',
             iters=12,
             model=dict(type='ToyDetector', double=False, factor=2.0**8),
-            hook=dict(units_per_step=3, compact_every=every, target=dict(flops=0.1)),
+            hook=dict(units_per_step=3, compact_interval=every, target=dict(flops=0.1)),
             optim=dict(
                 type='CpuAmpOptimWrapper',
                 optimizer=dict(type='SGD', lr=1e-6, momentum=0.9),
@@ -64,8 +64,8 @@ def test_run_with_a_loss_scaler_ends_like_a_masked_one(tmp_path):
         runner.train()
         results.append(runner)
     masked, live = map(pruner_of, results)
-    assert masked.alive.tolist() == live.alive.tolist()
-    assert not live.present.all()
+    assert masked.kept.tolist() == live.kept.tolist()
+    assert not live.in_model.all()
     scales = [r.optim_wrapper.loss_scaler.get_scale() for r in results]
     assert scales[0] == scales[1] < 2.0**122
 
@@ -88,7 +88,7 @@ def test_averaged_and_validated_run_ends_like_a_masked_one(tmp_path, buffers):
     for key in ('state_dict', 'source_state_dict'):
         for name, tensor in masked[key].items():
             torch.testing.assert_close(tensor, live[key][name], msg=f'{key} {name}')
-    assert not pruner_of(runners[1]).present.all()
+    assert not pruner_of(runners[1]).in_model.all()
     (hook,) = [h for h in runners[1].hooks if isinstance(h, EMAHook)]
     averaged = hook.ema_model
     kept = averaged.module.state_dict()
@@ -102,8 +102,8 @@ def test_checkpoint_of_a_cut_model_holds_its_structure(tmp_path):
     path = Path(runner.work_dir) / 'iter_5.pth'
     checkpoint = torch.load(path, weights_only=False)
     structure = PruneStructure.from_dict(checkpoint['prune_structure'])
-    present, alive = (checkpoint['pruner'][k] for k in ('present', 'alive'))
-    assert torch.equal(present, alive) and not present.all()
+    in_model, kept = (checkpoint['pruner'][k] for k in ('in_model', 'kept'))
+    assert torch.equal(in_model, kept) and not in_model.all()
     config = dict(type='ToyDetector')
     config = dict(type='PrunedModel', architecture=config, structure=str(path))
     small = MODELS.build(config)
@@ -130,7 +130,7 @@ def test_model_is_cut_at_decisions_after_so_many_iterations(tmp_path, every, exp
     runner = toy_runner(
         tmp_path,
         iters=9,
-        hook=dict(compact_every=every, target=dict(flops=0.05)),
+        hook=dict(compact_interval=every, target=dict(flops=0.05)),
         hooks=[Call(after_train_iter=note)],
     )
     runner.train()
@@ -143,16 +143,16 @@ def test_detector_ends_like_a_masked_one(tmp_path):
     results = []
     for every in (None, 2):
         config = small_prune_config(
-            tmp_path / f'{every}', compact_every=every, units_per_step=60
+            tmp_path / f'{every}', compact_interval=every, units_per_step=60
         )
         config.train_dataloader.dataset.data_root = str(tmp_path / 'digits') + '/'
         runner = Runner.from_cfg(config)
         runner.train()
         results.append(runner)
     masked, live = (hook_of(r).pruner for r in results)
-    assert masked.alive.tolist() == live.alive.tolist()
+    assert masked.kept.tolist() == live.kept.tolist()
     assert masked.totals == live.totals and masked.reached == live.reached
-    assert live.present.sum() < len(live.present)
+    assert live.in_model.sum() < len(live.in_model)
     one, two = (p.compact().state_dict() for p in (masked, live))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4, msg=name)
@@ -164,7 +164,7 @@ def test_two_stage_detector_computes_what_it_did(tmp_path):
     calls.data['inputs'] = calls.data['inputs'].double()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     pruner = GroupFisherPruner(model, interval=1, units_per_step=60)
-    pruner.prepare(calls.steady_loss, calls.forward, 2, calls.work(model))
+    pruner.prepare(calls.steady_loss, calls.forward, 2, calls.profile(model))
     for _ in range(3):
         optimizer.zero_grad()
         seeded_loss(calls, model).backward()
@@ -172,12 +172,12 @@ def test_two_stage_detector_computes_what_it_did(tmp_path):
         pruner.step()
         with torch.no_grad():
             before = [calls.forward(model.eval()), seeded_loss(calls, model)]
-        assert pruner.shrink([optimizer])
+        assert pruner.compact_([optimizer])
         with torch.no_grad():
             after = [calls.forward(model.eval()), seeded_loss(calls, model)]
         assert difference(before, after) < 1e-9
     assert model.roi_head.bbox_head.fc_cls.in_features < 12
-    assert not pruner.alive.all()
+    assert not pruner.kept.all()
 
 
 # -- interruptions ------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_two_stage_detector_computes_what_it_did(tmp_path):
 
 def cut_classifier(folder, every=3):
     config = tiny_classifier(folder)
-    config.custom_hooks[0].compact_every = every
+    config.custom_hooks[0].compact_interval = every
     config.custom_hooks.append(dict(type='EMAHook', momentum=0.2))
     return config
 
@@ -222,10 +222,10 @@ def test_weights_of_a_cut_model_are_refused_where_the_whole_one_is_meant(
 
 def test_processes_cut_alike_and_end_like_masked_ones(tmp_path):
     masked, live = (steady_classifier(tmp_path / n, 2) for n in ('masked', 'live'))
-    live.custom_hooks[0].compact_every = 5
+    live.custom_hooks[0].compact_interval = 5
     for config in (masked, live):
         assert train(config, processes=2) == [0, 0]
-    assert ended(live)['alive'] == ended(masked)['alive']
+    assert ended(live)['kept'] == ended(masked)['kept']
     assert_ranks_agree(live)
     small, full = (
         sum(t.numel() for t in ended(c)['weights'].values()) for c in (live, masked)
@@ -242,7 +242,7 @@ def test_processes_cut_alike_and_end_like_masked_ones(tmp_path):
 def test_resumed_processes_end_like_uninterrupted_ones(tmp_path):
     whole, config = (steady_classifier(tmp_path / n, 2) for n in 'ab')
     for each in (whole, config):
-        each.custom_hooks[0].compact_every = 5
+        each.custom_hooks[0].compact_interval = 5
     assert train(whole, processes=2) == [0, 0]
     assert train(config, cut=Cut('decided', 13), processes=2) == [-9, -9]
     assert train(config, resume=True, processes=2) == [0, 0]
@@ -255,9 +255,9 @@ def test_resumed_processes_end_like_uninterrupted_ones(tmp_path):
 
 @pytest.mark.parametrize('every', [0, -1, 2.5, True])
 def test_bad_interval_is_refused(every):
-    words = 'compact_every: expected a whole number of at least 1'
+    words = 'compact_interval: expected a whole number of at least 1'
     with pytest.raises(ConfigError, match=words):
-        HOOKS.build(dict(type='FisherPruningHook', compact_every=every))
+        HOOKS.build(dict(type='FisherPruningHook', compact_interval=every))
 
 
 def test_other_wrappers_are_refused(tmp_path):
@@ -270,7 +270,7 @@ def test_other_wrappers_are_refused(tmp_path):
 
     MODEL_WRAPPERS.register_module(module=Wrapper, force=True)
     try:
-        runner = toy_runner(tmp_path, hook=dict(compact_every=2))
+        runner = toy_runner(tmp_path, hook=dict(compact_interval=2))
         check_wrapper(runner)
         runner.model = Wrapper(runner.model)
         with pytest.raises(ConfigError, match='model_wrapper_cfg.type: .* got Wrapper'):

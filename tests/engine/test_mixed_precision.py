@@ -98,7 +98,7 @@ def test_scaling_by_65536_changes_no_statistics(detector, growth):
 
 def decisions(folder, **options):
     """Units left and the scale of the loss, by iteration."""
-    alive, scales = [], []
+    kept, scales = [], []
     runner = toy_runner(
         folder,
         iters=12,
@@ -106,13 +106,13 @@ def decisions(folder, **options):
         hooks=[
             Call(
                 before_train_iter=lambda r: scales.append(loss_scale(r.optim_wrapper)),
-                after_train_iter=lambda r: alive.append(pruner_of(r).alive.tolist()),
+                after_train_iter=lambda r: kept.append(pruner_of(r).kept.tolist()),
             )
         ],
         **options,
     )
     runner.train()
-    return alive, scales, runner
+    return kept, scales, runner
 
 
 def test_scaler_changes_no_decision_of_a_run(tmp_path):
@@ -137,10 +137,10 @@ def test_backoff_drops_overflowed_steps_and_goes_on(tmp_path, caplog):
     )
     model = dict(type='ToyDetector', double=False, factor=2.0**8)
     with caplog.at_level('WARNING', 'mmgfp'):
-        alive, scales, runner = decisions(tmp_path, optim=optim, model=model)
+        kept, scales, runner = decisions(tmp_path, optim=optim, model=model)
     assert scales[:5] == [2.0**n for n in (122, 121, 120, 119, 119)]
     assert pruner_of(runner).statistics.state_dict()[-2:].tolist() == [3, 0]
-    assert sum(alive[-1]) == len(alive[-1]) - 9  # at each of three decisions
+    assert sum(kept[-1]) == len(kept[-1]) - 9  # at each of three decisions
     assert 'gradients were not finite in 3 iterations so far' in caplog.text
     assert 'got no gradient' not in caplog.text
 

@@ -106,16 +106,16 @@ def test_the_pyramid(retinanet):
 @pytest.mark.parametrize('call', ['forward', 'loss'])
 def test_half_of_the_units_can_go(retinanet, call):
     model, calls, grouping = retinanet
-    alive = random_units(grouping.groups, 0.5, np.random.default_rng(0))
-    assert alive.sum() == 14_016 / 2
+    kept = random_units(grouping.groups, 0.5, np.random.default_rng(0))
+    assert kept.sum() == 14_016 / 2
     outputs = getattr(calls, call)
-    assert disagreement(model, grouping.groups, alive, outputs) is None
+    assert disagreement(model, grouping.groups, kept, outputs) is None
 
 
 def test_the_compact_detector(retinanet):
     model, calls, grouping = retinanet
-    alive = random_units(grouping.groups, 0.5, np.random.default_rng(0))
-    structure = PruneStructure.of(grouping.groups, alive, shapes_of(model))
+    kept = random_units(grouping.groups, 0.5, np.random.default_rng(0))
+    structure = PruneStructure.of(grouping.groups, kept, shapes_of(model))
     small = compact(copy.deepcopy(model), structure)
     assert type(small) is type(model)
     assert list(small.state_dict()) == list(model.state_dict())

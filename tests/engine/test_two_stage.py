@@ -48,7 +48,7 @@ def mask_rcnn():
     calls = BatchCalls(model, demo_batch(config, 2, (64, 96)))
     calls.data['inputs'] = calls.data['inputs'].double()
     pruner = GroupFisherPruner(model, interval=10**6)
-    pruner.prepare(steady(calls), calls.forward, 2, calls.work(model))
+    pruner.prepare(steady(calls), calls.forward, 2, calls.profile(model))
     return model, calls, pruner
 
 
@@ -96,7 +96,7 @@ def test_only_the_final_predictors_keep_their_outputs(name, groups, units):
     model = build_model(config)
     calls = BatchCalls(model, demo_batch(config, 2, (64, 64)))
     pruner = GroupFisherPruner(model, strict=True)
-    grouping = pruner.prepare(calls.loss, calls.forward, 2, calls.work(model))
+    grouping = pruner.prepare(calls.loss, calls.forward, 2, calls.profile(model))
     assert len(grouping.groups) == groups and grouping.units == units
     for layer in grouping.frozen:
         assert layer.reason.startswith('an output')
@@ -143,7 +143,7 @@ def test_grid_head_is_pruned_as_far_as_its_grouped_deconvolution_allows():
     model = build_model(config)
     calls = BatchCalls(model, demo_batch(config))
     pruner = GroupFisherPruner(model)
-    grouping = pruner.prepare(calls.loss, calls.forward, 2, calls.work(model))
+    grouping = pruner.prepare(calls.loss, calls.forward, 2, calls.profile(model))
     reasons = {f.layer: f.reason for f in grouping.frozen}
     assert 'grouped transposed' in reasons['roi_head.grid_head.convs.7.conv']
     assert not any('disagree' in r or 'rows' in r for r in reasons.values())
@@ -284,8 +284,8 @@ def test_compact_model_trains_on_batches_without_boxes(mask_rcnn):
     model, calls, pruner = mask_rcnn
     groups = pruner.grouping.groups
     pruner.tap.detach()
-    alive = random_units(groups, 0.3, np.random.default_rng(0))
-    masked, small = masked_and_compact(model, groups, alive)
+    kept = random_units(groups, 0.3, np.random.default_rng(0))
+    masked, small = masked_and_compact(model, groups, kept)
     pruner.tap.attach()
     for fewer in (without_boxes(calls, 0), without_boxes(calls, 0, 1)):
         losses = [steady(fewer)(net) for net in (masked, small)]
@@ -302,7 +302,7 @@ def test_other_heads_see_each_unit_and_lose_no_row(name):
     model = build_model(config)
     calls = BatchCalls(model, demo_batch(config, 2, (64, 64)))
     pruner = GroupFisherPruner(model, interval=10**6, strict=True)
-    pruner.prepare(calls.loss, calls.forward, 2, calls.work(model))
+    pruner.prepare(calls.loss, calls.forward, 2, calls.profile(model))
     importance = observed(pruner, calls.loss)
     assert (pruner.statistics.seen == 1).all() and not pruner._warned
     assert float(importance.min()) >= 0
@@ -320,11 +320,11 @@ def test_masked_equals_compact(name):
     model = build_model(config)
     calls = BatchCalls(model, demo_batch(config, 2, (64, 64)))
     pruner = GroupFisherPruner(model)
-    groups = pruner.prepare(calls.loss, calls.forward, 2, calls.work(model)).groups
+    groups = pruner.prepare(calls.loss, calls.forward, 2, calls.profile(model)).groups
     pruner.close()
-    alive = random_units(groups, 0.3, np.random.default_rng(0))
-    assert disagreement(model, groups, alive, calls.forward) is None
-    assert disagreement(model, groups, alive, calls.steady_loss) is None
+    kept = random_units(groups, 0.3, np.random.default_rng(0))
+    assert disagreement(model, groups, kept, calls.forward) is None
+    assert disagreement(model, groups, kept, calls.steady_loss) is None
 
 
 def test_proof_does_not_hang_on_the_order_of_proposals():
@@ -334,7 +334,7 @@ def test_proof_does_not_hang_on_the_order_of_proposals():
     model = build_model(config)
     calls = BatchCalls(model, demo_batch(config, 2, (64, 64)))
     pruner = GroupFisherPruner(model)
-    grouping = pruner.prepare(calls.loss, calls.forward, 2, calls.work(model))
+    grouping = pruner.prepare(calls.loss, calls.forward, 2, calls.profile(model))
     pruner.close()
     calls.data['inputs'] = torch.zeros_like(calls.data['inputs'])
     for seed in range(3):
@@ -345,8 +345,8 @@ def test_a_training_step_is_the_same_step(mask_rcnn):
     model, calls, pruner = mask_rcnn
     groups = pruner.grouping.groups
     pruner.tap.detach()
-    alive = random_units(groups, 0.3, np.random.default_rng(0))
-    masked, small = masked_and_compact(model, groups, alive)
+    kept = random_units(groups, 0.3, np.random.default_rng(0))
+    masked, small = masked_and_compact(model, groups, kept)
     losses = []
     for net in (masked, small):
         optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
@@ -371,8 +371,8 @@ def pruned(mask_rcnn):
     """A structure of the slim Mask R-CNN with 30 % of the units gone."""
     model, _, pruner = mask_rcnn
     groups = pruner.grouping.groups
-    alive = random_units(groups, 0.3, np.random.default_rng(0))
-    return PruneStructure.of(groups, alive, shapes_of(model))
+    kept = random_units(groups, 0.3, np.random.default_rng(0))
+    return PruneStructure.of(groups, kept, shapes_of(model))
 
 
 def test_attributes_are_true(mask_rcnn, pruned):
@@ -402,9 +402,9 @@ def test_reload_by_config(mask_rcnn, pruned, tmp_path):
     ).double()
     assert type(rebuilt) is type(model)
     groups = pruner.grouping.groups
-    alive = random_units(groups, 0.3, np.random.default_rng(0))
+    kept = random_units(groups, 0.3, np.random.default_rng(0))
     pruner.tap.detach()
-    masked, small = masked_and_compact(model.eval(), groups, alive)
+    masked, small = masked_and_compact(model.eval(), groups, kept)
     pruner.tap.attach()
     rebuilt.load_state_dict(small.state_dict(), strict=True)
     with torch.no_grad():
@@ -471,15 +471,15 @@ def test_rois_are_counted_as_sampled_and_as_detected(mask_rcnn):
         'roi_head.mask_roi_extractor': 100,
         'roi_head.mask_head': 100,
     }
-    work = calls.work(model, (3, 64, 64))
-    assert work['roi_head.bbox_head.fc_cls.weight'].macs_positions == 16
-    conv = work['roi_head.mask_head.convs.0.conv.weight']
+    profiles = calls.profile(model, (3, 64, 64))
+    assert profiles['roi_head.bbox_head.fc_cls.weight'].macs_positions == 16
+    conv = profiles['roi_head.mask_head.convs.0.conv.weight']
     assert conv.macs_positions == conv.out_positions == 100 * 14 * 14
-    upsample = work['roi_head.mask_head.upsample.weight']
+    upsample = profiles['roi_head.mask_head.upsample.weight']
     assert upsample.macs_positions == 100 * 14 * 14  # positions of its input
     assert upsample.out_positions == 100 * 28 * 28
     # The RPN's convolution runs on strides 4 to 64 of 64 pixels.
-    positions = work['rpn_head.rpn_conv.weight'].macs_positions
+    positions = profiles['rpn_head.rpn_conv.weight'].macs_positions
     assert positions == sum(side * side for side in (16, 8, 4, 2, 1))
 
 
@@ -488,13 +488,13 @@ def test_costs_are_those_of_the_paper():
     """199.3 G MACs, 41.75 M parameters, 294.6 M elements at 1280 x 800 (table 5)."""
     config = full(FASTER)
     model = build_model(config)
-    work = BatchCalls(model, demo_batch(config)).work(model, (3, 800, 1280))
+    profiles = BatchCalls(model, demo_batch(config)).profile(model, (3, 800, 1280))
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    totals = CostTable(shapes, work, ()).totals(np.zeros(0))
+    totals = CostTable(shapes, profiles, ()).totals(np.zeros(0))
     assert totals.macs == pytest.approx(199.3e9, rel=2e-3)
     assert totals.params == pytest.approx(41.75e6, rel=2e-3)
     assert totals.memory == pytest.approx(294.6e6, rel=2e-3)
-    heads = {n: w for n, w in work.items() if n.startswith('roi_head')}
+    heads = {n: w for n, w in profiles.items() if n.startswith('roi_head')}
     rois = CostTable(shapes, heads, ()).totals(np.zeros(0))
     assert rois.macs / 512 == pytest.approx(14.3e6, rel=2e-3)
     assert rois.memory / 512 == pytest.approx(2.45e3, rel=2e-3)

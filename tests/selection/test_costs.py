@@ -18,14 +18,14 @@ from support.toys import (
 from torch import nn
 
 from mmgfp import GroupFisherPruner
-from mmgfp.discovery.profile import record_work
+from mmgfp.discovery.profile import profile_layers
 from mmgfp.discovery.verify import random_units
 from mmgfp.selection.costs import CostTable, RunningCosts
 
 
 def costs_of(model, forward, count=1, groups=()):
     shapes = {n: p.shape for n, p in model.named_parameters()}
-    return CostTable(shapes, record_work(model, forward, count), groups)
+    return CostTable(shapes, profile_layers(model, forward, count), groups)
 
 
 def values(totals):
@@ -159,7 +159,7 @@ def test_arithmetic_equals_measurement(toy, seed):
     pruner = GroupFisherPruner(toy())
     groups = pruner.prepare(loss, loss, 2).groups
     rng = np.random.default_rng(seed)
-    pruner.alive = random_units(groups, rng.uniform(0.1, 0.9), rng)
+    pruner.kept = random_units(groups, rng.uniform(0.1, 0.9), rng)
     assert pruner.removed.sum() > 0
     measured = costs_of(pruner.compact(), loss, 2).totals(np.zeros(0))
     assert values(pruner.totals) == values(measured)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmgfp.groups import ChannelGroup, Member
-from mmgfp.selection.costs import CostTable, LayerWork, Totals
+from mmgfp.selection.costs import CostTable, LayerProfile, Totals
 from mmgfp.selection.greedy import (
     Limits,
     Target,
@@ -29,7 +29,7 @@ def chain(width=2, positions=(10, 1, 1)):
         'b.weight': (width, width),
         'c.weight': (1, width),
     }
-    work = {n: LayerWork(p, p) for n, p in zip(shapes, positions, strict=True)}
+    profiles = {n: LayerProfile(p, p) for n, p in zip(shapes, positions, strict=True)}
     index = np.arange(width)[:, None]
     groups = [
         ChannelGroup(
@@ -41,17 +41,17 @@ def chain(width=2, positions=(10, 1, 1)):
         )
         for maker, reader in ('ab', 'bc')
     ]
-    return CostTable(shapes, work, groups)
+    return CostTable(shapes, profiles, groups)
 
 
-def pick(importance, costs=None, count=99, alive=None, done=None, **options):
+def pick(importance, costs=None, count=99, kept=None, done=None, **options):
     """Numbers of the picked units; the first half is of group A, the rest of B."""
     importance = np.array(importance, dtype=float)
     half = len(importance) // 2
     units = select_units(
         importance,
         np.repeat([0, 1], half),
-        np.ones(2 * half, dtype=bool) if alive is None else np.array(alive),
+        np.ones(2 * half, dtype=bool) if kept is None else np.array(kept),
         costs or chain(half),
         options.get('limits', NONE_LEAST),
         options.get('normalize', 'none'),
@@ -93,8 +93,8 @@ def test_costs_are_those_that_earlier_picks_leave():
 
 def test_earlier_steps_count_as_well():
     costs = chain(positions=(1, 10, 1))
-    alive = [False, True, True, True]
-    assert pick([0, 30, 25, 99], costs, 1, alive, normalize='flops') == [1]
+    kept = [False, True, True, True]
+    assert pick([0, 30, 25, 99], costs, 1, kept, normalize='flops') == [1]
     assert pick([0, 30, 25, 99], costs, 1, normalize='flops') == [0]
 
 
@@ -138,23 +138,23 @@ def test_infinite_importance_is_never_picked():
 
 
 def test_pruned_units_are_never_picked():
-    assert pick([1, 2, 3, 4], alive=[False, True, True, False]) == [1, 2]
+    assert pick([1, 2, 3, 4], kept=[False, True, True, False]) == [1, 2]
 
 
 def test_input_arrays_are_left_alone():
-    importance, alive = np.array([1.0, 2, 3, 4]), np.ones(4, dtype=bool)
+    importance, kept = np.array([1.0, 2, 3, 4]), np.ones(4, dtype=bool)
     limits = Limits(np.array([0, 0]))
     select_units(
         importance,
         np.repeat([0, 1], 2),
-        alive,
+        kept,
         chain(),
         limits,
         'flops',
         9,
         lambda _: 0,
     )
-    assert alive.all()
+    assert kept.all()
     assert importance.tolist() == [1, 2, 3, 4]
     assert limits.least.tolist() == [0, 0]
 
@@ -166,7 +166,7 @@ def test_limits_close_a_group():
     limits = Limits(np.array([1, 2]))
     assert pick([5, 6, 1, 2], limits=limits) == [0]
     # one unit of A went earlier
-    assert pick([5, 6, 1, 2], limits=limits, alive=[False, True, True, True]) == []
+    assert pick([5, 6, 1, 2], limits=limits, kept=[False, True, True, True]) == []
 
 
 def test_count_is_a_bound():
@@ -287,9 +287,9 @@ def test_bound_holds_in_the_worst_case():
 
 def test_auto_bound_by_hand():
     importance = np.array([100, 250, np.nan, 7, 150.0])
-    alive = np.array([True, True, True, False, True])
-    assert auto_bound(importance, alive) == pytest.approx(0.01 * 500)
-    assert auto_bound(importance * 65536, alive) == pytest.approx(65536 * 5)
+    kept = np.array([True, True, True, False, True])
+    assert auto_bound(importance, kept) == pytest.approx(0.01 * 500)
+    assert auto_bound(importance * 65536, kept) == pytest.approx(65536 * 5)
 
 
 def test_waypoints_lie_on_straight_lines():

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmgfp.apps.analysis import coverage
-from mmgfp.discovery.discover import look_at
+from mmgfp.discovery.discover import trace_model
 from mmgfp.discovery.grouping import build_groups
 from mmgfp.discovery.verify import (
     difference,
@@ -37,7 +37,9 @@ class Traced:
     @property
     def macs(self):
         """Share of MACs in layers that can shrink."""
-        return coverage(self.model, self.grouping, self.calls.work(self.model))['macs']
+        return coverage(self.model, self.grouping, self.calls.profile(self.model))[
+            'macs'
+        ]
 
     def units(self, layer):
         """Units of the group in which ``layer`` makes channels."""
@@ -56,17 +58,17 @@ def traced(cfg, size):
     MessageHub.get_current_instance().update_info('iter', 1)  # as in a run
     model = build_model(cfg)
     calls = BatchCalls(model, demo_batch(cfg, 2, (size, size)))
-    trace = look_at(model, calls.loss, strict=True).trace
+    trace = trace_model(model, calls.loss, strict=True).trace
     return Traced(cfg, model, calls, build_groups(model, trace))
 
 
 def assert_prunes(found, tmp_path):
     """30 % go: masked equals compact, in loss too; it trains; a config rebuilds it."""
     model, calls, groups = found.model, found.calls, found.grouping.groups
-    alive = random_units(groups, 0.3, np.random.default_rng(0))
-    assert disagreement(model, groups, alive, calls.forward) is None
+    kept = random_units(groups, 0.3, np.random.default_rng(0))
+    assert disagreement(model, groups, kept, calls.forward) is None
 
-    masked, small = masked_and_compact(model, groups, alive)
+    masked, small = masked_and_compact(model, groups, kept)
     assert sum(p.numel() for p in small.parameters()) < 0.9 * sum(
         p.numel() for p in model.parameters()
     )
@@ -78,7 +80,7 @@ def assert_prunes(found, tmp_path):
     assert seeded_loss(calls, small).isfinite()
 
     file = tmp_path / 'structure.json'
-    PruneStructure.of(groups, alive, shapes_of(model)).save(file)
+    PruneStructure.of(groups, kept, shapes_of(model)).save(file)
     rebuilt = MODELS.build(
         {'type': 'PrunedModel', 'architecture': found.cfg.model, 'structure': str(file)}
     )

@@ -232,7 +232,7 @@ def _end(runner):
         'iteration': runner.iter,
         'weights': module.state_dict(),
         'optimizer': runner.optim_wrapper.state_dict(),
-        'alive': hook.pruner.alive.tolist(),
+        'kept': hook.pruner.kept.tolist(),
     }
 
 
@@ -330,7 +330,7 @@ def steady_classifier(folder, batch):
 
 def assert_ranks_agree(config):
     one, two = (ended(config, rank) for rank in range(2))
-    assert one['alive'] == two['alive'] and not all(one['alive'])
+    assert one['kept'] == two['kept'] and not all(one['kept'])
     parameters = one['weights'].keys() - buffers(one['weights'])
     assert_equal(*({n: e['weights'][n] for n in parameters} for e in (one, two)))
     assert_equal(one['optimizer'], two['optimizer'])

@@ -38,8 +38,8 @@ from mmgfp.surgery.structure import PruneStructure, shapes_of
 def without(net, gone):
     """A compact copy of ``net`` without the units ``gone``, and its structure."""
     grouping = grouped(net)
-    alive = ~np.isin(np.arange(grouping.units), gone)
-    structure = PruneStructure.of(grouping.groups, alive, shapes_of(net))
+    kept = ~np.isin(np.arange(grouping.units), gone)
+    structure = PruneStructure.of(grouping.groups, kept, shapes_of(net))
     return compact(copy.deepcopy(net), structure), structure
 
 
@@ -53,9 +53,9 @@ def pair(toy, share=0.4):
             nn.init.normal_(module.bias)
     x = images().double()
     grouping = grouped(net, lambda net: square_loss(net(x)))
-    alive = random_units(grouping.groups, share, np.random.default_rng(0))
-    structure = PruneStructure.of(grouping.groups, alive, shapes_of(net))
-    return *masked_and_compact(net, grouping.groups, alive), structure, x
+    kept = random_units(grouping.groups, share, np.random.default_rng(0))
+    structure = PruneStructure.of(grouping.groups, kept, shapes_of(net))
+    return *masked_and_compact(net, grouping.groups, kept), structure, x
 
 
 def slices(tensor, structure, name):
@@ -269,7 +269,7 @@ def test_dynamic_relu_counts_the_channels_that_it_splits_into():
         m for m in groups[0].members if m.name == 'relu.conv2.conv.weight'
     )
     assert coefficients.width == 4
-    alive = random_units(groups, 0.4, np.random.default_rng(0))
-    assert disagreement(net, groups, alive, lambda m: m(images())) is None
-    _, small = masked_and_compact(net, groups, alive)
+    kept = random_units(groups, 0.4, np.random.default_rng(0))
+    assert disagreement(net, groups, kept, lambda m: m(images())) is None
+    _, small = masked_and_compact(net, groups, kept)
     assert small.relu.channels == small.a.out_channels == 5

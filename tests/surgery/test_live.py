@@ -12,7 +12,7 @@ from torch import nn
 from mmgfp import GroupFisherPruner
 from mmgfp.discovery.verify import difference
 from mmgfp.surgery.compact import Cut
-from mmgfp.surgery.live import check_optimizer, cut_optimizer, units_left
+from mmgfp.surgery.live import check_optimizer, cut_optimizer, units_to_keep_in_model
 from mmgfp.utils.errors import ConfigError
 
 OPTIMIZERS = {
@@ -68,7 +68,7 @@ class Training:
                 self.optimizer.zero_grad()
             steps.append(self.pruner.step())
             if self.live and steps[-1]:
-                self.pruner.shrink([self.optimizer])
+                self.pruner.compact_([self.optimizer])
         return steps
 
 
@@ -106,7 +106,7 @@ def test_ends_like_masks_with_any_optimizer(optimizer):
 def test_every_toy_ends_like_masks(toy):
     masked, live = both(10, toy=toy, units_per_step=2, normalize='flops')
     assert_same_result(masked, live)
-    assert not live.pruner.alive.all()
+    assert not live.pruner.kept.all()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_every_toy_ends_like_masks(toy):
         dict(units_per_step='auto'),
         dict(iterations=10, target=dict(flops=0.4)),
         dict(units_per_step=4, divisor=2),
-        dict(units_per_step=3, statistics_every=2, min_channels=3, max_ratio=0.5),
+        dict(units_per_step=3, statistics_interval=2, min_channels=3, max_ratio=0.5),
     ],
     ids=str,
 )
@@ -148,12 +148,12 @@ def test_cutting_less_often_ends_the_same():
     every, seldom = (Training(units_per_step=2, live=False).prepare() for _ in range(2))
     for n in range(12):
         every.train(1), seldom.train(1)
-        every.pruner.shrink([every.optimizer])
+        every.pruner.compact_([every.optimizer])
         if n in (4, 9):
-            cut = seldom.pruner.shrink([seldom.optimizer])
-            assert cut and not seldom.pruner.shrink([seldom.optimizer])
-            assert (seldom.pruner.present == seldom.pruner.alive).all()
-    assert not (seldom.pruner.present == seldom.pruner.alive).all()
+            cut = seldom.pruner.compact_([seldom.optimizer])
+            assert cut and not seldom.pruner.compact_([seldom.optimizer])
+            assert (seldom.pruner.in_model == seldom.pruner.kept).all()
+    assert not (seldom.pruner.in_model == seldom.pruner.kept).all()
     assert_same_result(every, seldom)
 
 
@@ -170,16 +170,16 @@ def test_large_groups_keep_even_numbers_of_channels():
         (30, 40, 4): 30,  # 120 channels are one of 8 already
         (31, 40, 4): 32,
     }
-    sizes = np.array([present for _, present, _ in left])
+    sizes = np.array([in_model for _, in_model, _ in left])
     group_of = np.repeat(np.arange(len(left)), sizes)
     rank = np.concatenate([np.arange(size) for size in sizes])
     # the last ones of each group are alive
-    alive = rank >= (sizes - [a for a, _, _ in left])[group_of]
+    kept = rank >= (sizes - [a for a, _, _ in left])[group_of]
     widths = np.array([width for _, _, width in left])
-    stay = units_left(alive, np.ones_like(alive), group_of, widths)
+    stay = units_to_keep_in_model(kept, np.ones_like(kept), group_of, widths)
     assert np.bincount(group_of[stay]).tolist() == list(left.values())
-    assert stay[alive].all()
-    again = units_left(alive, stay, group_of, widths)
+    assert stay[kept].all()
+    again = units_to_keep_in_model(kept, stay, group_of, widths)
     assert (again == stay).all()
 
 
@@ -194,11 +194,11 @@ class Wide(ConvPair):
 
 def test_masked_units_may_stay_for_a_while():
     masked, live = both(8, toy=Wide, units_per_step=5, target=dict(flops=0.1))
-    assert live.pruner.alive.sum() == 44
-    assert live.model.conv1.out_channels == live.pruner.present.sum() == 44
+    assert live.pruner.kept.sum() == 44
+    assert live.model.conv1.out_channels == live.pruner.in_model.sum() == 44
     masked.train(2), live.train(2)
-    assert live.pruner.alive.sum() == 39
-    assert live.model.conv2.in_channels == live.pruner.present.sum() == 40
+    assert live.pruner.kept.sum() == 39
+    assert live.model.conv2.in_channels == live.pruner.in_model.sum() == 40
     zeros = live.model.conv2.weight.flatten(2).abs().sum((0, 2)) == 0
     assert zeros.sum() == 1
     assert_same_result(masked, live)
@@ -214,7 +214,7 @@ def test_statistics_between_decisions_survive():
     for run in (masked, live):
         run.train(7)
     before = live.pruner.importance.copy()
-    assert live.pruner.shrink([live.optimizer]) and before.any()
+    assert live.pruner.compact_([live.optimizer]) and before.any()
     assert (live.pruner.importance == before).all()
     assert picked(masked.train(8)) == picked(live.train(8))
     assert_same_result(masked, live)
@@ -226,11 +226,11 @@ def test_statistics_between_decisions_survive():
 def test_copies_that_follow_are_masked_and_cut():
     live = Training(units_per_step=5, live=False).prepare()
     averaged = copy.deepcopy(live.model).requires_grad_(False)
-    live.pruner.follow(averaged)
+    live.pruner.track_copy(averaged)
     live.train(2)
     inputs = images().double()
     before = averaged.eval()(inputs)
-    live.pruner.shrink([live.optimizer])
+    live.pruner.compact_([live.optimizer])
     assert difference(before, averaged(inputs)) < 1e-12
     shapes = {n: t.shape for n, t in live.model.state_dict().items()}
     assert {n: t.shape for n, t in averaged.state_dict().items()} == shapes
@@ -246,7 +246,7 @@ def test_memory_format_stays():
     live.model.to(memory_format=torch.channels_last)
     live.prepare().train(2)
     weight = live.model.fpn1.weight
-    live.pruner.shrink([live.optimizer])
+    live.pruner.compact_([live.optimizer])
     smaller = live.model.fpn1.weight
     for cut in (weight, smaller):
         assert cut.is_contiguous(memory_format=torch.channels_last)
@@ -286,7 +286,7 @@ def test_optimizer_with_other_state_is_refused_and_nothing_changes():
     before = copy.deepcopy(live.model.state_dict())
     words = 'optimizer: expected one that keeps .* got row_var of Adafactor, Tensor'
     with pytest.raises(ConfigError, match=words):
-        live.pruner.shrink([live.optimizer])
+        live.pruner.compact_([live.optimizer])
     after = live.model.state_dict()
     assert all(torch.equal(tensor, after[n]) for n, tensor in before.items())
     live.train(2)  # goes on with masks
@@ -304,7 +304,7 @@ def test_parameters_that_do_not_train_shrink_too():
     live = Training(ConvPair, units_per_step=3, live=False)
     live.model.conv2.requires_grad_(False)
     live.prepare().train(2)
-    live.pruner.shrink([live.optimizer])
+    live.pruner.compact_([live.optimizer])
     assert live.model.conv2.weight.shape[1] == 3
     assert not live.model.conv2.weight.requires_grad
     assert live.model.conv1.weight.requires_grad
@@ -350,4 +350,4 @@ def test_state_of_a_cut_model_is_of_the_unpruned_one():
     assert again.pruner.full == live.pruner.full
     assert again.pruner.totals == live.pruner.totals
     assert again.pruner.structure() == live.pruner.structure()
-    assert np.array_equal(again.pruner.present, live.pruner.present)
+    assert np.array_equal(again.pruner.in_model, live.pruner.in_model)

@@ -31,15 +31,15 @@ def prepared(model, **options):
 
 def drop_random_units(pruner, seed=0):
     rng = np.random.default_rng(seed)
-    pruner.alive = random_units(pruner.grouping.groups, 0.4, rng)
-    pruner.mask.update(pruner.alive)
+    pruner.kept = random_units(pruner.grouping.groups, 0.4, rng)
+    pruner.mask.update(pruner.kept)
 
 
 def columns(pruner, of=lambda p: p):
     """What reads pruned units, of the parameters or of what belongs to them."""
     start, found = 0, []
     for group in pruner.grouping.groups:
-        gone = ~pruner.alive[start : start + group.units]
+        gone = ~pruner.kept[start : start + group.units]
         start += group.units
         for member in group.members:
             if member.role == 'in':
@@ -53,9 +53,9 @@ def test_columns_of_every_consumer_by_hand():
     pruner, _ = prepared(TinyDetector())
     names = [g.name for g in pruner.grouping.groups]
     first = int(np.flatnonzero(pruner._group_of == names.index('fpn1'))[0])
-    pruner.alive[first + 2] = False  # channel 2 of fpn1 and fpn2
+    pruner.kept[first + 2] = False  # channel 2 of fpn1 and fpn2
     before = {n: p.clone() for n, p in pruner.model.named_parameters()}
-    pruner.mask.update(pruner.alive)
+    pruner.mask.update(pruner.kept)
     for name, parameter in pruner.model.named_parameters():
         expected = before[name]
         if name in ('cls_tower.weight', 'reg_tower.weight'):
@@ -65,8 +65,8 @@ def test_columns_of_every_consumer_by_hand():
 
 def test_transposed_conv_holds_its_inputs_in_dimension_0():
     pruner, _ = prepared(Transposed())
-    pruner.alive[1] = False  # the second output of stem
-    pruner.mask.update(pruner.alive)
+    pruner.kept[1] = False  # the second output of stem
+    pruner.mask.update(pruner.kept)
     weight = pruner.model.up.weight
     assert [i for i in range(5) if not weight[i].any()] == [1]
 
@@ -129,9 +129,9 @@ def test_update_replaces_the_mask():
     torch.manual_seed(0)
     pruner, loss = prepared(ConvPair())
     drop_random_units(pruner, 0)
-    pruner.alive[:] = True
-    pruner.alive[0] = False
-    pruner.mask.update(pruner.alive)
+    pruner.kept[:] = True
+    pruner.kept[0] = False
+    pruner.mask.update(pruner.kept)
     loss(pruner.model).backward()
     gradient = pruner.model.conv2.weight.grad
     assert [i for i in range(6) if not gradient[:, i].any()] == [0]
@@ -141,15 +141,15 @@ def test_update_touches_only_what_changed():
     pruner, loss = prepared(TinyDetector())
     names = [g.name for g in pruner.grouping.groups]
     first = int(np.flatnonzero(pruner._group_of == names.index('fpn1'))[0])
-    pruner.alive[first] = False
-    pruner.mask.update(pruner.alive)
+    pruner.kept[first] = False
+    pruner.mask.update(pruner.kept)
     hooks = {
         n: p._post_accumulate_grad_hooks for n, p in pruner.model.named_parameters()
     }
     with torch.no_grad():
         pruner.model.cls_tower.weight[:, 0] = 1
-    pruner.alive[first + 2] = False
-    pruner.mask.update(pruner.alive)
+    pruner.kept[first + 2] = False
+    pruner.mask.update(pruner.kept)
     weight = pruner.model.cls_tower.weight
     # what went earlier is left to `apply`
     assert [i for i in range(3) if not weight[:, i].any()] == [2]
@@ -167,6 +167,6 @@ def test_full_mask_touches_nothing():
     before = {n: p.clone() for n, p in model.named_parameters()}
     pruner, _ = prepared(ConvPair())
     mask = ColumnMask(model, pruner.grouping.groups)
-    mask.update(pruner.alive)
+    mask.update(pruner.kept)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not any(p._backward_hooks for p in model.parameters())

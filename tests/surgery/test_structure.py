@@ -17,8 +17,8 @@ from mmgfp.utils.io import save_checkpoint
 def structure_of(net, gone):
     """The structure of ``net`` without the units ``gone``."""
     grouping = grouped(net)
-    alive = ~np.isin(np.arange(grouping.units), gone)
-    return PruneStructure.of(grouping.groups, alive, shapes_of(net))
+    kept = ~np.isin(np.arange(grouping.units), gone)
+    return PruneStructure.of(grouping.groups, kept, shapes_of(net))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from mmgfp import GroupFisherPruner
 from mmgfp.discovery.discover import DISPROVED
 from mmgfp.discovery.verify import disagreement, masked_and_compact
 from mmgfp.surgery.structure import PruneStructure, shapes_of
-from mmgfp.tracing import HEAD_KINDS, HeadKind
+from mmgfp.tracing import ATTENTION_SPECS, AttentionSpec
 
 HEADS, WIDTH = 4, 2
 
@@ -124,9 +124,9 @@ def test_a_head_is_a_unit(attend, parts, also):
     assert rows['attn.qkv.weight', 'out'][1] == [2, 3, 10, 11, 18, 19]
     assert rows['attn.proj.weight', 'in'] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
-    alive = np.array([True, False, True, True])
-    assert disagreement(net, [group], alive, lambda net: net(images())) is None
-    _, small = masked_and_compact(net, [group], alive)
+    kept = np.array([True, False, True, True])
+    assert disagreement(net, [group], kept, lambda net: net(images())) is None
+    _, small = masked_and_compact(net, [group], kept)
     assert (small.attn.num_heads, small.attn.embed_dims) == (3, 6)
     assert small.attn.qkv.weight.shape == (18, 3)
 
@@ -166,13 +166,13 @@ def test_a_kind_can_be_added(monkeypatch):
             return self.proj(x.flatten(2))
 
     assert grouped(net_of(Renamed)).groups == ()
-    kind = HeadKind(('to_qkv', 'proj'), 'size', ('num_heads',))
-    monkeypatch.setattr('mmgfp.tracing.attention.HEAD_KINDS', [*HEAD_KINDS, kind])
+    kind = AttentionSpec(('to_qkv', 'proj'), 'size', ('num_heads',))
+    monkeypatch.setattr('mmgfp.tracing.attention.HEAD_KINDS', [*ATTENTION_SPECS, kind])
     net = net_of(Renamed)
     (group,) = grouped(net).groups
     assert group.units == HEADS
-    alive = np.arange(HEADS) != 2
-    assert disagreement(net, [group], alive, lambda net: net(images())) is None
+    kept = np.arange(HEADS) != 2
+    assert disagreement(net, [group], kept, lambda net: net(images())) is None
 
 
 def test_code_that_does_not_cope_is_found_by_the_proof():
@@ -257,9 +257,9 @@ def test_heads_of_transformers(name, tmp_path):
 def test_a_config_rebuilds_the_counts_of_heads(tmp_path):
     found = traced(vit(VIT), 32)
     groups = found.grouping.groups
-    alive = np.concatenate([np.arange(g.units) > 0 for g in groups])
+    kept = np.concatenate([np.arange(g.units) > 0 for g in groups])
     file = tmp_path / 'structure.json'
-    PruneStructure.of(groups, alive, shapes_of(found.model)).save(file)
+    PruneStructure.of(groups, kept, shapes_of(found.model)).save(file)
     architecture = found.cfg.model
     rebuilt = MODELS.build(
         dict(type='PrunedModel', architecture=architecture, structure=str(file))

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from mmgfp.discovery.verify import disagreement, masked_and_compact, random_units
 from mmgfp.surgery.masking import ColumnMask
-from mmgfp.tracing.averaged_copies import twin_tensors
+from mmgfp.tracing.averaged_copies import averaged_copy_tensors
 
 
 class Contrast(nn.Module):
@@ -38,7 +38,7 @@ AVERAGED = pytest.mark.parametrize('averaged', [momentum, AveragedModel])
 
 @AVERAGED
 def test_copies_are_found_with_their_originals(averaged):
-    twins = twin_tensors(Contrast(averaged))
+    twins = averaged_copy_tensors(Contrast(averaged))
     assert twins['net.conv1.weight'] == ['copy.module.0.conv1.weight']
     assert twins['net.bn.running_mean'] == ['copy.module.0.bn.running_mean']
     assert twins['neck.bias'] == ['copy.module.1.bias']
@@ -90,11 +90,11 @@ def test_masked_and_compact_stay_alike_while_the_copy_follows(averaged):
     torch.manual_seed(0)
     model = Contrast(averaged)
     groups = grouped(model, loss).groups
-    alive = random_units(groups, 0.4, np.random.default_rng(0))
-    assert disagreement(model, groups, alive, lambda m: m(images())) is None
-    pair = masked_and_compact(model.double(), groups, alive)
+    kept = random_units(groups, 0.4, np.random.default_rng(0))
+    assert disagreement(model, groups, kept, lambda m: m(images())) is None
+    pair = masked_and_compact(model.double(), groups, kept)
     masks = ColumnMask(pair[0], groups)
-    masks.update(alive)
+    masks.update(kept)
     for _ in range(3):
         losses = []
         for one in pair:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmgfp import GroupFisherPruner
 from mmgfp.apps.analysis import coverage
-from mmgfp.discovery.profile import record_work
+from mmgfp.discovery.profile import profile_layers
 from mmgfp.discovery.verify import disagreement, random_units
 from mmgfp.groups import is_layer
 from mmgfp.selection.costs import CostTable
@@ -140,10 +140,10 @@ def test_channels(build, modulated, parts):
     assert widths(stem) == dict.fromkeys([*entries, ('dcn.weight', 1)], parts)
     assert [f.layer for f in pruner.grouping.frozen] == [offset, 'head']
     assert 'offsets' in pruner.grouping.frozen[0].reason
-    assert coverage(model, pruner.grouping, record_work(model, loss, 3))['macs'] == 1
+    assert coverage(model, pruner.grouping, profile_layers(model, loss, 3))['macs'] == 1
     pruner.close()
-    alive = random_units((stem, dcn), 0.3, np.random.default_rng(0))
-    assert disagreement(model, (stem, dcn), alive, lambda m: m(images())) is None
+    kept = random_units((stem, dcn), 0.3, np.random.default_rng(0))
+    assert disagreement(model, (stem, dcn), kept, lambda m: m(images())) is None
 
 
 def test_conv_groups_of_torchvision():
@@ -152,8 +152,8 @@ def test_conv_groups_of_torchvision():
     (group,) = grouped(model, loss).groups
     assert group.units == 3
     assert set(widths(group).values()) == {2}
-    alive = np.array([True, False, True])
-    assert disagreement(model, [group], alive, lambda m: m(images())) is None
+    kept = np.array([True, False, True])
+    assert disagreement(model, [group], kept, lambda m: m(images())) is None
 
 
 @pytest.mark.parametrize('modulated', [False, True])
@@ -162,7 +162,7 @@ def test_costs(modulated):
     model = packed(modulated)
     assert is_layer(model.dcn)
     shapes = {n: p.shape for n, p in model.named_parameters()}
-    totals = CostTable(shapes, record_work(model, loss, 3), ()).totals(np.zeros(0))
+    totals = CostTable(shapes, profile_layers(model, loss, 3), ()).totals(np.zeros(0))
     offsets = 27 if modulated else 18
     assert totals.macs == (162 + 324 + 216 + offsets * 54) * 64
     assert totals.memory == (6 + 6 + 4 + offsets) * 64

@@ -560,16 +560,16 @@ def test_channels_pass(case):
     assert first.units == case.units
     assert widths(first) == expected | dict.fromkeys(case.also, 1)
 
-    alive = random_units(grouping.groups, 0.3, np.random.default_rng(0))
-    assert disagreement(net, grouping.groups, alive, lambda net: net(x)) is None
+    kept = random_units(grouping.groups, 0.3, np.random.default_rng(0))
+    assert disagreement(net, grouping.groups, kept, lambda net: net(x)) is None
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda c: c.op)
 def test_masks_do_something(case):
     net, x = case.net().eval(), images()
     grouping = grouped(net)
-    alive = random_units(grouping.groups, 0.3, np.random.default_rng(0))
-    masked, small = masked_and_compact(net, grouping.groups, alive)
+    kept = random_units(grouping.groups, 0.3, np.random.default_rng(0))
+    masked, small = masked_and_compact(net, grouping.groups, kept)
     with torch.no_grad():
         assert difference(net(x), masked(x)) > 1e-4
     assert sum(p.numel() for p in small.parameters()) < sum(

@@ -7,7 +7,7 @@ from mmcv.cnn.bricks.conv_ws import ConvAWS2d, ConvWS2d
 from support.toys import Net, conv, grouped, images, square_loss, widths
 
 from mmgfp.apps.analysis import coverage
-from mmgfp.discovery.profile import record_work
+from mmgfp.discovery.profile import profile_layers
 from mmgfp.discovery.verify import disagreement
 
 
@@ -29,10 +29,12 @@ def test_outputs_may_go_and_inputs_may_not(kind):
     stem, head = grouping.frozen
     assert stem.layer == 'stem' and stem.channels == 6 and head.layer == 'head'
     assert 'read with a weight that is normalised over its input' in stem.reason
-    alive = np.array([True, False, True, True, False])
-    assert disagreement(model, [group], alive, lambda m: m(images())) is None
-    work = record_work(model, lambda m: square_loss(m(images())), 2)
-    shares = coverage(model, grouping, work)  # all but the stem's 6 · 27 of 612 weights
+    kept = np.array([True, False, True, True, False])
+    assert disagreement(model, [group], kept, lambda m: m(images())) is None
+    profiles = profile_layers(model, lambda m: square_loss(m(images())), 2)
+    shares = coverage(
+        model, grouping, profiles
+    )  # all but the stem's 6 · 27 of 612 weights
     assert shares['macs'] == pytest.approx(1 - 162 / (162 + 270 + 180))
     assert shares['channels'] == 5 / 15
     with torch.no_grad():

@@ -165,22 +165,22 @@ CRAFTED = {
         lambda s: s['options'].update(evil=1),
         "a pruning state, got KeyError: 'evil'",
     ),
-    'no mask': (lambda s: s.update(alive=None), 'a pruning state, got AttributeError'),
+    'no mask': (lambda s: s.update(kept=None), 'a pruning state, got AttributeError'),
     'mask of numbers': (
-        lambda s: s.update(alive=s['alive'].float()),
+        lambda s: s.update(kept=s['kept'].float()),
         'a mask of 40 units that leaves some of each group, got float32',
     ),
     'two masks': (
-        lambda s: s.update(alive=s['alive'][None]),
+        lambda s: s.update(kept=s['kept'][None]),
         'a mask of 40 units, got',
     ),
-    'no units left': (lambda s: s.pop('present'), "got KeyError: 'present'"),
+    'no units left': (lambda s: s.pop('in_model'), "got KeyError: 'in_model'"),
     'units that were cut out and stay': (
-        lambda s: s['present'][:1].fill_(False),
+        lambda s: s['in_model'][:1].fill_(False),
         'units that stay among those that were not cut out, got others',
     ),
     'nothing left of a group': (
-        lambda s: s['alive'][:4].fill_(False),
+        lambda s: s['kept'][:4].fill_(False),
         'a mask of 40 units that leaves some of each group, got none of stem',
     ),
     'target': (
@@ -213,7 +213,7 @@ def test_state_as_it_was_is_accepted(state):
     pruner = GroupFisherPruner(TinyDetector(), interval=1)
     pruner.load_state_dict(state)
     assert pruner.iteration == state['iteration']
-    assert pruner.alive.tolist() == state['alive'].tolist()
+    assert pruner.kept.tolist() == state['kept'].tolist()
     assert torch.equal(pruner.statistics.state_dict(), state['statistics'])
 
 
@@ -222,8 +222,8 @@ def test_state_as_it_was_is_accepted(state):
 
 def structure_of(net, gone=(0, 1)):
     grouping = grouped(net)
-    alive = ~np.isin(np.arange(grouping.units), gone)
-    return PruneStructure.of(grouping.groups, alive, shapes_of(net)).to_dict()
+    kept = ~np.isin(np.arange(grouping.units), gone)
+    return PruneStructure.of(grouping.groups, kept, shapes_of(net)).to_dict()
 
 
 @pytest.mark.parametrize(

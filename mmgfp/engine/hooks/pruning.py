@@ -25,7 +25,7 @@ from mmgfp.engine.checkpoints import write_whole
 from mmgfp.engine.distributed import (
     any_of_all,
     check_agreement,
-    made_once,
+    once_for_all,
     reduction,
 )
 from mmgfp.engine.hooks.termination import Termination
@@ -38,7 +38,7 @@ from mmgfp.engine.runner_access import (
     check_wrapper,
     loss_scale,
     optimizer_of,
-    renew,
+    rewrap_model,
     saves_now,
     unwrapped,
 )
@@ -78,10 +78,10 @@ class FisherPruningHook(Hook):
         input_shape: (C, H, W) of the image for which costs are counted; by default
             the size of the first training batch.
         strict: Raise at what cannot be pruned for lack of understanding.
-        max_dropped: Iterations in a row without finite gradients that end the run.
-        statistics_every: Iterations from one that is watched to the next.
-        compact_every: After so many iterations, at the next decision, what went is cut
-            out of the model, its optimizer and its averaged copy, so that iterations
+        max_nonfinite: Iterations in a row without finite gradients that end the run.
+        statistics_interval: Iterations from one that is watched to the next.
+        compact_interval: After so many iterations, at the next decision, what went is
+            cut out of the model, its optimizer and its average, so that iterations
             get faster; None only masks it until the end.
         pruner: Which algorithm, and further arguments of it.
 
@@ -106,9 +106,9 @@ class FisherPruningHook(Hook):
         coupled: bool = True,
         input_shape: Sequence[int] | None = None,
         strict: bool = False,
-        max_dropped: int = 100,
-        statistics_every: int = 1,
-        compact_every: int | None = None,
+        max_nonfinite: int = 100,
+        statistics_interval: int = 1,
+        compact_interval: int | None = None,
         pruner: dict | None = None,
         **unknown: Any,
     ) -> None:
@@ -119,16 +119,16 @@ class FisherPruningHook(Hook):
                 repr(unknown),
                 'use interval, normalize, target, units_per_step, iterations, divisor, '
                 'min_channels, max_ratio, keep, coupled, input_shape, strict, '
-                'max_dropped, statistics_every, compact_every or pruner',
+                'max_nonfinite, statistics_interval, compact_interval or pruner',
             )
         if input_shape is not None and len(input_shape) != 3:
             raise ConfigError(
                 'input_shape', '(C, H, W)', repr(input_shape), 'give three numbers'
             )
-        if compact_every is not None:
-            check_count('compact_every', compact_every)
+        if compact_interval is not None:
+            check_count('compact_interval', compact_interval)
         self.input_shape = tuple(input_shape) if input_shape else None
-        self.compact_every = compact_every
+        self.compact_interval = compact_interval
         self.config = {
             'type': 'GroupFisherPruner',
             'interval': interval,
@@ -142,8 +142,8 @@ class FisherPruningHook(Hook):
             'keep': keep,
             'coupled': coupled,
             'strict': strict,
-            'max_dropped': max_dropped,
-            'statistics_every': statistics_every,
+            'max_nonfinite': max_nonfinite,
+            'statistics_interval': statistics_interval,
             **(pruner or {}),
         }
         # Built once without a model, so that bad arguments fail before the run.
@@ -174,7 +174,7 @@ class FisherPruningHook(Hook):
         # So that to start an epoch takes nothing from the generator that is restored.
         generator = torch.Generator().manual_seed(runner.seed)
         runner.train_dataloader.generator = generator
-        if self.compact_every is not None:
+        if self.compact_interval is not None:
             check_wrapper(runner)
             check_optimizer(optimizer_of(runner.optim_wrapper))
         resumed, self._resumed = self._resumed, None
@@ -196,18 +196,18 @@ class FisherPruningHook(Hook):
             return
         pruner = self._build(runner)
         calls = BatchCalls(pruner.model, data_batch)
-        if made_once(lambda: calls.without_boxes):
+        if once_for_all(lambda: calls.without_boxes):
             runner.logger.info('a batch without boxes: pruning begins with another')
             return
-        found = made_once(lambda: self._discover(pruner, calls))
-        pruner.begin(Discovery.from_dict(found, pruner.model))
+        found = once_for_all(lambda: self._discover(pruner, calls))
+        pruner.attach(Discovery.from_dict(found, pruner.model))
         self._watch(runner, pruner)
         self.progress.log_groups(self.input_shape or calls.size)
 
     def _build(self, runner: Runner) -> GroupFisherPruner:
         pruner = PRUNERS.build({**self.config, 'model': unwrapped(runner.model)})
         for averaged in averaged_models(runner):
-            pruner.follow(averaged.module)
+            pruner.track_copy(averaged.module)
         return pruner
 
     def _watch(self, runner: Runner, pruner: GroupFisherPruner) -> None:
@@ -218,8 +218,10 @@ class FisherPruningHook(Hook):
         self.progress = Progress(runner, pruner)
 
     def _discover(self, pruner: GroupFisherPruner, calls: BatchCalls) -> dict[str, Any]:
-        work = calls.work(pruner.model, self.input_shape)
-        return pruner.discover(calls.loss, calls.check, calls.images, work).to_dict()
+        profiles = calls.profile(pruner.model, self.input_shape)
+        return pruner.discover(
+            calls.loss, calls.check, calls.images, profiles
+        ).to_dict()
 
     def after_train_iter(
         self,
@@ -274,7 +276,7 @@ class FisherPruningHook(Hook):
     def _decided(self, runner: Runner, step: PruneStep) -> None:
         pruner = self.pruner
         assert pruner is not None
-        check_agreement(pruner.alive)
+        check_agreement(pruner.kept)
         self.progress.log_step(step)
         for target in step.reached:
             self._save(runner, target.label)
@@ -287,16 +289,16 @@ class FisherPruningHook(Hook):
                 'no unit was pruned: none has gradients and may go; see min_channels, '
                 'max_ratio and keep'
             )
-        if self._compacts() and pruner.shrink([optimizer_of(runner.optim_wrapper)]):
-            renew(runner)
+        if self._compacts() and pruner.compact_([optimizer_of(runner.optim_wrapper)]):
+            rewrap_model(runner)
             runner.logger.info('what went is cut out of the model')
 
     def _compacts(self) -> bool:
-        """Whether `compact_every` iterations ended since the decision before.
+        """Whether `compact_interval` iterations ended since the decision before.
 
         The iteration alone tells, so that resumed runs cut at the same ones.
         """
-        every, pruner = self.compact_every, self.pruner
+        every, pruner = self.compact_interval, self.pruner
         if every is None or pruner is None:
             return False
         before = pruner.iteration - pruner.interval
@@ -323,8 +325,8 @@ class FisherPruningHook(Hook):
         if self.pruner is not None:
             state = self.pruner.state_dict()
             checkpoint[STATE_KEY] = {**state, 'random': [random_state(), *self._others]}
-            if not self.pruner.present.all():
-                checkpoint[STRUCTURE_KEY] = self.pruner.cut_structure().to_dict()
+            if not self.pruner.in_model.all():
+                checkpoint[STRUCTURE_KEY] = self.pruner.in_model_structure().to_dict()
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Go on with the state of an interrupted run, before its weights are loaded.
@@ -337,8 +339,8 @@ class FisherPruningHook(Hook):
         if state is not None:
             pruner = self._build(runner)
             pruner.load_state_dict(state, [optimizer_of(runner.optim_wrapper)])
-            if not pruner.present.all():
-                renew(runner)
+            if not pruner.in_model.all():
+                rewrap_model(runner)
             self._resumed = pruner, state['random']
         if runner._resume or STRUCTURE_KEY in checkpoint:
             check_widths(unwrapped(runner.model), checkpoint.get('state_dict', {}))
