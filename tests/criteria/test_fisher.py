@@ -381,13 +381,13 @@ class TwoReaders(nn.Module):
     def __init__(self, change=False):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 1)
-        self.remaining, self.right = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.left, self.right = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
         self.head = nn.Conv2d(4, 2, 1)
         self.change = change
 
     def forward(self, x):
         x = self.stem(x)
-        left = self.remaining(x)
+        left = self.left(x)
         if self.change:
             x += 1  # the same tensor with other values
         return self.head(left + self.right(x) + x)

@@ -26,7 +26,7 @@ FIXED = settings(
     derandomize=True,
     deadline=None,
     database=None,
-    phases=[Phase.generate, Phase.compact_],
+    phases=[Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 

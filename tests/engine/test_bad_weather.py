@@ -186,13 +186,13 @@ class TwoHeads(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.stem = torch.nn.Conv2d(3, 6, 1)
-        self.remaining, self.right = ConvPair(), ConvPair()
-        for head in (self.remaining, self.right):
+        self.left, self.right = ConvPair(), ConvPair()
+        for head in (self.left, self.right):
             head.conv1 = torch.nn.Conv2d(6, 6, 3, bias=False)
 
     def forward(self, x):
         x = self.stem(x).relu()
-        return self.remaining(x), self.right(x)
+        return self.left(x), self.right(x)
 
 
 def test_head_without_gradient_in_some_iterations_counts_in_the_others():
