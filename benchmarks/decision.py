@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from benchmarks.step import pruned_step
 from benchmarks.timing import Times, ratios, spread, take_turns, timed_calls
 from mmgfp import GroupFisherPruner, pruner
+from mmgfp.config import PruningConfig
+from mmgfp.selection.schedules import build_schedule
 
 #: Units that go at once, by the names that tables have for it.
 PACES: dict[str, int | str] = {'one': 1, 'ten': 10, 'auto': 'auto'}
@@ -33,7 +36,7 @@ def measure_decision(
     """
     step, decider = pruned_step(model, calls)
     step()
-    decider.interval = 1
+    decider.config = PruningConfig.of(decider.config, interval=1)
     selection: Times = {name: [] for name in PACES}
     units: dict[str, int] = {}
     actions = {
@@ -44,8 +47,8 @@ def measure_decision(
     selection = {name: found[-rounds:] for name, found in selection.items()}
     decider.close()
     return {
-        'groups': len(decider.grouping.groups),
-        'units': decider.grouping.units,
+        'groups': len(decider.units.grouping.groups),
+        'units': decider.units.grouping.units,
         'picked': units,
         'seconds': {n: spread([t['wall'] for t in times[n]]) for n in PACES},
         'selection': {n: spread([t['wall'] for t in selection[n]]) for n in PACES},
@@ -64,7 +67,7 @@ def _decide(
     """A decision at one of the `PACES`; says how many units go."""
 
     def run() -> None:
-        decider.units_per_step = PACES[name]
+        decider.schedule = build_schedule(None, PACES[name], None)
         with timed_calls(pruner, 'select_units', selection, device):
             step = decider.step()
         assert step is not None
@@ -75,13 +78,16 @@ def _decide(
 
 def _rewind(decider: GroupFisherPruner) -> Callable[[], None]:
     """Brings the pruner back to where it stands now."""
-    kept, statistics = decider.kept.copy(), decider.statistics.state_dict()
+    kept, statistics = (
+        decider.units.kept.copy(),
+        decider.criterion.statistics.state_dict(),
+    )
 
     def run() -> None:
-        decider.kept = kept.copy()
-        decider.reached = []
-        decider.mask.update(decider.kept)
-        decider.statistics.load_state_dict(statistics)
+        decider.units.kept = kept.copy()
+        decider.reached = ()
+        decider.units.prune(np.flatnonzero(~kept))
+        decider.criterion.statistics.load_state_dict(statistics)
 
     return run
 

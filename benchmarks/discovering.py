@@ -9,6 +9,7 @@ from torch import nn
 
 import mmgfp.discovery.discover as discover_module
 from benchmarks.timing import Times, spread, stopwatch, timed_calls
+from mmgfp.criteria.fisher import Fisher
 from mmgfp.discovery.discover import Discovery, discover, own_profiles, trace_model
 from mmgfp.discovery.grouping import build_groups
 
@@ -16,7 +17,8 @@ from mmgfp.discovery.grouping import build_groups
 def unverified(model: nn.Module, calls: Any) -> Discovery:
     """What `discover` finds, for parts in which the time of the proof is no matter."""
     seen = trace_model(model, calls.loss)
-    grouping = build_groups(model, seen.trace, (), seen.unread)
+    unscorable = Fisher().unscorable(model, seen.weights, seen.rows)
+    grouping = build_groups(model, seen.trace, unscorable=unscorable)
     return Discovery(grouping, seen.rows, own_profiles(model, calls.profile(model)))
 
 
@@ -39,7 +41,8 @@ def measure_discovery(
         with timed_calls(discover_module, 'trace_loss', times['trace'], device):
             seen = trace_model(model, calls.loss)
         with stopwatch(times['groups'], device):
-            grouping = build_groups(model, seen.trace, (), seen.unread)
+            unscorable = Fisher().unscorable(model, seen.weights, seen.rows)
+            grouping = build_groups(model, seen.trace, unscorable=unscorable)
         if turn == 0:  # does not count
             for values in times.values():
                 values.clear()

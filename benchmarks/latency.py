@@ -101,7 +101,11 @@ def prune(
         tuple: The target, the shares of costs that are left, and a compact copy.
     """
     pruner = GroupFisherPruner(
-        model, INTERVAL, target=TARGETS, iterations=ITERATIONS, **options
+        model,
+        interval=INTERVAL,
+        target=TARGETS,
+        iterations=ITERATIONS,
+        **options,
     )
     pruner.attach(discovery)
     train = seeded(train_step(model, calls.loss, sgd(model, LR)))
@@ -109,7 +113,7 @@ def prune(
         train()
         step = pruner.step()
         for target in step.reached if step else ():
-            now, full = pruner.totals, pruner.full
+            now, full = pruner.units.totals, pruner.units.full
             costs = {c: float(now[c] / full[c]) for c in COSTS}
             yield target.ratio, costs, pruner.compact()
 

@@ -116,20 +116,20 @@ class Run:
     @property
     def removed(self) -> int:
         """Units that have gone."""
-        return int((~self.pruner.kept).sum())
+        return int((~self.pruner.units.kept).sum())
 
     def step(self) -> None:
         """One iteration, with the decision and the cut that are due."""
         self._train()
         if self.pruner.step() is None:
             return
-        self.kept.append(self.pruner.kept.copy())
+        self.kept.append(self.pruner.units.kept.copy())
         if self.live:
             self.pruner.compact_(optimizers=(self.optimizer,))
 
     def interval(self) -> None:
         """All iterations up to a decision."""
-        for _ in range(self.pruner.interval):
+        for _ in range(self.pruner.config.interval):
             self.step()
 
     def until_done(self, device: str) -> list[dict[str, float]]:
@@ -142,11 +142,11 @@ class Run:
 
 
 def _facts(run: Run, times: list[dict[str, float]]) -> dict[str, Any]:
-    totals, full = run.pruner.totals, run.pruner.full
+    totals, full = run.pruner.units.totals, run.pruner.units.full
     return {
         'iterations': run.pruner.iteration,
         'reached': run.pruner.done,
-        'macs': float(totals.macs / full.macs),
+        'macs': float(totals['macs'] / full['macs']),
         'units': run.removed,
         'seconds': {clock: sum(t[clock] for t in times) for clock in ('wall', 'cpu')},
     }

@@ -24,8 +24,7 @@ def pruned_step(model: nn.Module, calls: Any) -> tuple[Callable[[], None], Any]:
     """One iteration as the hook has it, one unit of each group masked; its pruner."""
     pruner = GroupFisherPruner(model, interval=NEVER)
     pruner.attach(unverified(model, calls))
-    pruner.kept[np.unique(pruner.grouping.group_of, return_index=True)[1]] = False
-    pruner.mask.update(pruner.kept)
+    pruner.units.prune(np.unique(pruner.units.group_of, return_index=True)[1])
     train = train_step(model, calls.loss)
 
     def step() -> None:
@@ -51,8 +50,8 @@ def measure_step(
     with every_step(model, calls) as (actions, pruner):
         both = {name: actions[name] for name in ('plain', 'pruning')}
         return {
-            'layers': len(pruner.tap.layers),
-            'units': pruner.grouping.units,
+            'layers': len(pruner.criterion.layers),
+            'units': pruner.units.grouping.units,
             **compare_steps(actions, repeats, device),
             'bytes_moved': {name: bytes_moved(step) for name, step in both.items()},
             'peak_bytes': {n: peak_bytes(s, model, device) for n, s in both.items()},
@@ -69,7 +68,7 @@ def every_step(
     pruning = seeded(step)
 
     def between() -> None:
-        pruner.tap.active = False
+        pruner.criterion.watch(False)
         pruning()
 
     try:

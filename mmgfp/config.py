@@ -1,101 +1,169 @@
-"""What the arguments of pruning may be."""
+"""The options of a pruning run, each written once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from mmgfp.selection.greedy import NORMALIZATIONS, Target
+from mmgfp.criteria.base import CRITERIA, Criterion
+from mmgfp.selection.costs import COSTS
+from mmgfp.selection.greedy import NO_NORMALIZATION
+from mmgfp.selection.schedules import Schedule, build_schedule
+from mmgfp.selection.targets import Target, parse_targets
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.registry import check_known
+from mmgfp.utils.validation import check, check_count
 
-WHOLE = 'a whole number of at least 1'
-
-
-def parse_targets(target: Any) -> list[Target]:
-    """Read one target such as ``dict(flops=0.5)``, or a list of them.
-
-    Raises:
-        ConfigError: It is none.
-    """
-    targets = list(target) if isinstance(target, list | tuple) else [target]
-    check('target', bool(targets), 'at least one target', target)
-    return [Target.parse(t) for t in targets]
+Spec = str | Mapping[str, Any]
 
 
-def check_options(options: Mapping[str, Any], targets: int) -> None:
-    """Refuse what `GroupFisherPruner` cannot work with.
+@dataclass(frozen=True)
+class PruningConfig:
+    """Options of a pruning run, checked when they are given.
 
-    Args:
-        options: Its arguments by name.
-        targets: How many targets there are.
+    The pruner and the hook take them by name or as one object. ``input_shape`` and
+    ``compact_interval`` concern runs of MMEngine's runner alone.
 
-    Raises:
-        ConfigError: One is of a wrong type, out of range or at odds with another one.
-    """
-    for field in ('interval', 'divisor', 'min_channels', 'max_nonfinite'):
-        check_count(field, options[field])
-    interval, at_once = options['interval'], options['units_per_step']
-    if at_once != 'auto':
-        check_count('units_per_step', at_once, f'{WHOLE}, or auto')
-    iterations = options['iterations']
-    if iterations is not None:
-        least = interval * targets
-        expected = f'a whole number, at least the interval for each target: {least}'
-        check_count('iterations', iterations, expected, least)
-        expected = 'not given beside iterations, which sets the pace'
-        check('units_per_step', at_once == 1, expected, at_once)
-    every = options['statistics_interval']
-    check_count('statistics_interval', every)
-    check(
-        'statistics_interval',
-        every <= interval,
-        f'at most the interval, {interval}',
-        every,
-    )
-    ratio = options['max_ratio']
-    fine = isinstance(ratio, int | float) and 0 < ratio <= 1
-    check('max_ratio', fine, 'a number in (0, 1]', ratio)
-    known, cost = ', '.join(NORMALIZATIONS), options['normalize']
-    check('normalize', cost in NORMALIZATIONS, f'one of {known}', cost)
-    keep = options['keep']
-    fine = isinstance(keep, list | tuple) and all(isinstance(k, str) for k in keep)
-    check('keep', fine, 'a list of layer names or patterns', keep)
-    coupled = options['coupled']
-    check('coupled', isinstance(coupled, bool), 'True or False', coupled)
-
-
-def check_not_compiled(model: Any) -> None:
-    """Refuse a module that torch.compile has wrapped.
+    Attributes:
+        target: When to stop, such as ``dict(flops=0.5)``, a share of the unpruned
+            model's multiply-accumulates; a list gives several stations on the way, each
+            with a checkpoint of its own.
+        interval: Iterations between two decisions (paper: 10 for detection, 25 for
+            classification).
+        criterion: How importance is measured: a name in `CRITERIA`, or
+            ``dict(type=name, ...)`` with arguments.
+        normalize: Cost that importance is divided by: ``'memory'`` (the paper's -M),
+            ``'flops'`` (-F), another name in `COSTS`, or ``'none'`` (-U).
+        units_per_step: Units that go at each decision; ``'auto'`` takes as many as
+            together have, at worst, little of all importance.
+        iterations: Iterations in which the last target is reached, at an even pace of
+            its cost; instead of ``units_per_step``.
+        schedule: Another pace, instead of both: a name in `SCHEDULES`, or
+            ``dict(type='cubic', iterations=5000)``.
+        divisor: Channels of a group come to rest at multiples of this number, if at all
+            they get fewer.
+        min_channels: Output channels that always stay in each group.
+        max_ratio: Largest share of a group that may go.
+        keep: Names or glob patterns of layers that are never pruned.
+        coupled: Whether channels that several layers share may go; False leaves those
+            that one layer makes and one other reads (the paper's ablation -I).
+        strict: Raise where something cannot be pruned for lack of understanding,
+            instead of leaving it alone and reporting it.
+        max_nonfinite: Iterations in a row with gradients that are not finite, after
+            which it is an error; one such iteration is merely not counted.
+        statistics_interval: Iterations from one that is watched to the next; those
+            between cost what plain training costs, and decisions rest on less.
+        compact_interval: After so many iterations, at the next decision, what was
+            pruned is cut out of the model, its optimizer and its averaged copy, so that
+            iterations get faster; None only masks it until the end.
+        input_shape: (C, H, W) of the image for which costs are counted; by default the
+            size of the first training batch.
 
     Raises:
-        ConfigError: It is one.
+        ConfigError: If an option is out of range or at odds with another one.
+
+    Examples:
+        >>> config = PruningConfig(target=dict(flops=0.5), units_per_step='auto')
+        >>> config.targets
+        (Target(cost='flops', ratio=0.5),)
+        >>> PruningConfig.of(config, divisor=8).divisor
+        8
     """
-    if hasattr(model, '_orig_mod') or getattr(model, '_compiled_call_impl', None):
-        raise ConfigError(
-            'model',
-            'a module without torch.compile, as pruning looks into every layer',
-            f'a compiled {type(getattr(model, "_orig_mod", model)).__name__}',
-            'prune first; the compact model can be compiled for fine-tuning',
+
+    target: Any = field(default_factory=lambda: {'flops': 0.5})
+    interval: int = 10
+    criterion: Spec = 'fisher'
+    normalize: str = 'memory'
+    units_per_step: int | str = 1
+    iterations: int | None = None
+    schedule: Spec | None = None
+    divisor: int = 1
+    min_channels: int = 1
+    max_ratio: float = 1.0
+    keep: Sequence[str] = ()
+    coupled: bool = True
+    strict: bool = False
+    max_nonfinite: int = 100
+    statistics_interval: int = 1
+    compact_interval: int | None = None
+    input_shape: Sequence[int] | None = None
+
+    @classmethod
+    def of(
+        cls, config: PruningConfig | Mapping[str, Any] | None = None, **options: Any
+    ) -> PruningConfig:
+        """Return a configuration with some of its options changed.
+
+        Args:
+            config: What to start from; the defaults if None.
+            **options: Options by name.
+
+        Raises:
+            ConfigError: If an option is unknown or not valid.
+        """
+        if isinstance(config, Mapping):
+            options = {**config, **options}
+        check_known('pruning', options, [f.name for f in fields(cls)])
+        return replace(config, **options) if isinstance(config, cls) else cls(**options)
+
+    def __post_init__(self) -> None:
+        self._check_counts()
+        is_share = isinstance(self.max_ratio, int | float) and 0 < self.max_ratio <= 1
+        check('max_ratio', is_share, 'a number in (0, 1]', self.max_ratio)
+        for name in ('coupled', 'strict'):
+            value = getattr(self, name)
+            check(name, isinstance(value, bool), 'True or False', value)
+        is_list = isinstance(self.keep, list | tuple)
+        is_list = is_list and all(isinstance(k, str) for k in self.keep)
+        check('keep', is_list, 'a list of layer names or patterns', self.keep)
+        object.__setattr__(self, 'keep', tuple(self.keep))
+        self._check_normalize()
+        schedule, criterion = self.build_schedule(), self.build_criterion()
+        schedule.check(self.interval, self.targets)
+        if schedule.needs_additive and not criterion.additive:
+            raise ConfigError(
+                'units_per_step or schedule',
+                f'one that goes with the criterion {self.criterion!r}',
+                type(schedule).__name__,
+                'its scores do not add up: give a number of units, iterations or '
+                'another schedule',
+            )
+
+    def _check_counts(self) -> None:
+        for name in ('interval', 'divisor', 'min_channels', 'max_nonfinite'):
+            check_count(name, getattr(self, name))
+        every, interval = self.statistics_interval, self.interval
+        check_count('statistics_interval', every)
+        expected = f'at most the interval, {interval}'
+        check('statistics_interval', every <= interval, expected, every)
+        if self.compact_interval is not None:
+            check_count('compact_interval', self.compact_interval)
+        if self.input_shape is not None:
+            shape = self.input_shape
+            is_shape = isinstance(shape, list | tuple) and len(shape) == 3
+            check('input_shape', is_shape, '(C, H, W)', shape)
+            for size in shape:
+                check_count('input_shape', size, 'three whole numbers of at least 1')
+            object.__setattr__(self, 'input_shape', tuple(shape))
+
+    def _check_normalize(self) -> None:
+        known = [name for name in COSTS.names() if COSTS[name].is_normalizer]
+        is_known = self.normalize == NO_NORMALIZATION or (
+            self.normalize in COSTS and COSTS[self.normalize].is_normalizer
         )
+        names = ', '.join(['flops', *known, NO_NORMALIZATION])
+        check('normalize', is_known, f'one of {names}', self.normalize)
 
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The targets, parsed."""
+        return parse_targets(self.target)
 
-def check_count(
-    field: str, value: object, expected: str = WHOLE, least: int = 1
-) -> None:
-    """Refuse anything but a whole number of at least ``least``.
+    def build_criterion(self) -> Criterion:
+        """Return a new criterion."""
+        return CRITERIA.build(self.criterion)
 
-    Raises:
-        ConfigError: It is something else.
-    """
-    fine = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    check(field, fine, expected, value)
-
-
-def check(field: str, fine: bool, expected: str, got: object) -> None:
-    """Refuse ``got`` unless it is ``fine``.
-
-    Raises:
-        ConfigError: It is not.
-    """
-    if not fine:
-        raise ConfigError(field, expected, repr(got), 'change the configuration')
+    def build_schedule(self) -> Schedule:
+        """Return the schedule that the options ask for."""
+        return build_schedule(self.schedule, self.units_per_step, self.iterations)

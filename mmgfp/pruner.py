@@ -1,58 +1,51 @@
-"""Group Fisher pruning of a plain module: groups, statistics, masks and costs."""
+"""The pruning loop of a plain module: criterion, selection, masks (paper, alg. 2)."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mmgfp.checkpoint import PrunerState
-from mmgfp.config import check_not_compiled, check_options, parse_targets
-from mmgfp.criteria.fisher import FisherTap, weight_owners
-from mmgfp.criteria.statistics import Importance, Reduce, UnitStatistics
+from mmgfp.checkpoint import RunState
+from mmgfp.config import PruningConfig
+from mmgfp.criteria.base import Criterion, Reduce, ScoringContext
+from mmgfp.criteria.checks import ScoreChecks
+from mmgfp.criteria.fisher import Fisher
 from mmgfp.discovery.discover import Discovery, discover
 from mmgfp.discovery.profile import Forward, LossFunction, copy_module
 from mmgfp.groups import Grouping
-from mmgfp.selection.costs import CostTable, LayerProfile, Totals
-from mmgfp.selection.greedy import (
-    Limits,
-    Target,
-    auto_bound,
-    rest_steps,
-    select_units,
-    waypoints,
-)
+from mmgfp.selection.costs import LayerProfile, Totals
+from mmgfp.selection.greedy import Limits, select_units
+from mmgfp.selection.schedules import DecisionPoint
+from mmgfp.selection.targets import Target
 from mmgfp.surgery.compact import compact
-from mmgfp.surgery.live import cut_live, units_to_keep_in_model
-from mmgfp.surgery.masking import ColumnMask
-from mmgfp.surgery.structure import PruneStructure, shapes_of
-from mmgfp.utils.errors import StatisticsError
-
-logger = logging.getLogger('mmgfp')
+from mmgfp.units import UnitState
+from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.validation import check_not_compiled
 
 
 @dataclass(frozen=True)
 class PruneStep:
-    """What one pruning decision did.
+    """The outcome of one pruning decision.
 
     Attributes:
-        units: Numbers of the units that went.
-        totals: Costs of what is left.
-        reached: Targets that this step met for the first time.
+        units: Numbers of the units that were pruned.
+        totals: Costs of the remaining model.
+        reached: Targets that this decision met for the first time.
+        exhausted: Whether nothing was pruned although the schedule asked for it.
     """
 
     units: np.ndarray
     totals: Totals
     reached: tuple[Target, ...]
+    exhausted: bool = False
 
 
-class GroupFisherPruner:
+class ChannelPruner:
     """Prunes the channels of a module while it trains (paper, algorithm 2).
 
     Wraps any `nn.Module`. `prepare` finds the coupled channels once; after that the
@@ -60,90 +53,68 @@ class GroupFisherPruner:
 
     Args:
         model: The module to prune; it is masked in place and keeps its shape.
-        interval: Iterations between two decisions.
-        normalize: Cost that the importance is divided by: ``'memory'`` (the paper's
-            -M), ``'flops'`` (-F) or ``'none'`` (-U).
-        target: When to stop, such as ``dict(flops=0.5)``; a list gives several
-            stations on the way.
-        units_per_step: Units that go at each decision; ``'auto'`` takes as many as
-            together have, at worst, little of all importance (`auto_bound`).
-        iterations: Iterations in which the last target is reached, at an even pace of
-            its cost; instead of ``units_per_step``.
-        divisor: Channels of a group come to rest at multiples of this number only, if
-            at all they get fewer.
-        min_channels: Output channels that always stay in each group.
-        max_ratio: Largest share of a group that may go.
-        keep: Names or glob patterns of layers that are never pruned.
-        coupled: Whether channels that several layers share may go; False leaves those
-            that one layer makes and one other reads (the paper's ablation -I).
-        strict: Raise where something cannot be pruned for lack of understanding,
-            instead of leaving it alone and reporting it.
-        max_nonfinite: Iterations in a row with gradients that are not finite, after
-            which it is an error; one such iteration is merely not counted.
-        statistics_interval: Iterations from one that is watched to the next; those
-            between cost what plain training costs, and decisions rest on less.
+        config: Options of the run; the defaults if None.
+        **options: Options by name, see `PruningConfig`; they override ``config``.
+
+    Attributes:
+        criterion: How importance is measured.
+        iteration: Iterations so far.
+        reached: Targets that are met.
 
     Raises:
-        ConfigError: An argument is out of range.
+        ConfigError: If an option is unknown, out of range or at odds with another one,
+            or the module is wrapped by torch.compile.
+
+    Examples:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> images = torch.randn(2, 3, 8, 8)
+        >>> pruner = ChannelPruner(model, interval=1, target=dict(flops=0.5))
+        >>> groups = pruner.prepare(
+        ...     loss=lambda m: m(images).square().mean(), forward=lambda m: m(images),
+        ...     images=2)
+        >>> while not pruner.done:
+        ...     model(images).square().mean().backward()
+        ...     step = pruner.step()
+        >>> pruner.compact()[0].out_channels
+        4
     """
 
     def __init__(
         self,
         model: nn.Module,
-        interval: int = 10,
-        normalize: str = 'memory',
-        target: Mapping[str, float] | Sequence[Mapping[str, float]] = {'flops': 0.5},  # noqa: B006
-        units_per_step: int | str = 1,
-        min_channels: int = 1,
-        max_ratio: float = 1.0,
-        keep: Sequence[str] = (),
-        coupled: bool = True,
-        strict: bool = False,
-        max_nonfinite: int = 100,
-        statistics_interval: int = 1,
-        iterations: int | None = None,
-        divisor: int = 1,
+        config: PruningConfig | Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
-        self.targets = parse_targets(target)
-        check_options(
-            {
-                'interval': interval,
-                'normalize': normalize,
-                'units_per_step': units_per_step,
-                'min_channels': min_channels,
-                'max_ratio': max_ratio,
-                'keep': keep,
-                'coupled': coupled,
-                'max_nonfinite': max_nonfinite,
-                'statistics_interval': statistics_interval,
-                'iterations': iterations,
-                'divisor': divisor,
-            },
-            len(self.targets),
-        )
+        self.config = PruningConfig.of(config, **options)
         check_not_compiled(model)
         self.model = model
-        self.interval = interval
-        self.normalize = normalize
-        self.units_per_step = units_per_step
-        self.iterations = iterations
-        self.divisor = divisor
-        self.min_channels = min_channels
-        self.max_ratio = max_ratio
-        self.keep = tuple(keep)
-        self.coupled = coupled
-        self.strict = strict
-        self.max_nonfinite = max_nonfinite
-        self.statistics_interval = statistics_interval
-        self.discovery: Discovery | None = None
-        self.grouping = self.remaining = Grouping((), (), {})
-        self._copies: list[nn.Module] = []
+        self.schedule = self.config.build_schedule()
+        self.criterion: Criterion = self.config.build_criterion()
+        self.checks = ScoreChecks(self.config.interval, self.config.max_nonfinite)
         self.iteration = 0
-        self._dropped = 0
-        self.reached: list[Target] = []
-        self._warned: set[str] = set()
+        self.reached: tuple[Target, ...] = ()
+        self.discovery: Discovery | None = None
+        self._units: UnitState | None = None
+        self._copies: list[nn.Module] = []
+        self._context: ScoringContext | None = None
 
-    # -- preparation ---------------------------------------------------------
+    @property
+    def units(self) -> UnitState:
+        """Which units are kept and which are in the model; a ConfigError before."""
+        if self._units is None:
+            raise ConfigError('the pruner is not prepared; call prepare first')
+        return self._units
+
+    @property
+    def pending(self) -> list[Target]:
+        """Targets not reached yet; none are left when the pruner is ``done``."""
+        return [t for t in self.config.targets if t not in self.reached]
+
+    @property
+    def done(self) -> bool:
+        """Whether all targets are reached."""
+        return not self.pending
 
     def prepare(
         self,
@@ -152,23 +123,23 @@ class GroupFisherPruner:
         images: int,
         profiles: Mapping[str, LayerProfile] | None = None,
     ) -> Grouping:
-        """Find the coupled channels, prove them, and start to watch.
+        """Find the coupled channels, verify them, and start to watch.
 
         Args:
             loss: Computes the training loss of the module it is given, a scalar, on
                 a real batch.
             forward: Returns all outputs that the module it is given has at inference.
             images: Number of images in the batch of ``forward``.
-            profiles: What each layer works on, by weight, for one image; recorded from
-                ``forward`` if not given.
+            profiles: How often each layer uses its weight for one image, by weight;
+                recorded from ``forward`` if not given.
 
         Raises:
-            TraceError: Nothing can be pruned; under ``strict``, also if an op has no
-                rule or the proof fails for a group.
-            ConfigError: A pattern of ``keep`` matches no layer.
+            TraceError: If nothing can be pruned; under ``strict``, also if an op has no
+                rule or verification fails for a group.
+            ConfigError: If a pattern of ``keep`` matches no layer.
         """
         self.attach(self.discover(loss, forward, images, profiles))
-        return self.grouping
+        return self.units.grouping
 
     def discover(
         self,
@@ -177,330 +148,183 @@ class GroupFisherPruner:
         images: int,
         profiles: Mapping[str, LayerProfile] | None = None,
     ) -> Discovery:
-        """What `prepare` finds, for processes or runs that share it."""
-        options = (self.keep, self.coupled, self.strict)
-        return discover(self.model, loss, forward, images, profiles, *options)
+        """Return the discovery that `prepare` makes, for processes that share it."""
+        options = (self.config.keep, self.config.coupled, self.config.strict)
+        batch = (loss, forward, images, profiles)
+        return discover(self.model, *batch, *options, self.criterion.unscorable)
 
     def attach(self, discovery: Discovery) -> None:
-        """Start to watch on the grounds of what was found before.
-
-        Args:
-            discovery: What `discover` gave for this model, in this process, in
-                another one or before an interruption.
-        """
+        """Start to watch, with a discovery made in another process or run."""
         self.discovery = discovery
-        self.grouping = self.remaining = discovery.grouping
-        groups = self.grouping.groups
-        parameters = {n: tuple(p.shape) for n, p in self.model.named_parameters()}
-        self.costs = CostTable(parameters, discovery.profiles, groups)
-        #: Costs of the unpruned model.
-        self.full = self.costs.totals(np.zeros(len(groups)))
-        self.shapes = shapes_of(self.model)
-        self.kept = np.ones(self.grouping.units, dtype=bool)
-        self.in_model = self.kept.copy()
-        self._group_of = self.grouping.group_of
-        device = next(self.model.parameters()).device
-        self.statistics = UnitStatistics({}, self._group_of, device)
-        self._watch()
-        self._widths = np.array(
-            [next(m.width for m in g.members if m.role == 'out') for g in groups]
+        self._units = UnitState(
+            self.model, discovery.grouping, discovery.profiles, self._copies
         )
-        self._steps = rest_steps(self._widths, self.divisor)
-        sizes = np.array([g.units for g in groups])
-        least = -(-self.min_channels // self._widths)
-        self.limits = Limits.of(sizes, least, self.max_ratio)
-
-    def track_copy(self, copied: nn.Module) -> None:
-        """Mask and cut a copy of the model along with it, such as an averaged one.
-
-        Args:
-            copied: A module with tensors of the same names and shapes.
-        """
-        self._copies.append(copied)
-        if self.discovery is not None:
-            self._masks.append(self._masked(copied))
+        limits = (self.config.min_channels, self.config.max_ratio, self.config.divisor)
+        self.limits = Limits.of(self._units.sizes, self._units.widths, *limits)
+        self._watch()
 
     def _watch(self) -> None:
-        """Tap and mask the model as it is now."""
-        assert self.discovery is not None
-        # Units keep their first numbers in all statistics.
-        numbers = np.append(np.flatnonzero(self.in_model), -1)
-        owners = weight_owners(self.model)
-        units = {
-            module: torch.from_numpy(numbers[index])
-            for weight, index in self.remaining.inputs.items()
-            for module in owners.get(weight, ())
-            if (index >= 0).any()
-        }
-        self.statistics.read(units)
-        modules, rows = dict(self.model.named_modules()), self.discovery.rows
-        self.tap = FisherTap(
-            {name: modules[name] for name in units},
-            rows,
-            [modules[name] for name in rows.first],
-            units,
-        )
+        """Let the criterion watch the model as it is now."""
+        self.criterion.detach()
+        units, rows = self.units, self.discovery.rows  # type: ignore[union-attr]
+        in_model = (units.remaining, np.flatnonzero(units.in_model), units.group_of)
+        self._context = ScoringContext(self.model, *in_model, rows)
+        self.criterion.attach(self._context)
         self._watch_next()
-        self.tap.attach()
-        self.mask = self._masked(self.model)
-        self._masks = [self.mask, *map(self._masked, self._copies)]
 
-    def _masked(self, model: nn.Module) -> ColumnMask:
-        """A mask of what went and is still there."""
-        mask = ColumnMask(model, self.remaining.groups)
-        mask.update(self.kept[self.in_model])
-        return mask
+    def _watch_next(self) -> None:
+        """Let the next iteration count if it is its turn."""
+        turn = (self.iteration + 1) % self.config.statistics_interval == 0
+        self.criterion.watch(turn)
 
-    def _update_masks(self) -> None:
-        for mask in self._masks:
-            mask.update(self.kept[self.in_model])
-
-    # -- state ---------------------------------------------------------------
-
-    @property
-    def pending(self) -> list[Target]:
-        """Targets not reached yet."""
-        return [t for t in self.targets if t not in self.reached]
-
-    @property
-    def done(self) -> bool:
-        """Whether all targets are reached."""
-        return not self.pending
-
-    @property
-    def removed(self) -> np.ndarray:
-        """Units removed from each group, (G,)."""
-        return np.bincount(
-            self._group_of[~self.kept], minlength=len(self.grouping.groups)
-        )
-
-    @property
-    def importance(self) -> np.ndarray:
-        """Fisher information since the last decision, in this process, (U,)."""
-        return self.statistics.importance
-
-    @property
-    def totals(self) -> Totals:
-        """Costs of what is left."""
-        return self.costs.totals(self.removed)
-
-    def structure(self) -> PruneStructure:
-        """What is kept of every tensor dimension of the unpruned model."""
-        return PruneStructure.of(self.grouping.groups, self.kept, self.shapes)
-
-    def in_model_structure(self) -> PruneStructure:
-        """What of the unpruned model is still there, masked or not."""
-        return PruneStructure.of(self.grouping.groups, self.in_model, self.shapes)
-
-    def compact(self, copied: nn.Module | None = None) -> nn.Module:
-        """A compact copy of the model as it stands, or of one that follows it."""
-        self.tap.detach()
-        try:
-            made = copy_module(self.model if copied is None else copied)
-        finally:
-            self.tap.attach()
-        return compact(made, self._rest(self.kept))
-
-    def _rest(self, units: np.ndarray) -> PruneStructure:
-        """What is left of the model as it is now if only ``units``, (U,), stay."""
-        shapes = shapes_of(self.model)
-        return PruneStructure.of(self.remaining.groups, units[self.in_model], shapes)
-
-    def compact_(self, optimizers: Sequence[Optimizer] = ()) -> bool:
-        """Cut what was pruned out of the model while it goes on training.
-
-        A few masked units may stay, so that kernels find even numbers of channels
-        (`units_to_keep_in_model`).
-
-        The model computes what it did, faster. Its parameters are new objects: their
-        gradients, the optimizers and the copies that `follow` it are seen to; anything
-        else that holds on to parameters, such as a wrapper for several processes, must
-        be built anew. Call it between `step` and the next forward pass.
+    def step(
+        self, loss_scale: float = 1.0, reduce: Reduce | None = None
+    ) -> PruneStep | None:
+        """Take in one iteration, after its backward and its optimizer's step.
 
         Args:
-            optimizers: Those that train the model.
+            loss_scale: The factor on the loss in backward, as of a gradient scaler.
+            reduce: Sums a tensor over all processes, in place, and returns their
+                number; called at decisions only.
+
+        Returns:
+            PruneStep: The outcome of a decision, or None between two decisions.
+
+        Raises:
+            StatisticsError: If too many iterations in a row had gradients that are not
+                finite.
+        """
+        self.criterion.update(loss_scale)
+        self.iteration += 1
+        step = None
+        if self.iteration % self.config.interval == 0 and not self.done:
+            step = self._decide(reduce)
+        self.units.masks[0].apply()  # the optimizer may have moved masked columns
+        self._watch_next()
+        return step
+
+    def _decide(self, reduce: Reduce | None) -> PruneStep:
+        """Score all units, select those that go, mask them (paper, algorithm 2)."""
+        units, interval = self.units, self.config.interval
+        scores = self.criterion.scores(reduce)
+        self.checks.check(scores, units.grouping)
+        costs, ends = (units.totals, units.full), (self.config.targets, self.pending)
+        state = (*costs, *ends, scores.values, units.kept)
+        point = DecisionPoint(self.iteration, interval, *state)
+        quota = self.schedule.quota(point)
+        gone = select_units(
+            scores.values,
+            units.group_of,
+            units.kept,
+            units.costs,
+            self.limits,
+            self.config.normalize,
+            lambda now: quota.is_met(now, point),
+            quota.units,
+            quota.importance,
+        )
+        units.prune(gone)
+        self.criterion.reset()
+        totals = units.totals
+        reached = tuple(t for t in self.pending if t.reached(totals, units.full))
+        self.reached += reached
+        exhausted = not len(gone) and not quota.is_met(totals, point)
+        return PruneStep(gone, totals, reached, exhausted)
+
+    def track_copy(self, copied: nn.Module) -> None:
+        """Mask and cut a copy with the same tensors, such as an average, as well."""
+        self._copies.append(copied)
+        if self._units is not None:
+            self._units.track_copy(copied)
+
+    def compact(self, copied: nn.Module | None = None) -> nn.Module:
+        """Return a compact copy of the model as it stands, or of a copy it tracks."""
+        units = self.units
+        self.criterion.detach()  # its hooks have no business in the copy
+        try:
+            small = copy_module(self.model if copied is None else copied)
+        finally:
+            self.criterion.attach(self._context)  # type: ignore[arg-type]
+        return compact(small, units.remaining_structure(units.kept))
+
+    def compact_(self, optimizers: Sequence[Optimizer] = ()) -> bool:
+        """Cut the pruned units out of the model while it goes on training.
+
+        The model computes what it did, faster. Its parameters are new objects: their
+        gradients, the given optimizers and tracked copies follow; anything else that
+        holds on to parameters, such as a wrapper for several processes, must be built
+        anew. Call it between `step` and the next forward pass.
 
         Returns:
             bool: Whether there was anything to cut.
 
         Raises:
-            ConfigError: An optimizer's state is of a kind that cannot be cut; nothing
-                has changed then.
+            ConfigError: If an optimizer's state cannot be cut; nothing has changed.
         """
-        units = units_to_keep_in_model(
-            self.kept, self.in_model, self._group_of, self._widths
-        )
-        return self._cut(units, optimizers)
-
-    def _cut(self, units: np.ndarray, optimizers: Sequence[Optimizer]) -> bool:
-        """Let only ``units``, (U,), stay in the model."""
-        if np.array_equal(units, self.in_model):
+        if not self.units.compact_(optimizers):
             return False
-        cut_live(self.model, self._rest(units), optimizers, self._copies)
-        self.close()
-        self.in_model = units.copy()
-        self.remaining = self.grouping.remaining(self.in_model)
         self._watch()
         return True
 
     def close(self) -> None:
         """Take all hooks off the model; masked columns stay at zero."""
-        self.tap.detach()
-        for mask in self._masks:
-            mask.remove()
+        self.criterion.detach()
+        self.units.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, in plain types and tensors."""
+        """Return the state needed to resume, in plain types and tensors."""
         assert self.discovery is not None, 'call prepare first'
-        state = PrunerState(
-            self.discovery,
-            self.iteration,
-            self.kept,
-            self.in_model,
-            self.statistics.state_dict(),
-            self.reached,
-        )
-        return state.to_dict(self._options)
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        """Arguments that a resumed run must not change."""
-        return {'keep': self.keep, 'coupled': self.coupled}
+        units, criterion = self.units, self.criterion.state_dict()
+        state = (self.iteration, units.kept, units.in_model, criterion, self.reached)
+        return RunState(self.discovery, *state).to_dict(self.config)
 
     def load_state_dict(
         self, state: Mapping[str, Any], optimizers: Sequence[Optimizer] = ()
     ) -> None:
         """Go on where `state_dict` was taken; `prepare` is not needed before.
 
-        Groups and costs are those of the interrupted run, whatever a batch of this
-        one would show. The model is unpruned when this is called, and cut down to what
-        the interrupted run had left of it: its weights are to be loaded afterwards.
-
-        Args:
-            state: What `state_dict` gave.
-            optimizers: Those that train the model.
+        Groups and costs are those of the interrupted run. The model is unpruned when
+        this is called, and is cut, with the optimizers that train it, as it was there:
+        its weights are to be loaded afterwards.
 
         Raises:
-            ConfigError: The state is of another version, model or configuration.
+            ConfigError: If the state is of another version, model or configuration.
         """
-        found = PrunerState.from_dict(state, self.model, self._options)
-        if self.discovery is not None:
+        saved = RunState.from_dict(state, self.model, self.config)
+        if self._units is not None:
             self.close()
-        self.attach(found.discovery)
-        self.iteration, self.kept = found.iteration, found.kept
-        self.reached = found.reached
-        self.statistics.load_state_dict(found.statistics)
-        if not self._cut(found.in_model, optimizers):
-            self._update_masks()
-        self._watch_next()
+        self.attach(saved.discovery)
+        self.criterion.load_state_dict(saved.criterion)
+        self.iteration, self.reached = saved.iteration, saved.reached
+        self.units.restore(saved.kept, saved.in_model, optimizers)
+        self._watch()
 
-    # -- one iteration -------------------------------------------------------
 
-    def step(
-        self, loss_scale: float = 1.0, reduce: Reduce | None = None
-    ) -> PruneStep | None:
-        """Call after each iteration's backward and optimizer step.
+class GroupFisherPruner(ChannelPruner):
+    """A `ChannelPruner` by Fisher information, the method of the paper.
 
-        Args:
-            loss_scale: What the loss was multiplied with before backward, as by a
-                gradient scaler.
-            reduce: Where several processes train together, sums a tensor over them,
-                in place, and returns their number; called at decisions only.
+    Args:
+        model: The module to prune.
+        config: Options of the run; the defaults if None.
+        **options: Options by name, see `PruningConfig`; not ``criterion``.
 
-        Returns:
-            PruneStep: What was pruned, or None between two decisions.
+    Raises:
+        ConfigError: If an option is not valid.
+    """
 
-        Raises:
-            StatisticsError: Too many iterations in a row had gradients that are not
-                finite.
-        """
-        gradients, lost = self.tap.take(), self.tap.take_lost()
-        for reason in dict.fromkeys(lost.values()):
-            layers = ', '.join(n for n, r in lost.items() if r == reason)
-            self._warn_once(
-                f'the inputs of {layers} are not counted in some iterations: {reason}'
+    criterion: Fisher
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PruningConfig | Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, config, **options)
+        if not isinstance(self.criterion, Fisher):
+            raise ConfigError(
+                'criterion',
+                "'fisher'",
+                repr(self.config.criterion),
+                'use ChannelPruner',
             )
-        self.statistics.add(gradients, lost, loss_scale)
-        self.iteration += 1
-        step = None
-        if self.iteration % self.interval == 0 and not self.done:
-            step = self._prune(reduce)
-        self.mask.apply()
-        self._watch_next()
-        return step
-
-    def _watch_next(self) -> None:
-        """Let the next iteration be watched if it is its turn."""
-        self.tap.active = (self.iteration + 1) % self.statistics_interval == 0
-
-    def _prune(self, reduce: Reduce | None) -> PruneStep:
-        importance = self.statistics.collect(reduce)
-        self._judge(importance)
-        totals, full = self.totals, self.full
-        count, bound, line = float('inf'), float('inf'), []
-        if self.iterations is not None:
-            line = waypoints(totals, full, self.pending, self._decisions_left)
-        elif isinstance(self.units_per_step, str):
-            bound = auto_bound(importance.values, self.kept)
-        else:
-            count = self.units_per_step
-
-        def enough(now: Totals) -> bool:
-            on_line = bool(line) and all(t.reached(now, full) for t in line)
-            return on_line or any(t.reached(now, full) for t in self.pending)
-
-        units = select_units(
-            importance.values,
-            self._group_of,
-            self.kept,
-            self.costs,
-            self.limits,
-            self.normalize,
-            count,
-            enough,
-            self._steps,
-            bound,
-        )
-        self.kept[units] = False
-        self.statistics.reset()
-        self._update_masks()
-        totals = self.totals
-        reached = tuple(t for t in self.pending if t.reached(totals, full))
-        self.reached += reached
-        return PruneStep(units, totals, reached)
-
-    @property
-    def _decisions_left(self) -> int:
-        """Decisions up to ``iterations``, this one among them."""
-        assert self.iterations is not None
-        return self.iterations // self.interval - self.iteration // self.interval + 1
-
-    def _judge(self, importance: Importance) -> None:
-        """Say which groups saw no gradient; stop if no iteration is any good."""
-        if importance.dropped_in_row >= self.max_nonfinite:
-            raise StatisticsError(
-                'gradients',
-                'finite ones',
-                f'NaN or infinity in the last {importance.dropped_in_row} iterations',
-                'look at the loss, lower the learning rate or clip gradients; '
-                'max_nonfinite sets how many are tolerated',
-            )
-        if importance.dropped > self._dropped:
-            self._dropped = importance.dropped
-            logger.warning(
-                'gradients were not finite in %d iterations so far, which do not count',
-                importance.dropped,
-            )
-        unseen = np.unique(self._group_of[np.isnan(importance.values)])
-        if len(unseen) == len(self.grouping.groups) and importance.dropped_in_row:
-            return  # which has been said
-        for g in unseen:
-            self._warn_once(
-                f'group {self.grouping.groups[g].name} got no gradient in '
-                f'{self.interval} iterations and is left alone until it does'
-            )
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            logger.warning(message)

@@ -168,7 +168,7 @@ def schedule_runs(dtype, **options):
 def test_masks_and_live_compaction_end_alike():
     masks, live, calls = schedule_runs(torch.float64, iterations=40, interval=2)
     assert masks.pruner.done and live.pruner.done
-    assert masks.pruner.structure() == live.pruner.structure()
+    assert masks.pruner.units.structure() == live.pruner.units.structure()
     alike, decisions = schedule.compare(live.kept, masks.kept), len(masks.kept)
     expected = {'same_decisions': decisions, 'decisions': decisions, 'share': 1.0}
     assert alike == expected and decisions > 10
@@ -227,24 +227,24 @@ def test_one_unit_at_a_time_is_counted_as_it_would_be_picked():
     pruner.step()
     once.step()
     train()
-    pruner.statistics.add(pruner.tap.take(), ())
-    values, single = pruner.importance.copy(), 0
-    while not pruner.targets[0].reached(pruner.totals, pruner.full):
+    pruner.criterion.statistics.add(pruner.criterion.tap.take(), ())
+    values, single = pruner.criterion.statistics.importance.copy(), 0
+    while not pruner.config.targets[0].reached(pruner.units.totals, pruner.units.full):
         unit = select_units(
             values,
-            pruner.grouping.group_of,
-            pruner.kept,
-            pruner.costs,
+            pruner.units.grouping.group_of,
+            pruner.units.kept,
+            pruner.units.costs,
             pruner.limits,
             'memory',
             1,
             lambda now: False,
         )
         assert len(unit) == 1
-        pruner.kept[unit] = False
+        pruner.units.kept[unit] = False
         single += 1
     assert once.removed == single > 1
-    assert (once.pruner.kept == pruner.kept).all()
+    assert (once.pruner.units.kept == pruner.units.kept).all()
 
 
 def test_a_run_that_does_not_get_there_is_given_up(monkeypatch):

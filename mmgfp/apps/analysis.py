@@ -21,7 +21,7 @@ def costs_of(model: nn.Module, profiles: dict[str, LayerProfile]) -> dict[str, i
     """
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     totals = CostTable(shapes, profiles, ()).totals(np.zeros(0))
-    return {cost: int(totals[cost]) for cost in ('macs', 'memory', 'params')}
+    return {cost: int(value) for cost, value in totals.values.items()}
 
 
 def coverage(
@@ -59,21 +59,21 @@ def report(
     pruner: GroupFisherPruner, profiles: dict[str, LayerProfile]
 ) -> dict[str, Any]:
     """Costs, groups, frozen layers and coverage of a prepared pruner, as plain data."""
-    full = pruner.full
+    full = pruner.units.full
     return {
-        'macs': int(full.macs),
-        'params': int(full.params),
-        'memory': int(full.memory),
+        'macs': int(full['macs']),
+        'params': int(full['params']),
+        'memory': int(full['memory']),
         'groups': [
             {
                 'name': group.name,
                 'units': group.units,
                 'members': [[m.name, m.dim] for m in group.members],
             }
-            for group in pruner.grouping.groups
+            for group in pruner.units.grouping.groups
         ],
         'frozen': [
-            {'layer': f.layer, 'reason': f.reason} for f in pruner.grouping.frozen
+            {'layer': f.layer, 'reason': f.reason} for f in pruner.units.grouping.frozen
         ],
-        'coverage': coverage(pruner.model, pruner.grouping, profiles),
+        'coverage': coverage(pruner.model, pruner.units.grouping, profiles),
     }

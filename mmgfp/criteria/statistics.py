@@ -1,136 +1,108 @@
-"""Fisher information of units between two decisions."""
+"""Sums over iterations of what a criterion sees of each unit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmgfp.criteria.fisher import unit_gradients
+from mmgfp.criteria.base import Reduce
 from mmgfp.utils.errors import ConfigError
 
-#: Sums a flat tensor over all processes, in place, and says how many there are.
-Reduce = Callable[[Tensor], int]
+#: Names of the parts of the statistics, in the order in which they lie in memory.
+PARTS = ('importance', 'seen', 'nonfinite')
 
 
 @dataclass(frozen=True)
-class Importance:
-    """What a decision is based on, of all processes together.
+class Sums:
+    """Statistics of all processes together.
 
     Attributes:
-        values: Accumulated Fisher information by unit, (U,); NaN where no gradient
-            was seen.
-        dropped: Iterations that were dropped, as their gradients were not finite.
-        dropped_in_row: How many of them were the last ones; of several processes,
-            the mean, rounded up.
+        values: Sum of each unit, (U,); NaN where its group was never seen.
+        nonfinite: Iterations that do not count, as a value was not finite.
+        nonfinite_in_row: How many of them were the last ones; the mean of the
+            processes, rounded up.
     """
 
     values: np.ndarray
-    dropped: int
-    dropped_in_row: int
+    nonfinite: int
+    nonfinite_in_row: int
 
 
 class UnitStatistics:
-    """Adds up the importance of units, iteration by iteration, where gradients are.
+    """Adds up a value of each unit, iteration by iteration, on the model's device.
 
     Nothing is read back from a device before a decision asks for it.
 
     Args:
-        units: The unit of each input channel by layer, (C,), -1 for none.
         group_of: Group of each unit, (U,).
-        device: Where gradients are.
+        device: Where the values are.
     """
 
     def __init__(
-        self,
-        units: Mapping[str, Tensor],
-        group_of: np.ndarray,
-        device: torch.device | str = 'cpu',
+        self, group_of: np.ndarray, device: torch.device | str = 'cpu'
     ) -> None:
-        self._group_of = group_of
+        self.group_of = group_of
+        self.device = torch.device(device)
         self._group = torch.from_numpy(group_of).to(device)
-        # One flat tensor, so that processes exchange it at once: importance by unit,
-        # (U,); iterations with a gradient by group, (G,); iterations dropped in all,
+        # One flat tensor, so that processes exchange it at once: sums by unit, (U,);
+        # iterations with a value by group, (G,); iterations that do not count, in all
         # and in a row.
-        self._parts = (len(group_of), int(group_of.max(initial=-1)) + 1, 2)
-        self._flat = torch.zeros(sum(self._parts), dtype=torch.float64, device=device)
-        self.read(units)
+        self._sizes = (len(group_of), int(group_of.max(initial=-1)) + 1, 2)
+        self._flat = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
 
-    def read(self, units: Mapping[str, Tensor]) -> None:
-        """Go on with layers that read these units, as after some were cut out.
+    def add(self, values: Tensor, unseen: np.ndarray | None = None) -> None:
+        """Add the values of one iteration.
 
-        Args:
-            units: The unit of each input channel by layer, (C,), -1 for none.
-        """
-        self._units = {n: index.to(self._flat.device) for n, index in units.items()}
-        self._groups_read = {
-            name: np.unique(self._group_of[index[index >= 0].numpy()])
-            for name, index in units.items()
-        }
-
-    def add(
-        self, gradients: Mapping[str, Tensor], lost: Iterable[str], scale: float = 1.0
-    ) -> None:
-        """Add the squared mask gradients of one iteration.
-
-        An iteration in which any of them is not finite is dropped and counted. A group
-        all of whose gradients are zero was not seen: losses touch what they have no
-        use for with a product by zero, and a branch scaled by zero gets none yet.
+        An iteration in which any of them is not finite does not count, and is counted
+        as such. A group all of whose values are zero was not seen: losses touch what
+        they have no use for with a product by zero, and a branch scaled by zero gets no
+        gradient yet.
 
         Args:
-            gradients: Mask gradients (N, C) by layer.
-            lost: Layers whose gradients are incomplete; the groups that they read
-                are left out.
-            scale: What the loss was multiplied with before backward.
+            values: A value for each unit, not negative, (U,).
+            unseen: Groups of which this iteration shows only a part.
         """
-        if not gradients:
-            return
-        units = unit_gradients(gradients, self._units, len(self._group_of))  # (N, U)
-        squares = (units.double() / scale).square().sum(0)  # (U,)
-        blind = self._groups_of(lost)
-        if len(blind):
-            wanted = torch.from_numpy(~np.isin(self._group_of, blind))
-            squares = squares.where(wanted.to(squares.device), 0)
-        bad = ~squares.isfinite().all()
-        seen = squares.new_zeros(self._parts[1])  # (G,)
-        seen.index_add_(0, self._group, (squares > 0).double())
-        fresh = torch.cat([squares, (seen > 0).double()])
+        if unseen is not None and len(unseen):
+            is_seen = torch.from_numpy(~np.isin(self.group_of, unseen))
+            values = values.where(is_seen.to(values.device), 0)
+        bad = ~values.isfinite().all()
+        nonzero = values.new_zeros(self._sizes[1])  # (G,)
+        nonzero.index_add_(0, self._group, (values > 0).double())
+        fresh = torch.cat([values, (nonzero > 0).double()])
         self._flat[:-2] += fresh.where(~bad, 0)
         self._flat[-2] += bad
         self._flat[-1] = (self._flat[-1] + 1) * bad
 
     @property
     def importance(self) -> np.ndarray:
-        """Squares added up in this process by unit, (U,); a view if on a CPU."""
-        return self._flat[: self._parts[0]].cpu().numpy()
+        """Sums of this process by unit, (U,); a view if on a CPU."""
+        return self._flat[: self._sizes[0]].cpu().numpy()
 
     @property
     def seen(self) -> np.ndarray:
-        """Iterations with a gradient in this process by group, (G,), likewise."""
-        return self._flat[self._parts[0] : -2].cpu().numpy()
+        """Iterations of this process in which each group had values, (G,), likewise."""
+        return self._flat[self._sizes[0] : -2].cpu().numpy()
 
-    def collect(self, reduce: Reduce | None = None) -> Importance:
-        """What has been added since `reset`.
-
-        Losses are means over the images of a process; so the squares of W processes
-        are divided by W², which is what one process sees that has all the images.
+    def collect(self, reduce: Reduce | None = None) -> tuple[Sums, int]:
+        """Return the sums of all processes since `reset`, and how many they are.
 
         Args:
             reduce: Sums over processes.
         """
         flat = self._flat.clone()
         processes = 1 if reduce is None else reduce(flat)
-        squares, seen, dropped = flat.cpu().split(self._parts)
-        values = squares.numpy() / processes**2
-        values[(seen.numpy() == 0)[self._group_of]] = np.nan
-        every, row = map(int, dropped)
-        return Importance(values, every, -(-row // processes))
+        sums, seen, nonfinite = flat.cpu().split(self._sizes)
+        values = sums.numpy().copy()
+        values[(seen.numpy() == 0)[self.group_of]] = np.nan
+        total, in_row = map(int, nonfinite)
+        return Sums(values, total, -(-in_row // processes)), processes
 
     def reset(self) -> None:
-        """Start anew, as after a decision; dropped iterations still count."""
+        """Start anew, as after a decision; what did not count is still counted."""
         self._flat[:-2] = 0
 
     def gather(self, reduce: Reduce | None, keep: bool) -> None:
@@ -149,27 +121,25 @@ class UnitStatistics:
         """Forget everything."""
         self._flat.zero_()
 
-    def state_dict(self) -> Tensor:
-        """What a resumed run needs, as a copy."""
-        return self._flat.cpu().clone()
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return copies of the sums by name, on the CPU."""
+        return dict(
+            zip(PARTS, self._flat.cpu().clone().split(self._sizes), strict=True)
+        )
 
-    def load_state_dict(self, state: Tensor) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where `state_dict` was taken.
 
         Raises:
-            ConfigError: The state is of other units.
+            ConfigError: If the state is of other units.
         """
-        shape = tuple(state.shape) if isinstance(state, Tensor) else None
-        if shape != self._flat.shape:
+        parts = [torch.as_tensor(state.get(name, 0.0)) for name in PARTS]
+        shapes = [tuple(part.shape) for part in parts]
+        if shapes != [(size,) for size in self._sizes]:
             raise ConfigError(
                 'checkpoint',
-                f'statistics of {len(self._group_of)} units',
-                f'a tensor of shape {shape}' if shape else type(state).__name__,
+                f'statistics of {len(self.group_of)} units',
+                f'tensors of shapes {shapes}',
                 'resume with the configuration that the run was started with',
             )
-        self._flat.copy_(state)
-
-    def _groups_of(self, layers: Iterable[str]) -> np.ndarray:
-        """Numbers of the groups that the layers read."""
-        parts = [self._groups_read[name] for name in layers]
-        return np.unique(np.concatenate([np.empty(0, dtype=int), *parts]))
+        self._flat.copy_(torch.cat([part.to(self._flat) for part in parts]))

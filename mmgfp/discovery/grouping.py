@@ -32,7 +32,7 @@ def build_groups(
     model: nn.Module,
     trace: Trace,
     keep: Sequence[str] = (),
-    unread: Mapping[str, str] | None = None,
+    unscorable: Mapping[str, str] | None = None,
     frozen_groups: Iterable[tuple[ChannelGroup, str]] = (),
 ) -> Grouping:
     """Collect the units of a traced model into groups.
@@ -42,7 +42,7 @@ def build_groups(
         trace: What tracing found.
         keep: Names or glob patterns of layers that stay as they are, on their input
             and on their output side.
-        unread: Weights of layers whose inputs are to be left alone, with the reason.
+        unscorable: Weights of layers whose inputs are left alone, with the reason.
         frozen_groups: Groups found before on the same trace that are to be left
             alone, with the reason.
 
@@ -52,8 +52,8 @@ def build_groups(
     _freeze_named(model, trace, _kept_layers(model, trace, keep))
     table = trace.table
     for call in trace.calls:
-        if unread and call.weight in unread:
-            layer, reason = module_of(call.weight), unread[call.weight]
+        if unscorable and call.weight in unscorable:
+            layer, reason = module_of(call.weight), unscorable[call.weight]
             table.freeze(call.inputs, f'read by {layer}: {reason}')
     for group, reason in frozen_groups:
         member = group.members[0]  # the others are equated with it

@@ -50,8 +50,8 @@ def save_artifact(
 def describe(now: Totals, full: Totals) -> dict[str, dict[str, float]]:
     """Costs left and their share of the unpruned model's, in plain numbers."""
     return {
-        cost: {'left': float(now[cost]), 'ratio': float(now[cost] / full[cost])}
-        for cost in ('macs', 'memory', 'params')
+        cost: {'remaining': now[cost], 'ratio': now.ratio(cost, full)}
+        for cost in now.values
     }
 
 

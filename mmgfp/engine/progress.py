@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 
 from mmgfp.engine.artifact import describe
 from mmgfp.pruner import GroupFisherPruner, PruneStep
-from mmgfp.selection.greedy import Target
+from mmgfp.selection.targets import Target
 
 
 class Progress:
@@ -29,7 +29,7 @@ class Progress:
 
     def log_groups(self, shape: Sequence[int] | None) -> None:
         """Log costs for one image of ``shape`` (C, H, W), and what stays and why."""
-        grouping = self.pruner.grouping
+        grouping = self.pruner.units.grouping
         self.runner.logger.info(
             f'pruning {grouping.units} units in {len(grouping.groups)} groups; costs '
             f'are for one image of {shape}: {costs_text(self.pruner)}'
@@ -41,19 +41,19 @@ class Progress:
         """Log and plot a decision."""
         scalars = {
             f'pruning/{cost}_{kind}': value
-            for cost, kinds in describe(step.totals, self.pruner.full).items()
+            for cost, kinds in describe(step.totals, self.pruner.units.full).items()
             for kind, value in kinds.items()
         }
         self.runner.visualizer.add_scalars(scalars, step=self.runner.iter + 1)
         self.runner.logger.info(
-            f'pruned {len(step.units)} units, {int(self.pruner.kept.sum())} left: '
+            f'pruned {len(step.units)} units, {self.pruner.units.kept.sum()} remain: '
             f'{costs_text(self.pruner)}, eta to the target {self._eta()}'
         )
 
     def ratio(self, target: Target) -> float:
         """What is left of the cost that ``target`` is about."""
         cost = target.cost
-        return float(self.pruner.totals[cost] / self.pruner.full[cost])
+        return float(self.pruner.units.totals[cost] / self.pruner.units.full[cost])
 
     def _gap(self) -> float:
         """How far the last target is, in shares of the full cost."""
@@ -71,11 +71,10 @@ class Progress:
 
 
 def costs_text(pruner: GroupFisherPruner) -> str:
-    """Costs left and their shares of the full ones, for people."""
-    units = {'macs': ('MACs', 'G', 1e9), 'memory': ('memory', 'M elements', 1e6)}
-    units['params'] = ('params', 'M', 1e6)
-    costs = describe(pruner.totals, pruner.full)
+    """Return the remaining costs and their shares of the full ones, for people."""
+    now, full = pruner.units.totals, pruner.units.full
     return ', '.join(
-        f'{label} {costs[key]["left"] / scale:.4g} {unit} ({costs[key]["ratio"]:.1%})'
-        for key, (label, unit, scale) in units.items()
+        f'{cost.label} {now[name] / cost.scale:.4g} {cost.unit} '
+        f'({now.ratio(name, full):.1%})'
+        for name, cost in pruner.units.costs.counters.items()
     )

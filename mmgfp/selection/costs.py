@@ -1,22 +1,28 @@
 """Costs of a model as arithmetic on the sizes of its parameters.
 
-MACs count one fused multiply-add as one. Memory is the number of elements that all
-layers put out. Both are for one image (paper, section 3.3).
+A cost is a class that counts what every parameter contributes for one image (paper,
+section 3.3). Targets, normalisation, logs, tables and artifacts go through `COSTS`, so
+that registering a class is all it takes to add one.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from mmgfp.groups import ChannelGroup
+from mmgfp.utils.registry import Registry
+
+if TYPE_CHECKING:  # groups are made from tensors; here they are numbers only
+    from mmgfp.groups import ChannelGroup
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """What a layer does for one image.
+    """How often a layer uses its weight for one image.
 
     Attributes:
         macs_positions: How often each weight element is used: output positions of a
@@ -31,22 +37,126 @@ class LayerProfile:
 
 
 @dataclass(frozen=True)
-class Totals:
-    """Costs of a whole model, or what one unit of each group adds to them.
+class TensorSizes:
+    """Sizes of R parameters at given widths, and how often layers use them.
 
     Attributes:
-        macs: Multiply-accumulates.
-        memory: Output elements of all layers.
-        params: Elements of all parameters.
+        names: Names of the parameters, (R,).
+        shapes: Their sizes, filled up with ones, (R, D).
+        out_dim: The dimension that holds a layer's output channels, (R,).
+        macs_positions: See `LayerProfile`; 0 for what is no layer's weight, (R,).
+        out_positions: Likewise, (R,).
     """
 
-    macs: np.ndarray | float
-    memory: np.ndarray | float
-    params: np.ndarray | float
+    names: np.ndarray
+    shapes: np.ndarray
+    out_dim: np.ndarray
+    macs_positions: np.ndarray
+    out_positions: np.ndarray
 
-    def __getitem__(self, name: str) -> np.ndarray | float:
-        """The cost called ``name``; ``flops`` is the field's word for MACs."""
-        return getattr(self, 'macs' if name == 'flops' else name)
+    @property
+    def elements(self) -> np.ndarray:
+        """Number of elements, (R,)."""
+        return self.shapes.prod(1)
+
+    @property
+    def outputs(self) -> np.ndarray:
+        """Output channels, (R,)."""
+        return self.shapes[np.arange(len(self.shapes)), self.out_dim]
+
+
+class Cost(ABC):
+    """Something that a model uses up, which pruning can save.
+
+    Attributes:
+        label: Name in tables and logs.
+        unit: Unit in tables and logs, after division by ``scale``.
+        scale: Divisor from the plain count to ``unit``.
+        is_target: Whether ``target=dict(name=ratio)`` may ask for it.
+        is_normalizer: Whether importance may be divided by it.
+
+    Examples:
+        A cost for models whose weights are sent over a network as bytes:
+
+        >>> import numpy as np
+        >>> class WeightBytes(Cost):
+        ...     label, unit, scale = 'weights', 'KB', 1e3
+        ...     def count(self, sizes):
+        ...         return 4 * sizes.elements
+        >>> one = TensorSizes(*map(np.array, (['w'], [[2, 3]], [0], [0], [0])))
+        >>> WeightBytes().count(one).tolist()
+        [24]
+    """
+
+    label: ClassVar[str]
+    unit: ClassVar[str] = ''
+    scale: ClassVar[float] = 1.0
+    is_target: ClassVar[bool] = True
+    is_normalizer: ClassVar[bool] = True
+
+    @abstractmethod
+    def count(self, sizes: TensorSizes) -> np.ndarray:
+        """Return what each parameter costs for one image, (R,).
+
+        It must not depend on other parameters than the row's own: a decision counts
+        those rows anew that a removal has changed.
+        """
+
+
+#: Costs by name.
+COSTS: Registry[Cost] = Registry('cost')
+
+
+@COSTS.register('macs', 'flops')
+class MACs(Cost):
+    """Multiply-accumulates: one fused multiply-add counts as one."""
+
+    label, unit, scale = 'MACs', 'G', 1e9
+
+    def count(self, sizes: TensorSizes) -> np.ndarray:
+        """Return weight elements times the positions that use them, (R,)."""
+        return sizes.elements * sizes.macs_positions
+
+
+@COSTS.register('memory')
+class Memory(Cost):
+    """Number of elements that all convolutions and FC layers put out."""
+
+    label, unit, scale = 'memory', 'M', 1e6
+
+    def count(self, sizes: TensorSizes) -> np.ndarray:
+        """Return output channels times output positions, (R,)."""
+        return sizes.outputs * sizes.out_positions
+
+
+@COSTS.register('params')
+class Params(Cost):
+    """Number of elements of all parameters."""
+
+    label, unit, scale = 'params', 'M', 1e6
+
+    def count(self, sizes: TensorSizes) -> np.ndarray:
+        """Return the number of elements, (R,)."""
+        return sizes.elements
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Costs of a whole model.
+
+    Attributes:
+        values: The costs by their first name in `COSTS`.
+    """
+
+    values: Mapping[str, float]
+
+    def __getitem__(self, name: str) -> float:
+        """Return the cost called ``name``; ``flops`` is the field's word for MACs."""
+        return self.values[COSTS.canonical(name)]
+
+    def ratio(self, name: str, full: Totals) -> float:
+        """Return the share that this is of another model's cost called ``name``."""
+        return self[name] / full[name]
 
 
 class CostTable:
@@ -54,8 +164,13 @@ class CostTable:
 
     Args:
         shapes: Shapes of all parameters by name.
-        profiles: Work of the layers by the name of their weight.
+        profiles: How often layers use their weights, by the name of the weight.
         groups: The groups G.
+
+    Examples:
+        >>> table = CostTable({'fc': (3, 5)}, {'fc': LayerProfile(1, 1)}, ())
+        >>> table.totals(np.zeros(0))['macs']
+        15.0
     """
 
     def __init__(
@@ -64,19 +179,20 @@ class CostTable:
         profiles: Mapping[str, LayerProfile],
         groups: Sequence[ChannelGroup],
     ) -> None:
-        names = list(shapes)
-        row = {name: i for i, name in enumerate(names)}
+        self.counters = {name: COSTS[name]() for name in COSTS.names()}  # K of them
+        self.names = np.array(list(shapes), dtype=object)
+        row = {name: i for i, name in enumerate(shapes)}
         rank = max((len(s) for s in shapes.values()), default=0)
-        self.sizes = np.ones((len(names), rank))  # (T, D)
+        self.sizes = np.ones((len(row), rank))  # (T, D)
         for name, shape in shapes.items():
             self.sizes[row[name], : len(shape)] = shape
-        self.positions = np.zeros(len(names))  # (T,)
-        self.out_positions = np.zeros(len(names))  # (T,)
-        self.out_dims = np.zeros(len(names), dtype=int)  # (T,)
-        for name, layer in profiles.items():
-            self.positions[row[name]] = layer.macs_positions
-            self.out_positions[row[name]] = layer.out_positions
-            self.out_dims[row[name]] = layer.out_dim
+        self.macs_positions = np.zeros(len(row))  # (T,)
+        self.out_positions = np.zeros(len(row))  # (T,)
+        self.out_dims = np.zeros(len(row), dtype=int)  # (T,)
+        for name, profile in profiles.items():
+            self.macs_positions[row[name]] = profile.macs_positions
+            self.out_positions[row[name]] = profile.out_positions
+            self.out_dims[row[name]] = profile.out_dim
         # What one unit takes off each tensor, for the pairs P of a group and a tensor.
         removal: dict[tuple[int, int], np.ndarray] = {}
         for g, group in enumerate(groups):
@@ -97,36 +213,30 @@ class CostTable:
         ]
 
     def totals(self, removed: np.ndarray) -> Totals:
-        """Costs of the model without ``removed`` units of each group, (G,)."""
-        return Totals(*self.costs(self.sizes_without(removed), slice(None)).sum(1))
+        """Return the costs without ``removed`` units of each group, (G,)."""
+        return self.sum(self.count(self.sizes_without(removed), slice(None)))
 
-    def savings(self, removed: np.ndarray, more: np.ndarray | None = None) -> Totals:
-        """What removing more of each group by itself saves, three arrays (G,).
-
-        Args:
-            removed: Units gone from each group, (G,).
-            more: Units that go next, (G,); one of each by default.
-        """
-        return RunningCosts(self, removed, more).savings
+    def sum(self, counts: np.ndarray) -> Totals:
+        """Return the totals of what `count` gave for all tensors."""
+        return Totals(dict(zip(self.counters, counts.sum(1).tolist(), strict=True)))
 
     def sizes_without(self, removed: np.ndarray) -> np.ndarray:
-        """Sizes of all tensors without the ``removed`` units, (T, D)."""
+        """Return the sizes of all tensors without the ``removed`` units, (T, D)."""
         sizes = self.sizes.copy()
         gone = np.asarray(removed)[self.group_of, None] * self.removal
         np.subtract.at(sizes, self.tensor_of, gone)
         return sizes
 
-    def costs(self, sizes: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
-        """MACs, memory and parameters of the tensors ``rows`` of ``sizes``, (3, R)."""
-        elements = sizes.prod(1)  # (R,)
-        outputs = sizes[np.arange(len(sizes)), self.out_dims[rows]]  # (R,)
-        return np.stack(
-            [
-                elements * self.positions[rows],
-                outputs * self.out_positions[rows],
-                elements,
-            ]
+    def count(self, sizes: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+        """Return all costs of the tensors ``rows`` at ``sizes`` (R, D), (K, R)."""
+        tensors = TensorSizes(
+            self.names[rows],
+            sizes,
+            self.out_dims[rows],
+            self.macs_positions[rows],
+            self.out_positions[rows],
         )
+        return np.stack([cost.count(tensors) for cost in self.counters.values()])
 
 
 class RunningCosts:
@@ -135,44 +245,47 @@ class RunningCosts:
     Args:
         table: The model's costs.
         removed: Units gone from each group, (G,).
-        more: Units that go next from each group, for its savings, (G,); one of each
+        step: Units that go next from each group, for its savings, (G,); one of each
             by default.
     """
 
     def __init__(
-        self, table: CostTable, removed: np.ndarray, more: np.ndarray | None = None
+        self, table: CostTable, removed: np.ndarray, step: np.ndarray | None = None
     ) -> None:
         self.table = table
-        self._more = np.ones(table.groups) if more is None else more.astype(float)
+        self._step = np.ones(table.groups) if step is None else step.astype(float)
         self._sizes = table.sizes_without(removed)  # (T, D)
-        self._costs = table.costs(self._sizes, slice(None))  # (3, T)
-        self._saved = self._savings_of(slice(None))  # (3, P)
+        self._counts = table.count(self._sizes, slice(None))  # (K, T)
+        self._saved = self._savings_of(slice(None))  # (K, P)
 
     @property
     def totals(self) -> Totals:
-        """Costs of what is left."""
-        return Totals(*self._costs.sum(1))
+        """Costs of the remaining model."""
+        return self.table.sum(self._counts)
 
-    @property
-    def savings(self) -> Totals:
-        """What the next units of each group save, three arrays (G,)."""
-        of, count = self.table.group_of, self.table.groups
-        return Totals(*(np.bincount(of, saved, count) for saved in self._saved))
+    def savings(self, cost: str) -> np.ndarray:
+        """Return how much of a cost the next units of each group save, (G,).
 
-    def remove(self, group: int, units: int, more: int = 1) -> None:
-        """Take ``units`` off a group; then ``more`` would go next."""
+        Args:
+            cost: A name in `COSTS`.
+        """
+        row = list(self.table.counters).index(COSTS.canonical(cost))
+        return np.bincount(self.table.group_of, self._saved[row], self.table.groups)
+
+    def remove(self, group: int, units: int, step: int = 1) -> None:
+        """Take ``units`` off a group; then ``step`` would go next."""
         table, pairs = self.table, self.table.pairs_of[group]
         tensors = table.tensor_of[pairs]
         self._sizes[tensors] -= units * table.removal[pairs]
-        self._costs[:, tensors] = table.costs(self._sizes[tensors], tensors)
-        self._more[group] = more
+        self._counts[:, tensors] = table.count(self._sizes[tensors], tensors)
+        self._step[group] = step
         touched = table.touched_by[group]
         self._saved[:, touched] = self._savings_of(touched)
 
     def _savings_of(self, pairs: np.ndarray | slice) -> np.ndarray:
-        """What the next units of a pair's group take off its tensor, (3, R)."""
+        """Return what the next units of a pair's group take off its tensor, (K, R)."""
         table = self.table
         tensors = table.tensor_of[pairs]
-        gone = self._more[table.group_of[pairs], None] * table.removal[pairs]
-        rest = table.costs(self._sizes[tensors] - gone, tensors)
-        return self._costs[:, tensors] - rest
+        gone = self._step[table.group_of[pairs], None] * table.removal[pairs]
+        rest = table.count(self._sizes[tensors] - gone, tensors)
+        return self._counts[:, tensors] - rest

@@ -16,8 +16,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mmgfp import GroupFisherPruner
-from mmgfp.criteria import fisher
-from mmgfp.criteria.fisher import FisherTap, mask_gradient, unit_gradients
+from mmgfp.criteria import mask_gradients
+from mmgfp.criteria.mask_gradients import MaskGradientTap, mask_gradient, unit_gradients
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import build_model, demo_batch
 from mmgfp.tracing.rows import Rows
@@ -65,9 +65,9 @@ def importance(net, x, loss):
     compute(net).backward()
     pruner.step()
     pruner.close()
-    ends = [g.units for g in pruner.grouping.groups]
-    parts = torch.from_numpy(pruner.importance).split(ends)
-    names = [g.name for g in pruner.grouping.groups]
+    ends = [g.units for g in pruner.units.grouping.groups]
+    parts = torch.from_numpy(pruner.criterion.statistics.importance).split(ends)
+    names = [g.name for g in pruner.units.grouping.groups]
     return {n: part.tolist() for n, part in zip(names, parts, strict=True)}
 
 
@@ -206,7 +206,7 @@ def laid_out(shape, how):
 @pytest.mark.parametrize('how', ['contiguous', 'channels_last', 'slice', 'expanded'])
 def test_mask_gradient_in_tiles(monkeypatch, tile, how):
     """However small the tiles are, down to one element, and wherever they lie."""
-    monkeypatch.setattr(fisher, 'TILE', tile)
+    monkeypatch.setattr(mask_gradients, 'TILE', tile)
     torch.manual_seed(0)
     x, grad = laid_out((3, 4, 5, 6), how), torch.randn(3, 4, 5, 6)
     for a, b in ((x, grad), (grad, x)):
@@ -220,7 +220,7 @@ def test_mask_gradient_in_tiles(monkeypatch, tile, how):
 @pytest.mark.parametrize('tile', [1, 3, 10**6])
 def test_rows_of_an_image_are_summed_tile_by_tile(monkeypatch, tile):
     # Rows 0 and 3 are of image 1, row 1 is of image 0, row 2 of none.
-    monkeypatch.setattr(fisher, 'TILE', tile)
+    monkeypatch.setattr(mask_gradients, 'TILE', tile)
     rows = Rows(2, torch.tensor([1, 0, -1, 1]))
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
     expected = [[30, 40], [80, 100]]  # times ten
@@ -235,7 +235,7 @@ def test_no_product_of_the_input_s_size_is_held():
     with torch.profiler.profile(profile_memory=True) as seen:
         mask_gradient(x, x, 1)
     largest = max(event.cpu_memory_usage for event in seen.events())
-    assert 0 < largest <= 4 * fisher.TILE < x.nbytes / 8
+    assert 0 < largest <= 4 * mask_gradients.TILE < x.nbytes / 8
 
 
 def test_unit_gradients_leave_out_channels_of_no_unit():
@@ -251,14 +251,14 @@ def assert_equals_masks(model, loss, count, forward=None):
     """Compare each unit, relative to itself."""
     pruner = GroupFisherPruner(model, interval=NEVER)
     pruner.prepare(loss, forward or loss, count)
-    pruner.tap.detach()
-    expected = mask_fisher(model, loss, pruner.grouping.groups, count)
-    pruner.tap.attach()
+    pruner.criterion.tap.detach()
+    expected = mask_fisher(model, loss, pruner.units.grouping.groups, count)
+    pruner.criterion.tap.attach()
     loss(model).backward()
     pruner.step()
     assert expected.count_nonzero() > 0
     torch.testing.assert_close(
-        torch.from_numpy(pruner.importance),
+        torch.from_numpy(pruner.criterion.statistics.importance),
         expected.double(),
         rtol=1e-5,
         atol=1e-9 * float(expected.max()),
@@ -290,14 +290,14 @@ def test_retinanet_equals_explicit_masks():
     calls.data['inputs'] = calls.data['inputs'].double()
     assert any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     pruner = assert_equals_masks(model, calls.loss, 2, calls.forward)
-    assert len(pruner.importance) > 1500
+    assert len(pruner.criterion.statistics.importance) > 1500
 
 
 # -- the tap ------------------------------------------------------------------
 
 
 def tapped(model):
-    tap = FisherTap({n: model.get_submodule(n) for n in ('conv1', 'conv2')})
+    tap = MaskGradientTap({n: model.get_submodule(n) for n in ('conv1', 'conv2')})
     tap.attach()
     return tap
 
@@ -401,7 +401,7 @@ def test_a_tensor_is_contracted_once_for_all_its_readers(monkeypatch):
         seen.append(tuple(x.shape))
         return mask_gradient(x, *args)
 
-    monkeypatch.setattr(fisher, 'mask_gradient', counted)
+    monkeypatch.setattr(mask_gradients, 'mask_gradient', counted)
     model = TwoReaders().double()
     assert_equals_masks(model, lambda m: square_loss(m(x)), 2)
     assert len(seen) == 2  # of left with right, and of head
@@ -412,7 +412,7 @@ def test_layers_of_other_units_are_not_tapped_together(units):
     model = TwoReaders()
     layers = {n: model.get_submodule(n) for n in ('left', 'right')}
     index = units and {'left': torch.arange(4), 'right': torch.tensor(units)}
-    tap = FisherTap(layers, units=index)
+    tap = MaskGradientTap(layers, units=index)
     tap.attach()
     square_loss(model(images())).backward()
     assert set(tap.take()) == {'left', 'right'}
@@ -422,7 +422,7 @@ def test_a_leaf_that_outlives_the_graph_is_tapped_anew():
     x = torch.ones(1, 2, requires_grad=True)
     layers = {'a': nn.Linear(2, 1), 'b': nn.Linear(2, 1)}
     units = dict.fromkeys(layers, torch.arange(2))
-    FisherTap(layers, units=units).attach()
+    MaskGradientTap(layers, units=units).attach()
     for _ in range(2):
         (layers['a'](x) + layers['b'](x)).sum().backward()
     assert x.grad is not None
@@ -431,7 +431,7 @@ def test_a_leaf_that_outlives_the_graph_is_tapped_anew():
 def test_a_forward_without_backward_leaves_nothing_behind():
     model = TwoReaders()
     layers = {n: model.get_submodule(n) for n in ('left', 'right', 'head')}
-    FisherTap(layers, units=dict.fromkeys(layers, torch.arange(4))).attach()
+    MaskGradientTap(layers, units=dict.fromkeys(layers, torch.arange(4))).attach()
     storages = []
     model.right.register_forward_pre_hook(
         lambda _, args: storages.append(StorageWeakRef(args[0].untyped_storage()))
@@ -466,7 +466,8 @@ def test_frozen_weights_are_seen_through(frozen):
     x = images().double()
     free, model = ConvPair().double(), ConvPair().double()
     model.load_state_dict(free.state_dict())
-    expected = assert_equals_masks(free, lambda m: square_loss(m(x)), 2).importance
+    expected = assert_equals_masks(free, lambda m: square_loss(m(x)), 2)
+    expected = expected.criterion.statistics.importance
     model.requires_grad_(False)
     if frozen != 'all':
         model.requires_grad_(True).get_submodule(frozen).requires_grad_(False)
@@ -474,11 +475,13 @@ def test_frozen_weights_are_seen_through(frozen):
     loss = square_loss(model(x))
     if frozen == 'all':
         assert not loss.requires_grad
-        assert pruner.tap.take() == {}
+        assert pruner.criterion.tap.take() == {}
     else:
         loss.backward()
         pruner.step()
-        assert pruner.importance == pytest.approx(expected, rel=1e-6)
+        assert pruner.criterion.statistics.importance == pytest.approx(
+            expected, rel=1e-6
+        )
 
 
 class InPlace(ResidualPair):
@@ -514,10 +517,10 @@ def test_statistics_of_every_third_iteration_only():
     for x in batches:
         square_loss(model(x)).backward()
         pruner.step()
-        sums.append(pruner.importance.copy())
+        sums.append(pruner.criterion.statistics.importance.copy())
     assert pruner.iteration == 7
     assert not sums[0].any() and not sums[1].any()
-    assert pruner.statistics.seen.max() == 2
+    assert pruner.criterion.statistics.seen.max() == 2
     assert (sums[2] == sums[4]).all() and (sums[4] <= sums[5]).all()
     assert (sums[5] == sums[6]).all() and sums[5].sum() > sums[4].sum() > 0
 
@@ -533,9 +536,9 @@ def test_resumed_pruner_keeps_the_turn():
     first, second = prepared(), prepared()
     first.model(x).sum().backward()
     first.step()
-    assert first.tap.active
+    assert first.criterion.tap.active
     second.load_state_dict(first.state_dict())
-    assert second.tap.active
+    assert second.criterion.tap.active
 
 
 @pytest.mark.parametrize('every', [0, 11, 1.5])

@@ -439,7 +439,7 @@ def test_a_group_is_frozen_with_its_reason():
 
 def test_layers_without_a_view_of_their_inputs_freeze_what_they_read():
     net = ResidualPair()
-    grouping = build_groups(net, traced(net), unread={'conv2.weight': 'hidden'})
+    grouping = build_groups(net, traced(net), unscorable={'conv2.weight': 'hidden'})
     assert [g.name for g in grouping.groups] == ['stem']
     (conv1, _) = grouping.frozen
     assert (conv1.layer, conv1.reason) == ('conv1', 'read by conv2: hidden')

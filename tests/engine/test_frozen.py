@@ -20,8 +20,11 @@ def observed(model, loss, forward, **options):
     pruner.prepare(loss, forward, 2)
     loss(model.train()).backward()
     pruner.step()
-    groups = pruner.grouping.groups
-    parts = np.split(pruner.importance, np.cumsum([g.units for g in groups])[:-1])
+    groups = pruner.units.grouping.groups
+    parts = np.split(
+        pruner.criterion.statistics.importance,
+        np.cumsum([g.units for g in groups])[:-1],
+    )
     return pruner, {g.name: p for g, p in zip(groups, parts, strict=True)}
 
 
@@ -48,12 +51,12 @@ def test_group_of_a_frozen_stage_is_left_alone_and_the_others_count_the_same(cap
     assert 'its input needs no gradient, as behind frozen layers' in caplog.text
 
     pruner = pruners[1]
-    pruner.interval = 1
+    pruner.config.interval = 1
     for _ in range(3):
         calls.loss(model).backward()
-        pruner.units_per_step = 20
+        pruner.config.units_per_step = 20
         pruner.step()
-    gone = dict(zip(frozen, pruner.removed, strict=True))
+    gone = dict(zip(frozen, pruner.units.removed, strict=True))
     assert not any(gone[n] for n in blind) and sum(gone.values()) == 60
     for name in blind:
         words = f'group {name} got no gradient in 1 iterations and is left alone'
@@ -68,11 +71,11 @@ def test_group_with_some_frozen_readers_is_left_alone(caplog):
     pruner, importance = observed(model, loss, loss)
     assert not importance['stem'].any() and importance['conv1'].all()
     assert 'the inputs of conv1 are not counted in some iterations' in caplog.text
-    pruner.interval = pruner.units_per_step = 1
+    pruner.config.interval = pruner.config.units_per_step = 1
     for _ in range(2):
         loss(model).backward()
         pruner.step()
-    assert pruner.removed.tolist() == [0, 2]
+    assert pruner.units.removed.tolist() == [0, 2]
     assert 'group stem got no gradient' in caplog.text
 
 
@@ -97,9 +100,9 @@ def test_frozen_norms_have_the_statistics_of_the_paper():
     model.bn.train = lambda mode=True: model.bn
     model.bn.training = False
     pruner, _ = observed(model, loss, loss)
-    found = pruner.importance
+    found = pruner.criterion.statistics.importance
     pruner.close()
-    expected = mask_fisher(model, loss, pruner.grouping.groups, 2)
+    expected = mask_fisher(model, loss, pruner.units.grouping.groups, 2)
     assert found == pytest.approx(expected.numpy(), rel=1e-6)
 
 
@@ -112,7 +115,7 @@ def test_sync_bn_of_one_process_is_batch_norm():
     pruner, found = observed(synchronised, loss, loss)
     for name in expected:
         assert found[name] == pytest.approx(expected[name], rel=1e-9)
-    pruner.kept[[0, 5, 20]] = plain.kept[[0, 5, 20]] = False
+    pruner.units.kept[[0, 5, 20]] = plain.kept[[0, 5, 20]] = False
     small = pruner.compact()
     assert type(small.bn) is nn.SyncBatchNorm and small.bn.num_features == 3
     with torch.no_grad():
@@ -129,7 +132,7 @@ def test_channels_last_changes_no_statistics():
     for name in expected:
         scale = expected[name].max()
         assert found[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-3 * scale)
-    pruner.interval = 1
+    pruner.config.interval = 1
     calls.loss(model).backward()
     pruner.step()
     small = pruner.compact()

@@ -20,7 +20,7 @@ from mmgfp.utils.errors import ConfigError, TraceError
 
 def test_run_stops_at_the_target_with_one_named_artifact(pruning_run):
     runner, pruner = pruning_run.runner, hook_of(pruning_run.runner).pruner
-    left = pruner.totals.macs / pruner.full.macs
+    left = pruner.units.totals['macs'] / pruner.units.full['macs']
     assert runner.iter < pruning_run.config.train_cfg.max_iters
     assert runner.train_loop.stop_training
     assert 0.45 < left <= 0.5
@@ -35,10 +35,10 @@ def test_artifact_is_compact_and_loads_weights_only(pruning_run):
     saved = sum(
         t.numel() for n, t in checkpoint['state_dict'].items() if n in parameters
     )
-    assert saved == pruner.totals.params < pruner.full.params
+    assert saved == pruner.units.totals['params'] < pruner.units.full['params']
     assert checkpoint['meta']['dataset_meta']['classes'][3] == '3'
     assert checkpoint['meta']['costs']['macs']['ratio'] <= 0.5
-    assert checkpoint['prune_structure'] == pruner.structure().to_dict()
+    assert checkpoint['prune_structure'] == pruner.units.structure().to_dict()
 
 
 def test_scalars_reach_the_visualizer(pruning_run):
@@ -61,7 +61,7 @@ def test_checkpoints_carry_the_state_of_pruning(pruning_run):
     path = next(Path(pruning_run.config.work_dir).glob('iter_*.pth'))
     state = torch.load(path, weights_only=False)['pruner']
     assert state['iteration'] == int(path.stem.split('_')[1])
-    assert len(state['kept']) == hook_of(pruning_run.runner).pruner.grouping.units
+    assert len(state['kept']) == hook_of(pruning_run.runner).pruner.units.grouping.units
 
 
 def test_schedule_that_ends_early_says_so_and_saves(tmp_path, caplog):
@@ -72,11 +72,11 @@ def test_schedule_that_ends_early_says_so_and_saves(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         runner.train()
     pruner = hook_of(runner).pruner
-    ratio = pruner.totals.macs / pruner.full.macs
+    ratio = pruner.units.totals['macs'] / pruner.units.full['macs']
     assert f'reached flops={ratio:.4f}' in caplog.text
     (saved,) = Path(config.work_dir).glob('*_unfinished.pth')
     structure = torch.load(saved, weights_only=True)['prune_structure']
-    assert structure == pruner.structure().to_dict()
+    assert structure == pruner.units.structure().to_dict()
 
 
 def test_several_targets_give_one_artifact_each(tmp_path):
@@ -120,35 +120,6 @@ def test_resumed_run_continues_from_the_saved_masks(tmp_path):
     assert (~before.kept).sum() == 20
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'words'),
-    [
-        (dict(intervall=10), 'FisherPruningHook.intervall: expected a known argument'),
-        (
-            dict(target=dict(flops=1.5)),
-            'target.flops: expected a ratio between 0 and 1',
-        ),
-        (dict(target=dict(flops=0)), 'target.flops: expected a ratio between 0 and 1'),
-        (dict(target=dict(speed=0.5)), 'target: expected a dict with one cost'),
-        (dict(target=[]), 'target: expected at least one target'),
-        (dict(interval=0), 'interval: expected a whole number of at least 1, got 0'),
-        (dict(units_per_step=1.5), 'units_per_step: expected a whole number'),
-        (dict(iterations=5), 'iterations: .*, at least the interval .*: 10, got 5'),
-        (dict(iterations=50, units_per_step=2), 'units_per_step: expected not given'),
-        (dict(divisor=0), 'divisor: expected a whole number of at least 1, got 0'),
-        (dict(normalize='latency'), 'normalize: expected one of memory, flops, none'),
-        (dict(max_ratio=2), 'max_ratio: expected a number in'),
-        (dict(keep='neck'), 'keep: expected a list of layer names or patterns'),
-        (dict(input_shape=(3, 64)), r'input_shape: expected \(C, H, W\)'),
-    ],
-)
-def test_bad_arguments_fail_before_the_run(arguments, words):
-    with pytest.raises(ConfigError, match=words) as caught:
-        HOOKS.build(dict(type='FisherPruningHook', **arguments))
-    assert '\n' not in str(caught.value)
-    assert ';' in str(caught.value)  # the remedy
-
-
 def test_keep_that_matches_nothing_stops_the_run(tmp_path):
     config = small_prune_config(tmp_path, keep=['backbone.layer9'])
     with pytest.raises(ConfigError, match="keep: expected .* got 'backbone.layer9'"):
@@ -167,10 +138,10 @@ def test_run_meets_its_target_in_the_given_iterations(tmp_path):
     runner.train()
     pruner = hook_of(runner).pruner
     assert runner.iter == pruner.iteration == 6
-    assert 0.4 < pruner.totals.macs / pruner.full.macs <= 0.5
+    assert 0.4 < pruner.units.totals['macs'] / pruner.units.full['macs'] <= 0.5
     assert next(Path(config.work_dir).glob('*_flops50.pth'))
-    sizes = np.array([g.units for g in pruner.grouping.groups])
-    left = (sizes - pruner.removed)[pruner.removed > 0]
+    sizes = np.array([g.units for g in pruner.units.grouping.groups])
+    left = (sizes - pruner.units.removed)[pruner.units.removed > 0]
     assert len(left) and not (left % 4).any()
 
 
@@ -211,8 +182,8 @@ def test_pruned_columns_stay_at_zero_under_momentum(pruning_run):
     pruner = hook_of(pruning_run.runner).pruner
     parameters = dict(pruner.model.named_parameters())
     start, checked = 0, 0
-    for group in pruner.grouping.groups:
-        gone = ~pruner.kept[start : start + group.units]
+    for group in pruner.units.grouping.groups:
+        gone = ~pruner.units.kept[start : start + group.units]
         start += group.units
         for member in group.members:
             if member.role == 'in' and gone.any():

@@ -35,7 +35,7 @@ def importance(model, calls, pruner, dtype=None, factor=1.0, **scaler):
     state = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     wrapper = CpuAmpOptimWrapper(dtype, scaler, optimizer=optimizer)
-    pruner.statistics.clear()
+    pruner.criterion.clear()
     for seed in range(3):
         torch.manual_seed(seed)
         data = copy.deepcopy(calls.data)
@@ -46,13 +46,13 @@ def importance(model, calls, pruner, dtype=None, factor=1.0, **scaler):
         wrapper.update_params(model.parse_losses(losses)[0] * factor)
         pruner.step(scale)
     model.load_state_dict(state)
-    return pruner.importance.copy()
+    return pruner.criterion.statistics.importance.copy()
 
 
 def agreement(pruner, expected, found):
     """Rank correlation over all units, the least one in a group, and the relative
     error that 95 % of the units stay under."""
-    group_of, live = pruner.grouping.group_of, expected > 0
+    group_of, live = pruner.units.grouping.group_of, expected > 0
     assert live.mean() > 0.9 and (found[~live] == 0).all()
     error = np.abs(found / np.where(live, expected, 1) - 1)[live]
     within = [
@@ -161,7 +161,7 @@ def test_backward_inside_autocast_still_sums_in_fp32():
             value = loss(model)
         with torch.autocast('cpu', torch.bfloat16, enabled=inside):
             value.backward()
-        found.append(pruner.tap.take())
+        found.append(pruner.criterion.tap.take())
     for name, gradient in found[1].items():
         assert gradient.dtype == torch.float32
         torch.testing.assert_close(gradient, found[0][name], rtol=1e-5, atol=1e-7)

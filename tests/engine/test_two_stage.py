@@ -64,12 +64,12 @@ def steady(calls):
 
 def observed(pruner, loss):
     """Importance of all units after one iteration on ``loss``, (U,)."""
-    pruner.importance[:] = 0
-    pruner.statistics.seen[:] = 0
+    pruner.criterion.statistics.importance[:] = 0
+    pruner.criterion.statistics.seen[:] = 0
     pruner.model.zero_grad()
     loss(pruner.model).backward()
     pruner.step()
-    return torch.from_numpy(pruner.importance.copy())
+    return torch.from_numpy(pruner.criterion.statistics.importance.copy())
 
 
 def assert_close(a, b):
@@ -105,7 +105,7 @@ def test_only_the_final_predictors_keep_their_outputs(name, groups, units):
         }  # fmt: skip
     calls.loss(model).backward()
     pruner.step()
-    assert (pruner.statistics.seen == 1).all() and not pruner._warned
+    assert (pruner.criterion.statistics.seen == 1).all() and not pruner.checks.warned
 
 
 @pytest.mark.slow
@@ -124,7 +124,9 @@ def test_round_trip(name, groups, units, outputs, tmp_path):
 
 def test_rpn_and_rois_read_the_same_units(mask_rcnn):
     pruner = mask_rcnn[2]
-    [group] = [g for g in pruner.grouping.groups if g.name == 'neck.fpn_convs.0.conv']
+    [group] = [
+        g for g in pruner.units.grouping.groups if g.name == 'neck.fpn_convs.0.conv'
+    ]
     read = {m.name.removesuffix('.weight'): m.width for m in group.members}
     assert group.units == 8
     assert read['rpn_head.rpn_conv'] == read['roi_head.mask_head.convs.0.conv'] == 1
@@ -150,7 +152,7 @@ def test_grid_head_is_pruned_as_far_as_its_grouped_deconvolution_allows():
     assert 'roi_head.grid_head.convs.0.conv' not in reasons
     calls.loss(model).backward()
     pruner.step()
-    assert not pruner._warned
+    assert not pruner.checks.warned
 
 
 # -- statistics --------------------------------------------------------------
@@ -176,14 +178,14 @@ class RoIRows:
 
 
 def assert_equals_masks(pruner, loss):
-    pruner.tap.detach()
+    pruner.criterion.tap.detach()
     rows = RoIRows(pruner.model)
-    groups = pruner.grouping.groups
+    groups = pruner.units.grouping.groups
     expected = mask_fisher(pruner.model, loss, groups, 2, rows)
     for module in pruner.model.modules():
         if type(module).__name__ == 'SingleRoIExtractor':
             module._forward_pre_hooks.clear()
-    pruner.tap.attach()
+    pruner.criterion.tap.attach()
     assert_close(observed(pruner, loss), expected)
     return expected
 
@@ -191,8 +193,8 @@ def assert_equals_masks(pruner, loss):
 def test_importance_equals_explicit_masks_of_each_image(mask_rcnn):
     _, calls, pruner = mask_rcnn
     expected = assert_equals_masks(pruner, steady(calls))
-    group_of = torch.from_numpy(pruner.grouping.group_of)
-    for g in range(len(pruner.grouping.groups)):
+    group_of = torch.from_numpy(pruner.units.grouping.group_of)
+    for g in range(len(pruner.units.grouping.groups)):
         assert expected[group_of == g].count_nonzero() > 0
 
 
@@ -242,8 +244,13 @@ def test_image_without_boxes(mask_rcnn):
 def test_batch_without_boxes(mask_rcnn):
     _, calls, pruner = mask_rcnn
     importance = observed(pruner, steady(without_boxes(calls, 0, 1)))
-    assert importance.isfinite().all() and not pruner._warned
-    seen = {g.name: s for g, s in zip(pruner.grouping.groups, pruner.statistics.seen)}  # noqa: B905
+    assert importance.isfinite().all() and not pruner.checks.warned
+    seen = {
+        g.name: s
+        for g, s in zip(  # noqa: B905
+            pruner.units.grouping.groups, pruner.criterion.statistics.seen
+        )
+    }
     assert seen['neck.fpn_convs.0.conv'] == 1
     assert seen['roi_head.mask_head.convs.0.conv'] == 0
 
@@ -261,7 +268,7 @@ def test_pyramid_levels_without_rois(mask_rcnn, sides):
     assert set(levels.tolist()) == {2 if side == 300 else 0 for side in sides}
     model.eval()
     assert_equals_masks(pruner, lambda m: summed(m, images, rois, rois))
-    assert (pruner.statistics.seen == 1).all() and not pruner._warned
+    assert (pruner.criterion.statistics.seen == 1).all() and not pruner.checks.warned
     model.train()
 
 
@@ -269,11 +276,11 @@ def test_first_batch_without_boxes_freezes_what_the_mask_head_reads(mask_rcnn):
     """It pools no RoI, so that no graph ties it to the pyramid; the proof finds out."""
     model, calls, pruner = mask_rcnn
     empty = without_boxes(calls, 0, 1)
-    pruner.tap.detach()
+    pruner.criterion.tap.detach()
     other = GroupFisherPruner(copy.deepcopy(model), interval=10**6)
-    pruner.tap.attach()
+    pruner.criterion.tap.attach()
     grouping = other.prepare(steady(empty), calls.forward, 2)
-    names = [g.name for g in pruner.grouping.groups]
+    names = [g.name for g in pruner.units.grouping.groups]
     left = [n for n in names if n not in [g.name for g in grouping.groups]]
     assert left == ['neck.fpn_convs.0.conv']
     [reason] = {f.reason for f in grouping.frozen if 'fpn_convs' in f.layer}
@@ -282,11 +289,11 @@ def test_first_batch_without_boxes_freezes_what_the_mask_head_reads(mask_rcnn):
 
 def test_compact_model_trains_on_batches_without_boxes(mask_rcnn):
     model, calls, pruner = mask_rcnn
-    groups = pruner.grouping.groups
-    pruner.tap.detach()
+    groups = pruner.units.grouping.groups
+    pruner.criterion.tap.detach()
     kept = random_units(groups, 0.3, np.random.default_rng(0))
     masked, small = masked_and_compact(model, groups, kept)
-    pruner.tap.attach()
+    pruner.criterion.tap.attach()
     for fewer in (without_boxes(calls, 0), without_boxes(calls, 0, 1)):
         losses = [steady(fewer)(net) for net in (masked, small)]
         assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-9)
@@ -304,9 +311,9 @@ def test_other_heads_see_each_unit_and_lose_no_row(name):
     pruner = GroupFisherPruner(model, interval=10**6, strict=True)
     pruner.prepare(calls.loss, calls.forward, 2, calls.profile(model))
     importance = observed(pruner, calls.loss)
-    assert (pruner.statistics.seen == 1).all() and not pruner._warned
+    assert (pruner.criterion.statistics.seen == 1).all() and not pruner.checks.warned
     assert float(importance.min()) >= 0
-    used = pruner.tap.use
+    used = pruner.criterion.tap.use
     assert not used.lost and {n for n in used.rois if 'head' not in n} == set()
 
 
@@ -343,8 +350,8 @@ def test_proof_does_not_hang_on_the_order_of_proposals():
 
 def test_a_training_step_is_the_same_step(mask_rcnn):
     model, calls, pruner = mask_rcnn
-    groups = pruner.grouping.groups
-    pruner.tap.detach()
+    groups = pruner.units.grouping.groups
+    pruner.criterion.tap.detach()
     kept = random_units(groups, 0.3, np.random.default_rng(0))
     masked, small = masked_and_compact(model, groups, kept)
     losses = []
@@ -358,7 +365,7 @@ def test_a_training_step_is_the_same_step(mask_rcnn):
             optimizer.step()
             own.append(loss.item())
         losses.append(own)
-    pruner.tap.attach()
+    pruner.criterion.tap.attach()
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert losses[0][0] != losses[0][1]
 
@@ -370,7 +377,7 @@ def test_a_training_step_is_the_same_step(mask_rcnn):
 def pruned(mask_rcnn):
     """A structure of the slim Mask R-CNN with 30 % of the units gone."""
     model, _, pruner = mask_rcnn
-    groups = pruner.grouping.groups
+    groups = pruner.units.grouping.groups
     kept = random_units(groups, 0.3, np.random.default_rng(0))
     return PruneStructure.of(groups, kept, shapes_of(model))
 
@@ -401,11 +408,11 @@ def test_reload_by_config(mask_rcnn, pruned, tmp_path):
         )
     ).double()
     assert type(rebuilt) is type(model)
-    groups = pruner.grouping.groups
+    groups = pruner.units.grouping.groups
     kept = random_units(groups, 0.3, np.random.default_rng(0))
-    pruner.tap.detach()
+    pruner.criterion.tap.detach()
     masked, small = masked_and_compact(model.eval(), groups, kept)
-    pruner.tap.attach()
+    pruner.criterion.tap.attach()
     rebuilt.load_state_dict(small.state_dict(), strict=True)
     with torch.no_grad():
         outputs = [calls.forward(m.eval()) for m in (masked, rebuilt)]
@@ -491,15 +498,15 @@ def test_costs_are_those_of_the_paper():
     profiles = BatchCalls(model, demo_batch(config)).profile(model, (3, 800, 1280))
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     totals = CostTable(shapes, profiles, ()).totals(np.zeros(0))
-    assert totals.macs == pytest.approx(199.3e9, rel=2e-3)
-    assert totals.params == pytest.approx(41.75e6, rel=2e-3)
-    assert totals.memory == pytest.approx(294.6e6, rel=2e-3)
+    assert totals['macs'] == pytest.approx(199.3e9, rel=2e-3)
+    assert totals['params'] == pytest.approx(41.75e6, rel=2e-3)
+    assert totals['memory'] == pytest.approx(294.6e6, rel=2e-3)
     heads = {n: w for n, w in profiles.items() if n.startswith('roi_head')}
     rois = CostTable(shapes, heads, ()).totals(np.zeros(0))
     assert rois.macs / 512 == pytest.approx(14.3e6, rel=2e-3)
     assert rois.memory / 512 == pytest.approx(2.45e3, rel=2e-3)
-    assert totals.macs - rois.macs == pytest.approx(192.03e9, rel=2e-4)
-    assert totals.memory - rois.memory == pytest.approx(293.44e6, rel=2e-4)
+    assert totals['macs'] - rois.macs == pytest.approx(192.03e9, rel=2e-4)
+    assert totals['memory'] - rois.memory == pytest.approx(293.44e6, rel=2e-4)
 
 
 # -- a whole run -------------------------------------------------------------

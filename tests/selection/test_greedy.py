@@ -8,18 +8,13 @@ import numpy as np
 import pytest
 
 from mmgfp.groups import ChannelGroup, Member
-from mmgfp.selection.costs import CostTable, LayerProfile, Totals
-from mmgfp.selection.greedy import (
-    Limits,
-    Target,
-    auto_bound,
-    rest_steps,
-    select_units,
-    waypoints,
-)
-from mmgfp.utils.errors import ConfigError
+from mmgfp.selection.costs import CostTable, LayerProfile, RunningCosts
+from mmgfp.selection.greedy import Limits, select_units
+from mmgfp.selection.targets import Target
 
-NONE_LEAST = Limits(np.array([0, 0]))
+
+def limits(least=(0, 0), steps=(1, 1)):
+    return Limits(np.array(least), np.array(steps))
 
 
 def chain(width=2, positions=(10, 1, 1)):
@@ -44,7 +39,16 @@ def chain(width=2, positions=(10, 1, 1)):
     return CostTable(shapes, profiles, groups)
 
 
-def pick(importance, costs=None, count=99, kept=None, done=None, **options):
+def pick(
+    importance,
+    costs=None,
+    count=99,
+    kept=None,
+    done=None,
+    normalize='none',
+    bound=np.inf,
+    **options,
+):
     """Numbers of the picked units; the first half is of group A, the rest of B."""
     importance = np.array(importance, dtype=float)
     half = len(importance) // 2
@@ -53,12 +57,11 @@ def pick(importance, costs=None, count=99, kept=None, done=None, **options):
         np.repeat([0, 1], half),
         np.ones(2 * half, dtype=bool) if kept is None else np.array(kept),
         costs or chain(half),
-        options.get('limits', NONE_LEAST),
-        options.get('normalize', 'none'),
-        count,
+        limits(**options),
+        normalize,
         done or (lambda now: False),
-        options.get('steps'),
-        options.get('bound', np.inf),
+        count,
+        bound,
     )
     return units.tolist()
 
@@ -117,7 +120,7 @@ def test_slow_greedy_search_agrees():
     importance, removed, expected = rng.random(40), np.zeros(2), []
     left = np.ones(40, dtype=bool)
     for _ in range(30):
-        scores = importance / costs.savings(removed).macs[group_of]
+        scores = importance / RunningCosts(costs, removed).savings('flops')[group_of]
         unit = int(np.where(left, scores, np.inf).argmin())
         expected.append(unit)
         left[unit] = False
@@ -143,30 +146,22 @@ def test_pruned_units_are_never_picked():
 
 def test_input_arrays_are_left_alone():
     importance, kept = np.array([1.0, 2, 3, 4]), np.ones(4, dtype=bool)
-    limits = Limits(np.array([0, 0]))
+    bounds, group_of = limits(), np.repeat([0, 1], 2)
     select_units(
-        importance,
-        np.repeat([0, 1], 2),
-        kept,
-        chain(),
-        limits,
-        'flops',
-        9,
-        lambda _: 0,
+        importance, group_of, kept, chain(), bounds, 'flops', lambda now: False
     )
     assert kept.all()
     assert importance.tolist() == [1, 2, 3, 4]
-    assert limits.least.tolist() == [0, 0]
+    assert bounds.least.tolist() == [0, 0]
 
 
 # -- when it stops ------------------------------------------------------------
 
 
 def test_limits_close_a_group():
-    limits = Limits(np.array([1, 2]))
-    assert pick([5, 6, 1, 2], limits=limits) == [0]
+    assert pick([5, 6, 1, 2], least=[1, 2]) == [0]
     # one unit of A went earlier
-    assert pick([5, 6, 1, 2], limits=limits, kept=[False, True, True, True]) == []
+    assert pick([5, 6, 1, 2], least=[1, 2], kept=[False, True, True, True]) == []
 
 
 def test_count_is_a_bound():
@@ -176,7 +171,7 @@ def test_count_is_a_bound():
 def test_stops_exactly_at_the_target():
     # memory: 2·10 + 2·1 + 1 = 23; without unit 2: 22, without 3: 21, without 0: 11
     def reached(memory):
-        return pick([5, 30, 1, 4], done=lambda now: now.memory <= memory)
+        return pick([5, 30, 1, 4], done=lambda now: now['memory'] <= memory)
 
     assert reached(23) == []
     assert reached(22) == [2]
@@ -197,13 +192,13 @@ def test_several_targets_stop_at_the_first():
 def test_work_per_pick_does_not_grow_with_the_model(monkeypatch):
     """After a pick only the tensors of its group are worked out, here 2 of 3."""
     table, rows = chain(10_000), []
-    costs = CostTable.costs
+    count = CostTable.count
 
     def counted(self, sizes, which):
         rows.append(len(sizes))
-        return costs(self, sizes, which)
+        return count(self, sizes, which)
 
-    monkeypatch.setattr(CostTable, 'costs', counted)
+    monkeypatch.setattr(CostTable, 'count', counted)
     importance = np.random.default_rng(0).random(20_000)
     picked = pick(importance, table, 3000)
     assert picked == np.argsort(importance)[:3000].tolist()
@@ -213,13 +208,6 @@ def test_work_per_pick_does_not_grow_with_the_model(monkeypatch):
 
 
 # -- sizes at which groups rest -----------------------------------------------
-
-
-def test_rest_steps_by_hand():
-    # units of 1, 2, 3, 6 and 8 channels until the next multiple of 8
-    widths = np.array([1, 2, 3, 6, 8])
-    assert rest_steps(widths, 8).tolist() == [8, 4, 8, 4, 1]
-    assert rest_steps(widths, 1).tolist() == [1] * 5
 
 
 @pytest.mark.parametrize(
@@ -235,26 +223,26 @@ def test_groups_rest_at_multiples(count, picked):
     # Both go from 5 to 4 by one unit, 1 or 0.5; then by two to 2: 2 + 3 or 5 + 5.
     # Another two would leave none.
     importance = [1, 2, 3, 4, 9, 5, 5, 5, 5, 0.5]
-    options = dict(steps=np.array([2, 2]), limits=Limits(np.array([1, 1])))
+    options = dict(steps=[2, 2], least=[1, 1])
     assert pick(importance, count=count, **options) == picked
 
 
 def test_bundles_stop_above_the_limit():
-    options = dict(steps=np.array([4, 4]), limits=Limits(np.array([3, 5])))
+    options = dict(steps=[4, 4], least=[3, 5])
     # 8 units rest at 4, which is fewer than the 5 that must stay in B
     assert pick([1] * 16, **options) == [0, 1, 2, 3]
 
 
 def test_bundles_compete_with_all_that_they_cost_and_save():
     # B first: 1/3. Then the two units of A: 25 / (2·10 + 2·1) < 4/3; then the rest.
-    options = dict(normalize='flops', steps=np.array([2, 1]))
+    options = dict(normalize='flops', steps=[2, 1])
     assert pick([5, 20, 1, 4], **options) == [2, 0, 1, 3]
     # 35/22 > 4/3
     assert pick([5, 30, 1, 4], **options) == [2, 3, 0, 1]
 
 
 def test_bundle_needs_enough_known_units():
-    assert pick([1, np.nan, 3, 4], steps=np.array([2, 2])) == [2, 3]
+    assert pick([1, np.nan, 3, 4], steps=[2, 2]) == [2, 3]
 
 
 # -- how many at once ---------------------------------------------------------
@@ -285,60 +273,25 @@ def test_bound_holds_in_the_worst_case():
     assert np.square(alike.sum(1)).sum() == pytest.approx(4 * np.square(alike).sum())
 
 
-def test_auto_bound_by_hand():
-    importance = np.array([100, 250, np.nan, 7, 150.0])
-    kept = np.array([True, True, True, False, True])
-    assert auto_bound(importance, kept) == pytest.approx(0.01 * 500)
-    assert auto_bound(importance * 65536, kept) == pytest.approx(65536 * 5)
-
-
-def test_waypoints_lie_on_straight_lines():
-    now, full = Totals(90, 160, 50), Totals(100, 200, 50)
-    flops, memory = Target('flops', 0.5), Target('memory', 0.5)
-    (point,) = waypoints(now, full, [flops], 4)
-    assert (point.cost, point.ratio) == ('flops', pytest.approx(0.8))
-    # One of the four is kept in hand, as a decision ends where it meets a target.
-    points = waypoints(now, full, [flops, memory], 4)
-    assert [p.ratio for p in points] == pytest.approx([0.9 - 0.4 / 3, 0.7])
-    for late in (2, 1, 0, -3):
-        assert waypoints(now, full, [flops, memory], late) == [flops, memory]
-
-
 # -- limits and targets -------------------------------------------------------
 
 
 def test_limits_of_groups():
-    units, no_minimum = np.array([10, 7, 1]), np.array([1, 1, 1])
-    assert Limits.of(units, no_minimum, 1.0).least.tolist() == [1, 1, 1]
-    assert Limits.of(units, no_minimum, 0.5).least.tolist() == [5, 4, 1]
-    assert Limits.of(units, no_minimum, 0.7).least.tolist() == [3, 3, 1]
+    units = np.array([10, 7, 1])
+
+    def least(widths=(1, 1, 1), **options):
+        return Limits.of(units, np.array(widths), **options).least.tolist()
+
+    assert least() == [1, 1, 1]
+    assert least(max_ratio=0.5) == [5, 4, 1]
+    assert least(max_ratio=0.7) == [3, 3, 1]
     # a group that is smaller than its minimum is closed
-    assert Limits.of(units, np.array([8, 8, 8]), 0.5).least.tolist() == [8, 7, 1]
+    assert least(min_channels=8, max_ratio=0.5) == [8, 7, 1]
+    assert least(widths=(4, 1, 16), min_channels=8) == [2, 7, 1]
 
 
-def test_target_labels_are_file_names():
-    assert Target.parse({'flops': 0.5}).label == 'flops50'
-    assert Target.parse({'memory': 0.125}).label == 'memory12_5'
-
-
-@pytest.mark.parametrize(
-    ('raw', 'words'),
-    [
-        ({'flops': 1.0}, r'target.flops: expected a ratio between 0 and 1, got 1\.0; '),
-        ({'flops': 0}, 'target.flops: expected a ratio between 0 and 1, got 0; '),
-        (
-            {'params': '0.5'},
-            "target.params: expected a ratio .*, got '0.5'; give",
-        ),
-        ({'latency': 0.5}, r'target: expected a dict with one cost, got .*latency.*; '),
-        ({'flops': 0.5, 'memory': 0.5}, 'target: expected a dict with one cost'),
-        (
-            {},
-            'target: expected a dict with one cost, got {}; give one of flops',
-        ),
-        (0.5, r'got 0.5; give one of .*, such as dict\(flops=0.5\)'),
-    ],
-)
-def test_bad_targets_are_refused(raw, words):
-    with pytest.raises(ConfigError, match=words):
-        Target.parse(raw)
+def test_rest_steps_by_hand():
+    # units of 1, 2, 3, 6 and 8 channels until the next multiple of 8
+    widths = np.array([1, 2, 3, 6, 8])
+    assert Limits.of(widths * 9, widths, divisor=8).steps.tolist() == [8, 4, 8, 4, 1]
+    assert Limits.of(widths * 9, widths).steps.tolist() == [1] * 5

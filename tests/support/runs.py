@@ -232,7 +232,7 @@ def _end(runner):
         'iteration': runner.iter,
         'weights': module.state_dict(),
         'optimizer': runner.optim_wrapper.state_dict(),
-        'kept': hook.pruner.kept.tolist(),
+        'kept': hook.pruner.units.kept.tolist(),
     }
 
 

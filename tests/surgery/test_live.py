@@ -74,7 +74,7 @@ class Training:
 
 def assert_same_result(one, two, tolerance=1e-9):
     """Compare structures exactly, weights but for rounding."""
-    assert one.pruner.structure() == two.pruner.structure()
+    assert one.pruner.units.structure() == two.pruner.units.structure()
     first, second = (t.pruner.compact().state_dict() for t in (one, two))
     for name, tensor in first.items():
         torch.testing.assert_close(
@@ -98,15 +98,20 @@ def test_ends_like_masks_with_any_optimizer(optimizer):
     masked, live = both(14, optimizer=optimizer, units_per_step=3)
     assert_same_result(masked, live)
     full, small = (sum(p.numel() for p in r.model.parameters()) for r in (masked, live))
-    assert small == live.pruner.totals.params < full == live.pruner.full.params
-    assert live.pruner.totals == masked.pruner.totals
+    assert (
+        small
+        == live.pruner.units.totals['params']
+        < full
+        == live.pruner.units.full['params']
+    )
+    assert live.pruner.units.totals == masked.pruner.units.totals
 
 
 @pytest.mark.parametrize('toy', TOYS, ids=lambda toy: toy.__name__)
 def test_every_toy_ends_like_masks(toy):
     masked, live = both(10, toy=toy, units_per_step=2, normalize='flops')
     assert_same_result(masked, live)
-    assert not live.pruner.kept.all()
+    assert not live.pruner.units.kept.all()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,7 @@ def test_nothing_masked_is_left_to_compute():
     small = live.pruner.compact()
     shapes = {n: p.shape for n, p in small.named_parameters()}
     assert {n: p.shape for n, p in live.model.named_parameters()} == shapes
-    assert not live.pruner.mask._index
+    assert not live.pruner.units.masks[0]._index
     widths = {n: m.out_channels for n, m in live.model.named_modules() if _conv(m)}
     assert widths == {n: len(live.model.get_parameter(f'{n}.weight')) for n in widths}
 
@@ -152,8 +157,8 @@ def test_cutting_less_often_ends_the_same():
         if n in (4, 9):
             cut = seldom.pruner.compact_([seldom.optimizer])
             assert cut and not seldom.pruner.compact_([seldom.optimizer])
-            assert (seldom.pruner.in_model == seldom.pruner.kept).all()
-    assert not (seldom.pruner.in_model == seldom.pruner.kept).all()
+            assert (seldom.pruner.units.in_model == seldom.pruner.units.kept).all()
+    assert not (seldom.pruner.units.in_model == seldom.pruner.units.kept).all()
     assert_same_result(every, seldom)
 
 
@@ -194,18 +199,18 @@ class Wide(ConvPair):
 
 def test_masked_units_may_stay_for_a_while():
     masked, live = both(8, toy=Wide, units_per_step=5, target=dict(flops=0.1))
-    assert live.pruner.kept.sum() == 44
-    assert live.model.conv1.out_channels == live.pruner.in_model.sum() == 44
+    assert live.pruner.units.kept.sum() == 44
+    assert live.model.conv1.out_channels == live.pruner.units.in_model.sum() == 44
     masked.train(2), live.train(2)
-    assert live.pruner.kept.sum() == 39
-    assert live.model.conv2.in_channels == live.pruner.in_model.sum() == 40
+    assert live.pruner.units.kept.sum() == 39
+    assert live.model.conv2.in_channels == live.pruner.units.in_model.sum() == 40
     zeros = live.model.conv2.weight.flatten(2).abs().sum((0, 2)) == 0
     assert zeros.sum() == 1
     assert_same_result(masked, live)
     state, again = saved_and_loaded(live.pruner.state_dict()), Training(Wide)
     again.pruner.load_state_dict(state, [again.optimizer])
     assert again.model.conv1.out_channels == 40
-    assert again.pruner.mask._index
+    assert again.pruner.units.masks[0]._index
 
 
 def test_statistics_between_decisions_survive():
@@ -213,9 +218,9 @@ def test_statistics_between_decisions_survive():
     masked, live = (Training(interval=5, live=False).prepare() for _ in range(2))
     for run in (masked, live):
         run.train(7)
-    before = live.pruner.importance.copy()
+    before = live.pruner.criterion.statistics.importance.copy()
     assert live.pruner.compact_([live.optimizer]) and before.any()
-    assert (live.pruner.importance == before).all()
+    assert (live.pruner.criterion.statistics.importance == before).all()
     assert picked(masked.train(8)) == picked(live.train(8))
     assert_same_result(masked, live)
 
@@ -238,7 +243,9 @@ def test_copies_that_follow_are_masked_and_cut():
     before = averaged(inputs)
     small = live.pruner.compact(averaged)
     assert difference(before, small(inputs)) < 1e-12
-    assert sum(p.numel() for p in small.parameters()) == live.pruner.totals.params
+    assert (
+        sum(p.numel() for p in small.parameters()) == live.pruner.units.totals['params']
+    )
 
 
 def test_memory_format_stays():
@@ -335,7 +342,7 @@ def test_resumed_run_goes_on_as_if_it_had_not_stopped(cut, optimizer):
     resumed.optimizer.load_state_dict(state['optimizer'])
     resumed.iteration = cut
     assert begun + picked(resumed.train(12 - cut)) == expected
-    assert resumed.pruner.structure() == whole.pruner.structure()
+    assert resumed.pruner.units.structure() == whole.pruner.units.structure()
     weights = whole.model.state_dict()
     for name, tensor in resumed.model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
@@ -347,7 +354,7 @@ def test_state_of_a_cut_model_is_of_the_unpruned_one():
     state = live.pruner.state_dict()
     again = Training()
     again.pruner.load_state_dict(saved_and_loaded(state), [again.optimizer])
-    assert again.pruner.full == live.pruner.full
-    assert again.pruner.totals == live.pruner.totals
-    assert again.pruner.structure() == live.pruner.structure()
-    assert np.array_equal(again.pruner.in_model, live.pruner.in_model)
+    assert again.pruner.units.full == live.pruner.units.full
+    assert again.pruner.units.totals == live.pruner.units.totals
+    assert again.pruner.units.structure() == live.pruner.units.structure()
+    assert np.array_equal(again.pruner.units.in_model, live.pruner.units.in_model)

@@ -31,15 +31,15 @@ def prepared(model, **options):
 
 def drop_random_units(pruner, seed=0):
     rng = np.random.default_rng(seed)
-    pruner.kept = random_units(pruner.grouping.groups, 0.4, rng)
-    pruner.mask.update(pruner.kept)
+    pruner.units.kept = random_units(pruner.units.grouping.groups, 0.4, rng)
+    pruner.units.masks[0].update(pruner.units.kept)
 
 
 def columns(pruner, of=lambda p: p):
     """What reads pruned units, of the parameters or of what belongs to them."""
     start, found = 0, []
-    for group in pruner.grouping.groups:
-        gone = ~pruner.kept[start : start + group.units]
+    for group in pruner.units.grouping.groups:
+        gone = ~pruner.units.kept[start : start + group.units]
         start += group.units
         for member in group.members:
             if member.role == 'in':
@@ -51,11 +51,11 @@ def columns(pruner, of=lambda p: p):
 
 def test_columns_of_every_consumer_by_hand():
     pruner, _ = prepared(TinyDetector())
-    names = [g.name for g in pruner.grouping.groups]
-    first = int(np.flatnonzero(pruner._group_of == names.index('fpn1'))[0])
-    pruner.kept[first + 2] = False  # channel 2 of fpn1 and fpn2
+    names = [g.name for g in pruner.units.grouping.groups]
+    first = int(np.flatnonzero(pruner.units.group_of == names.index('fpn1'))[0])
+    pruner.units.kept[first + 2] = False  # channel 2 of fpn1 and fpn2
     before = {n: p.clone() for n, p in pruner.model.named_parameters()}
-    pruner.mask.update(pruner.kept)
+    pruner.units.masks[0].update(pruner.units.kept)
     for name, parameter in pruner.model.named_parameters():
         expected = before[name]
         if name in ('cls_tower.weight', 'reg_tower.weight'):
@@ -65,8 +65,8 @@ def test_columns_of_every_consumer_by_hand():
 
 def test_transposed_conv_holds_its_inputs_in_dimension_0():
     pruner, _ = prepared(Transposed())
-    pruner.kept[1] = False  # the second output of stem
-    pruner.mask.update(pruner.kept)
+    pruner.units.kept[1] = False  # the second output of stem
+    pruner.units.masks[0].update(pruner.units.kept)
     weight = pruner.model.up.weight
     assert [i for i in range(5) if not weight[i].any()] == [1]
 
@@ -117,11 +117,11 @@ def test_removed_mask_lets_columns_train_again():
     torch.manual_seed(0)
     pruner, loss = prepared(ConvPair())
     drop_random_units(pruner)
-    pruner.mask.remove()
+    pruner.units.masks[0].remove()
     loss(pruner.model).backward()
     assert columns(pruner, lambda p: p.grad).all()
     nn.init.ones_(pruner.model.conv2.weight)
-    pruner.mask.apply()
+    pruner.units.masks[0].apply()
     assert columns(pruner).all()
 
 
@@ -129,9 +129,9 @@ def test_update_replaces_the_mask():
     torch.manual_seed(0)
     pruner, loss = prepared(ConvPair())
     drop_random_units(pruner, 0)
-    pruner.kept[:] = True
-    pruner.kept[0] = False
-    pruner.mask.update(pruner.kept)
+    pruner.units.kept[:] = True
+    pruner.units.kept[0] = False
+    pruner.units.masks[0].update(pruner.units.kept)
     loss(pruner.model).backward()
     gradient = pruner.model.conv2.weight.grad
     assert [i for i in range(6) if not gradient[:, i].any()] == [0]
@@ -139,21 +139,21 @@ def test_update_replaces_the_mask():
 
 def test_update_touches_only_what_changed():
     pruner, loss = prepared(TinyDetector())
-    names = [g.name for g in pruner.grouping.groups]
-    first = int(np.flatnonzero(pruner._group_of == names.index('fpn1'))[0])
-    pruner.kept[first] = False
-    pruner.mask.update(pruner.kept)
+    names = [g.name for g in pruner.units.grouping.groups]
+    first = int(np.flatnonzero(pruner.units.group_of == names.index('fpn1'))[0])
+    pruner.units.kept[first] = False
+    pruner.units.masks[0].update(pruner.units.kept)
     hooks = {
         n: p._post_accumulate_grad_hooks for n, p in pruner.model.named_parameters()
     }
     with torch.no_grad():
         pruner.model.cls_tower.weight[:, 0] = 1
-    pruner.kept[first + 2] = False
-    pruner.mask.update(pruner.kept)
+    pruner.units.kept[first + 2] = False
+    pruner.units.masks[0].update(pruner.units.kept)
     weight = pruner.model.cls_tower.weight
     # what went earlier is left to `apply`
     assert [i for i in range(3) if not weight[:, i].any()] == [2]
-    pruner.mask.apply()
+    pruner.units.masks[0].apply()
     assert [i for i in range(3) if not weight[:, i].any()] == [0, 2]
     loss(pruner.model).backward()
     assert [i for i in range(3) if not weight.grad[:, i].any()] == [0, 2]
@@ -166,7 +166,7 @@ def test_full_mask_touches_nothing():
     model = ConvPair()
     before = {n: p.clone() for n, p in model.named_parameters()}
     pruner, _ = prepared(ConvPair())
-    mask = ColumnMask(model, pruner.grouping.groups)
-    mask.update(pruner.kept)
+    mask = ColumnMask(model, pruner.units.grouping.groups)
+    mask.update(pruner.units.kept)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not any(p._backward_hooks for p in model.parameters())

@@ -207,7 +207,7 @@ def test_fisher_information_of_heads(attend):
     groups = pruner.prepare(loss, loss, 2).groups
     loss(net).backward()
     pruner.step()
-    got = torch.from_numpy(pruner.importance)
+    got = torch.from_numpy(pruner.criterion.statistics.importance)
     pruner.close()
     expected = mask_fisher(net, loss, groups, 2)
     assert len(expected) == HEADS and (expected > 0).all()

@@ -72,15 +72,15 @@ def statistics(model, loss, forward=None, count=3):
     pruner.prepare(loss, forward or loss, count)
     loss(model).backward()
     pruner.step()
-    assert not pruner._warned and (pruner.statistics.seen == 1).all()
-    return pruner, pruner.importance
+    assert not pruner.checks.warned and (pruner.criterion.statistics.seen == 1).all()
+    return pruner, pruner.criterion.statistics.importance
 
 
 @pytest.mark.parametrize('run', [reentrant, imported, hooked, sequential])
 def test_statistics_are_those_without(run):
     plain, expected = statistics(block_net(run_plain), loss)
     pruner, importance = statistics(block_net(run), loss)
-    names = [g.name for g in pruner.grouping.groups]
+    names = [g.name for g in pruner.units.grouping.groups]
     assert names == [g.name for g in plain.grouping.groups] == ['stem', 'block.conv1']
     assert importance.min() > 0 and importance == pytest.approx(expected, rel=1e-9)
 
@@ -99,7 +99,7 @@ def test_what_a_part_is_given_is_known_inside():
         pruner = GroupFisherPruner(turned_net(run), interval=10**6)
         pruner.prepare(loss, loss, 3)
         loss(pruner.model).backward()
-        sums.append(pruner.tap.take())
+        sums.append(pruner.criterion.tap.take())
     plain, again = sums
     assert set(again) == {'block.conv1', 'block.conv2'} == set(plain) - {'head'}
     for name in again:
@@ -136,7 +136,10 @@ def test_what_becomes_of_rows_inside_is_not_known_outside(caplog):
     pruner.step()
     assert 'the inputs of head are not counted' in caplog.text
     assert 'rows may be moved in a checkpointed part' in caplog.text
-    assert pruner.statistics.seen.tolist() == [0, 1]  # stem's channels, conv1's
+    assert pruner.criterion.statistics.seen.tolist() == [
+        0,
+        1,
+    ]  # stem's channels, conv1's
 
 
 def test_checkpointing_is_only_set_aside():

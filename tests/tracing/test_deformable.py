@@ -97,7 +97,10 @@ def test_offsets_read_a_mask_copy_of_their_own(modulated, parts):
     expected = mask_fisher(other, loss, prepared(other).grouping.groups, 3)
     assert expected.count_nonzero() == len(expected) == 6 // parts + 6
     torch.testing.assert_close(
-        torch.from_numpy(pruner.importance), expected, rtol=1e-6, atol=0
+        torch.from_numpy(pruner.criterion.statistics.importance),
+        expected,
+        rtol=1e-6,
+        atol=0,
     )
 
 
@@ -112,7 +115,7 @@ def test_pack_in_a_checkpointed_part(again):
     for net in (expected, model):
         pruner = prepared(net)
         loss(net).backward()
-        sums.append(pruner.tap.take())
+        sums.append(pruner.criterion.tap.take())
     assert set(sums[0]) == set(sums[1])
     for name, gradient in sums[0].items():
         torch.testing.assert_close(sums[1][name], gradient, rtol=1e-6, atol=0)
@@ -134,13 +137,16 @@ def test_channels(build, modulated, parts):
     model = build(modulated, parts)
     offset = 'dcn.conv_offset' if build is packed else 'offset'
     pruner = prepared(model)
-    stem, dcn = pruner.grouping.groups
+    stem, dcn = pruner.units.grouping.groups
     assert (stem.units, dcn.units) == (6 // parts, 6)
     entries = {('stem.weight', 0), ('stem.bias', 0), (f'{offset}.weight', 1)}
     assert widths(stem) == dict.fromkeys([*entries, ('dcn.weight', 1)], parts)
-    assert [f.layer for f in pruner.grouping.frozen] == [offset, 'head']
-    assert 'offsets' in pruner.grouping.frozen[0].reason
-    assert coverage(model, pruner.grouping, profile_layers(model, loss, 3))['macs'] == 1
+    assert [f.layer for f in pruner.units.grouping.frozen] == [offset, 'head']
+    assert 'offsets' in pruner.units.grouping.frozen[0].reason
+    assert (
+        coverage(model, pruner.units.grouping, profile_layers(model, loss, 3))['macs']
+        == 1
+    )
     pruner.close()
     kept = random_units((stem, dcn), 0.3, np.random.default_rng(0))
     assert disagreement(model, (stem, dcn), kept, lambda m: m(images())) is None
@@ -164,5 +170,5 @@ def test_costs(modulated):
     shapes = {n: p.shape for n, p in model.named_parameters()}
     totals = CostTable(shapes, profile_layers(model, loss, 3), ()).totals(np.zeros(0))
     offsets = 27 if modulated else 18
-    assert totals.macs == (162 + 324 + 216 + offsets * 54) * 64
-    assert totals.memory == (6 + 6 + 4 + offsets) * 64
+    assert totals['macs'] == (162 + 324 + 216 + offsets * 54) * 64
+    assert totals['memory'] == (6 + 6 + 4 + offsets) * 64

@@ -6,7 +6,7 @@ from mmcv.ops import RoIPool, roi_align
 from torch import nn
 
 from mmgfp import GroupFisherPruner
-from mmgfp.criteria.fisher import FisherTap
+from mmgfp.criteria.mask_gradients import MaskGradientTap
 from mmgfp.tracing import judge_rows, register_row_rule, watch_rows
 from mmgfp.tracing.row_rules import Lost, Rows
 from mmgfp.tracing.rows import rows_of
@@ -232,7 +232,7 @@ def test_rois_of_an_image_are_summed_before_the_square(net, images):
     pruner = prepared(net, images)
     total(net, images).backward()
     pruner.step()
-    assert pruner.importance.tolist() == pytest.approx([2792, 160])
+    assert pruner.criterion.statistics.importance.tolist() == pytest.approx([2792, 160])
 
 
 def test_what_reads_unknown_rows_is_frozen_with_the_reason(net, images):
@@ -249,9 +249,10 @@ def test_rows_that_get_lost_later_are_said_and_not_counted(net, images, caplog):
     for _ in range(2):
         total(net, images).backward()
         pruner.step()
-    assert pruner.importance.tolist() == [0, 0] and pruner.statistics.seen.tolist() == [
-        0
-    ]
+    assert pruner.criterion.statistics.importance.tolist() == [
+        0,
+        0,
+    ] and pruner.criterion.statistics.seen.tolist() == [0]
     messages = [r.message for r in caplog.records if 'inputs of fc' in r.message]
     assert len(messages) == 1 and 'does not show which image' in messages[0]
 
@@ -262,7 +263,7 @@ def test_rois_of_frozen_features_are_not_taken_for_images(net, images):
     net.a.requires_grad_(False)
     total(net, images).backward()
     pruner.step()
-    first, second = sorted(pruner._warned)
+    first, second = sorted(pruner.checks.warned)
     assert 'inputs of b, fc.0 are not counted' in first
     assert 'needs no gradient, as behind frozen layers' in first
     assert 'inputs of fc.1 are not counted' in second
@@ -270,7 +271,7 @@ def test_rois_of_frozen_features_are_not_taken_for_images(net, images):
 
 
 def test_no_row_at_all_is_no_gradient(net, images):
-    tap = FisherTap({'fc': net.fc})
+    tap = MaskGradientTap({'fc': net.fc})
     tap.attach()
     features = net.a(images)
     net.fc(roi_align(features, boxes(torch.zeros(0)), 1).flatten(1)).sum().backward()
@@ -278,7 +279,7 @@ def test_no_row_at_all_is_no_gradient(net, images):
 
 
 def test_batches_of_different_size_in_one_iteration_are_said(net, images):
-    tap = FisherTap({'b': net.b, 'fc': net.fc})
+    tap = MaskGradientTap({'b': net.b, 'fc': net.fc})
     tap.attach()
     net.b(net.a(images)).sum().backward()
     net.b(net.a(images[:1])).sum().backward()

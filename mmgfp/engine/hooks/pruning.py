@@ -17,8 +17,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from mmgfp.config import check_count
-from mmgfp.discovery.discover import Discovery
+from mmgfp.checkpoint import discovery_from_dict, discovery_to_dict
+from mmgfp.config import PruningConfig
 from mmgfp.engine.artifact import describe, save_artifact
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.checkpoints import write_whole
@@ -43,10 +43,11 @@ from mmgfp.engine.runner_access import (
     unwrapped,
 )
 from mmgfp.pruner import GroupFisherPruner, PruneStep
-from mmgfp.selection.greedy import Target
+from mmgfp.selection.targets import Target
 from mmgfp.surgery.live import check_optimizer
 from mmgfp.surgery.structure import STRUCTURE_KEY
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.validation import check_count
 
 #: The key under which training checkpoints hold the state of pruning.
 STATE_KEY = 'pruner'
@@ -147,7 +148,7 @@ class FisherPruningHook(Hook):
             **(pruner or {}),
         }
         # Built once without a model, so that bad arguments fail before the run.
-        PRUNERS.build({**self.config, 'model': None})
+        PruningConfig.of({k: v for k, v in self.config.items() if k != 'type'})
         self.pruner: GroupFisherPruner | None = None
         #: What an interrupted run left: the pruner, and the processes' random states.
         self._resumed: tuple[GroupFisherPruner, list[dict[str, Any]]] | None = None
@@ -182,7 +183,7 @@ class FisherPruningHook(Hook):
             return
         pruner, states = resumed
         if not is_main_process():
-            pruner.statistics.clear()  # the main process has those of all
+            pruner.criterion.clear()  # the main process has those of all
         if len(states) == get_world_size():
             set_random_state(states[get_rank()])
         self._watch(runner, pruner)
@@ -200,7 +201,7 @@ class FisherPruningHook(Hook):
             runner.logger.info('a batch without boxes: pruning begins with another')
             return
         found = once_for_all(lambda: self._discover(pruner, calls))
-        pruner.attach(Discovery.from_dict(found, pruner.model))
+        pruner.attach(discovery_from_dict(found, pruner.model))
         self._watch(runner, pruner)
         self.progress.log_groups(self.input_shape or calls.size)
 
@@ -219,9 +220,8 @@ class FisherPruningHook(Hook):
 
     def _discover(self, pruner: GroupFisherPruner, calls: BatchCalls) -> dict[str, Any]:
         profiles = calls.profile(pruner.model, self.input_shape)
-        return pruner.discover(
-            calls.loss, calls.check, calls.images, profiles
-        ).to_dict()
+        discovery = pruner.discover(calls.loss, calls.check, calls.images, profiles)
+        return discovery_to_dict(discovery)
 
     def after_train_iter(
         self,
@@ -270,13 +270,13 @@ class FisherPruningHook(Hook):
     def _gather(self) -> None:
         """Let the main process, which saves, have what all have to save."""
         if self.pruner is not None:
-            self.pruner.statistics.gather(reduction(), is_main_process())
+            self.pruner.criterion.gather(reduction(), is_main_process())
             self._others = all_gather_object(random_state())[1:]
 
     def _decided(self, runner: Runner, step: PruneStep) -> None:
         pruner = self.pruner
         assert pruner is not None
-        check_agreement(pruner.kept)
+        check_agreement(pruner.units.kept)
         self.progress.log_step(step)
         for target in step.reached:
             self._save(runner, target.label)
@@ -301,7 +301,7 @@ class FisherPruningHook(Hook):
         every, pruner = self.compact_interval, self.pruner
         if every is None or pruner is None:
             return False
-        before = pruner.iteration - pruner.interval
+        before = pruner.iteration - pruner.config.interval
         return pruner.iteration // every > before // every
 
     def after_train(self, runner: Runner) -> None:
@@ -325,8 +325,10 @@ class FisherPruningHook(Hook):
         if self.pruner is not None:
             state = self.pruner.state_dict()
             checkpoint[STATE_KEY] = {**state, 'random': [random_state(), *self._others]}
-            if not self.pruner.in_model.all():
-                checkpoint[STRUCTURE_KEY] = self.pruner.in_model_structure().to_dict()
+            if not self.pruner.units.in_model.all():
+                checkpoint[STRUCTURE_KEY] = (
+                    self.pruner.units.in_model_structure().to_dict()
+                )
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Go on with the state of an interrupted run, before its weights are loaded.
@@ -339,7 +341,7 @@ class FisherPruningHook(Hook):
         if state is not None:
             pruner = self._build(runner)
             pruner.load_state_dict(state, [optimizer_of(runner.optim_wrapper)])
-            if not pruner.in_model.all():
+            if not pruner.units.in_model.all():
                 rewrap_model(runner)
             self._resumed = pruner, state['random']
         if runner._resume or STRUCTURE_KEY in checkpoint:
@@ -365,10 +367,10 @@ class FisherPruningHook(Hook):
             'dataset_meta': getattr(runner.train_dataloader.dataset, 'metainfo', {}),
             'cfg': runner.cfg.pretty_text,
             'iter': runner.iter + 1,
-            'costs': describe(pruner.totals, pruner.full),
+            'costs': describe(pruner.units.totals, pruner.units.full),
             'input_shape': self.input_shape,
         }
-        structure, model = pruner.structure(), pruner.compact()
+        structure, model = pruner.units.structure(), pruner.compact()
         averaged = averaged_models(runner)
         if not averaged:
             save_artifact(path, model, structure, meta)

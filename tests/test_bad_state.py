@@ -1,4 +1,4 @@
-"""Crafted files: refused in one line before anything is resized or written."""
+"""Damaged, foreign and crafted files: refused in one line before anything changes."""
 
 import copy
 
@@ -36,7 +36,7 @@ def state():
     return pruner.state_dict()
 
 
-def resume(state):
+def resume(state, watched=False):
     """Resume; the model must not have changed if that fails."""
     model = TinyDetector()
     before = copy.deepcopy(model.state_dict())
@@ -45,11 +45,12 @@ def resume(state):
     finally:
         after = model.state_dict()
         assert all(torch.equal(t, after[n]) for n, t in before.items())
-        assert not any(m._forward_pre_hooks for m in model.modules())
+        hooks = [h for m in model.modules() for h in m._forward_pre_hooks]
+        assert bool(hooks) == watched
 
 
 def member(state, which=0):
-    """A member of the first group: its name, dimension, indices and role."""
+    """A member of the first group, by the names of its fields."""
     return state['discovery']['groups'][0]['members'][which]
 
 
@@ -63,7 +64,7 @@ def set_member(place, value, which=0):
 def set_index(change_index):
     def change(state):
         entry = member(state)
-        entry[2] = change_index(entry[2].clone())
+        entry['index'] = change_index(entry['index'].clone())
 
     return change
 
@@ -73,28 +74,24 @@ def put(index, entry, value):
     return index
 
 
-def in_work(**fields):
-    def change(state):
-        first = state['discovery']['work']['stem.weight']
-        for place, value in fields.items():
-            first[int(place[1:])] = value
-
-    return change
+def in_profile(**fields):
+    return lambda state: state['discovery']['profiles']['stem.weight'].update(fields)
 
 
 CRAFTED = {
-    'no such tensor': (set_member(0, 'stem.nothing'), "KeyError: 'stem.nothing'"),
-    'no name': (set_member(0, ['stem']), 'KeyError'),
+    'no such tensor': (set_member('name', 'stem.nothing'), "KeyError: 'stem.nothing'"),
+    'no name': (set_member('name', ['stem']), 'KeyError'),
     'attribute that counts no channels': (
-        lambda s: member(s, 1).__setitem__(
-            slice(0, 4, 3), ['stem.stride', 'attribute']
-        ),
+        lambda s: member(s, 1).update(name='stem.stride', role='attribute'),
         "KeyError: 'stem.stride'",
     ),
-    'role': (set_member(3, 'evil', which=1), r"\w+\.\w+: role 'evil'"),
-    'high dimension': (set_member(1, 4), 'stem.weight has no dimension 4'),
-    'negative dimension': (set_member(1, -4), 'stem.weight has no dimension -4'),
-    'dimension of a kind': (set_member(1, 0.0), r'stem.weight has no dimension 0\.0'),
+    'role': (set_member('role', 'evil', which=1), r"\w+\.\w+: role 'evil'"),
+    'high dimension': (set_member('dim', 4), 'stem.weight has no dimension 4'),
+    'negative dimension': (set_member('dim', -4), 'stem.weight has no dimension -4'),
+    'dimension of a kind': (
+        set_member('dim', 0.0),
+        r'stem.weight has no dimension 0\.0',
+    ),
     'huge index': (
         set_index(lambda i: put(i, (0, 0), 2**62)),
         'stem.weight has no such channels',
@@ -112,17 +109,17 @@ CRAFTED = {
     'one row': (set_index(lambda i: i[:, 0]), r'stem.weight: indices of int64 \(4,\)'),
     'no units': (set_index(lambda i: i[:0]), r'stem.weight: indices of int64 \(0, 1\)'),
     'fewer units than others': (
-        set_member(2, torch.arange(3)[:, None], which=1),
+        set_member('index', torch.arange(3)[:, None], which=1),
         r'\w+\.\w+: 3 units, not 4',
     ),
     'no maker': (
         lambda s: [
-            m.__setitem__(3, 'with') for m in s['discovery']['groups'][0]['members']
+            m.update(role='with') for m in s['discovery']['groups'][0]['members']
         ],
         'no layer makes the group stem',
     ),
-    'not a tensor': (set_member(2, [[0]]), 'AttributeError'),
-    'missing part of a member': (lambda s: member(s).pop(), 'not enough values'),
+    'not a tensor': (set_member('index', [[0]]), 'AttributeError'),
+    'missing part of a member': (lambda s: member(s).pop('role'), "argument: 'role'"),
     'inputs of no weight': (
         lambda s: s['discovery']['inputs'].update(nothing=torch.zeros(3).long()),
         'no weight nothing',
@@ -149,22 +146,41 @@ CRAFTED = {
         lambda s: s['discovery']['rows'].update(evil=[]),
         'TypeError: .*evil',
     ),
-    'work of no weight': (
-        lambda s: s['discovery']['work'].update(nothing=[1.0, 1.0, 0]),
+    'profile of no weight': (
+        lambda s: s['discovery']['profiles'].update(
+            nothing=dict(macs_positions=1.0, out_positions=1.0)
+        ),
         'no weight nothing',
     ),
-    'infinite work': (in_work(_0=float('inf')), 'stem.weight: work'),
-    'no number': (in_work(_1='many'), 'stem.weight: work'),
-    'negative work': (in_work(_1=-1.0), 'stem.weight: work'),
-    'work on another dimension': (in_work(_2=3), 'stem.weight: work'),
+    'infinite positions': (
+        in_profile(macs_positions=float('inf')),
+        'stem.weight: LayerProfile',
+    ),
+    'no number': (in_profile(out_positions='many'), 'stem.weight: LayerProfile'),
+    'negative positions': (in_profile(out_positions=-1.0), 'stem.weight: LayerProf'),
+    'another dimension': (in_profile(out_dim=3), 'stem.weight: LayerProfile'),
     'no options': (
         lambda s: s.pop('options'),
         "a pruning state, got KeyError: 'options'",
     ),
-    'unknown option': (
-        lambda s: s['options'].update(evil=1),
-        "a pruning state, got KeyError: 'evil'",
+    'other version': (
+        lambda s: s.update(version=1),
+        'a pruning state of version 2, got version 1; start pruning anew from the',
     ),
+    'other option': (
+        lambda s: s['options'].update(coupled=False),
+        'coupled: expected False, got True; resume with the configuration that',
+    ),
+    'other layers kept': (
+        lambda s: s['options'].update(keep=['stem']),
+        r"keep: expected \['stem'\], got \[\]; ",
+    ),
+    'other criterion': (
+        lambda s: s['options'].update(criterion='l1'),
+        "criterion: expected 'l1', got 'fisher'; ",
+    ),
+    'no discovery': (lambda s: s.update(discovery={}), "got KeyError: 'groups'; resu"),
+    'short mask': (lambda s: s.update(kept=torch.ones(3)), 'a mask of 40 units, got 3'),
     'no mask': (lambda s: s.update(kept=None), 'a pruning state, got AttributeError'),
     'mask of numbers': (
         lambda s: s.update(kept=s['kept'].float()),
@@ -177,7 +193,7 @@ CRAFTED = {
     'no units left': (lambda s: s.pop('in_model'), "got KeyError: 'in_model'"),
     'units that were cut out and stay': (
         lambda s: s['in_model'][:1].fill_(False),
-        'units that stay among those that were not cut out, got others',
+        'kept units among those that are in the model, got others',
     ),
     'nothing left of a group': (
         lambda s: s['kept'][:4].fill_(False),
@@ -201,11 +217,10 @@ def test_crafted_pruning_state_is_refused(state, name):
 
 
 def test_crafted_statistics_are_refused(state):
-    for statistics in (None, 3, torch.zeros(10**6)):
+    for importance in (torch.zeros(()), torch.zeros(10**6), torch.zeros(40, 1)):
+        sums = state['criterion'] | dict(importance=importance)
         with pytest.raises(ConfigError, match='expected statistics of 40 units, got'):
-            GroupFisherPruner(TinyDetector(), interval=1).load_state_dict(
-                state | dict(statistics=statistics)
-            )
+            resume(state | dict(criterion=sums), watched=True)
 
 
 def test_state_as_it_was_is_accepted(state):
@@ -213,8 +228,16 @@ def test_state_as_it_was_is_accepted(state):
     pruner = GroupFisherPruner(TinyDetector(), interval=1)
     pruner.load_state_dict(state)
     assert pruner.iteration == state['iteration']
-    assert pruner.kept.tolist() == state['kept'].tolist()
-    assert torch.equal(pruner.statistics.state_dict(), state['statistics'])
+    assert pruner.units.kept.tolist() == state['kept'].tolist()
+    sums = pruner.criterion.state_dict()
+    assert all(torch.equal(t, sums[n]) for n, t in state['criterion'].items())
+
+
+def test_state_of_another_model_is_refused(state):
+    pruner = GroupFisherPruner(ConvPair(), interval=1)
+    words = 'checkpoint: expected the groups .* of this model, got KeyError: .*; resume'
+    with pytest.raises(ConfigError, match=words):
+        pruner.load_state_dict(state)
 
 
 # -- structures -------------------------------------------------------------------

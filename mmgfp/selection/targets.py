@@ -1,0 +1,73 @@
+"""Targets: shares of a cost at which pruning ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmgfp.selection.costs import COSTS, Totals
+from mmgfp.utils.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on a cost, as a share of the unpruned model's.
+
+    Attributes:
+        cost: A name in `COSTS`, such as ``'flops'`` (multiply-accumulates).
+        ratio: The share to reach, in (0, 1).
+
+    Examples:
+        >>> Target.parse(dict(flops=0.5)).label
+        'flops50'
+    """
+
+    cost: str
+    ratio: float
+
+    @classmethod
+    def parse(cls, raw: Any) -> Target:
+        """Read a target such as ``dict(flops=0.5)``.
+
+        Raises:
+            ConfigError: If it does not hold exactly one known cost, or if the ratio is
+                outside (0, 1).
+        """
+        known = [name for name in COSTS.names() if COSTS[name].is_target]
+        remedy = 'give one cost and a ratio, such as dict(flops=0.5)'
+        if not isinstance(raw, Mapping) or len(raw) != 1:
+            raise ConfigError('target', 'a dict with one cost', repr(raw), remedy)
+        ((cost, ratio),) = raw.items()
+        if cost not in COSTS or not COSTS[cost].is_target:
+            names = ', '.join(['flops', *known])
+            raise ConfigError('target', f'a cost among {names}', repr(cost), remedy)
+        is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+        if not is_number or not 0 < ratio < 1:
+            raise ConfigError(
+                f'target.{cost}', 'a ratio between 0 and 1', repr(ratio), remedy
+            )
+        return cls(cost, float(ratio))
+
+    @property
+    def label(self) -> str:
+        """A short name for files, such as ``flops50``."""
+        return f'{self.cost}{self.ratio * 100:g}'.replace('.', '_')
+
+    def reached(self, now: Totals, full: Totals) -> bool:
+        """Return whether the costs ``now`` are within the target."""
+        return bool(now[self.cost] <= self.ratio * full[self.cost])
+
+
+def parse_targets(raw: Any) -> tuple[Target, ...]:
+    """Read one target such as ``dict(flops=0.5)``, or a list of them.
+
+    Raises:
+        ConfigError: If there is none, or one is not valid.
+    """
+    targets = list(raw) if isinstance(raw, Sequence) else [raw]
+    if not targets:
+        raise ConfigError(
+            'target', 'at least one target', repr(raw), 'give dict(flops=0.5), say'
+        )
+    return tuple(t if isinstance(t, Target) else Target.parse(t) for t in targets)

@@ -1,0 +1,160 @@
+"""The units of a model: those kept, those masked and those cut out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import nn
+from torch.optim import Optimizer
+
+from mmgfp.groups import Grouping
+from mmgfp.selection.costs import CostTable, LayerProfile, Totals
+from mmgfp.surgery.live import cut_live, units_to_keep_in_model
+from mmgfp.surgery.masking import ColumnMask
+from mmgfp.surgery.structure import PruneStructure, shapes_of
+
+
+class UnitState:
+    """Units of a model and its copies: those kept, those masked, those cut out.
+
+    Args:
+        model: The unpruned model.
+        grouping: Its groups.
+        profiles: How often its layers use their weights, by the name of the weight.
+        copies: Models that are masked and cut along with it, such as an averaged one.
+
+    Attributes:
+        group_of: Group of each unit, (U,).
+        sizes: Units of each group, (G,).
+        widths: Channels of one unit of each group, (G,).
+        costs: Costs for any number of units.
+        full: Costs of the unpruned model.
+        kept: Units that were not pruned, (U,).
+        in_model: Units that are in the model, masked or not, (U,).
+        remaining: Groups of the units that are in the model, numbered anew.
+        masks: Masks of the model and of each copy.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        grouping: Grouping,
+        profiles: Mapping[str, LayerProfile],
+        copies: Sequence[nn.Module] = (),
+    ) -> None:
+        self.model = model
+        self.grouping = self.remaining = grouping
+        self.group_of = grouping.group_of
+        self.sizes = np.array([group.units for group in grouping.groups])
+        self.widths = np.array(
+            [
+                next(m.width for m in group.members if m.role == 'out')
+                for group in grouping.groups
+            ]
+        )
+        parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        self.costs = CostTable(parameters, profiles, grouping.groups)
+        self.full = self.costs.totals(np.zeros(len(grouping.groups)))
+        self.kept = np.ones(grouping.units, dtype=bool)
+        self.in_model = self.kept.copy()
+        self._shapes = shapes_of(model)
+        self._copies = list(copies)
+        self.masks: list[ColumnMask] = []
+        self._mask_all()
+
+    @property
+    def removed(self) -> np.ndarray:
+        """Units pruned from each group, (G,)."""
+        groups = len(self.grouping.groups)
+        return np.bincount(self.group_of[~self.kept], minlength=groups)
+
+    @property
+    def totals(self) -> Totals:
+        """Costs of the model without the pruned units."""
+        return self.costs.totals(self.removed)
+
+    def structure(self) -> PruneStructure:
+        """Return the kept entries of every tensor dimension of the unpruned model."""
+        return PruneStructure.of(self.grouping.groups, self.kept, self._shapes)
+
+    def in_model_structure(self) -> PruneStructure:
+        """Return the entries of the unpruned model that were not cut out yet."""
+        return PruneStructure.of(self.grouping.groups, self.in_model, self._shapes)
+
+    def remaining_structure(self, stay: np.ndarray) -> PruneStructure:
+        """Return the entries that units, (U,), take of the model as it is now."""
+        groups, shapes = self.remaining.groups, shapes_of(self.model)
+        return PruneStructure.of(groups, stay[self.in_model], shapes)
+
+    def track_copy(self, copied: nn.Module) -> None:
+        """Mask and cut a copy along with the model.
+
+        Args:
+            copied: A module with tensors of the same names and shapes.
+        """
+        self._copies.append(copied)
+        self.masks.append(self._mask(copied))
+
+    def prune(self, units: np.ndarray) -> None:
+        """Mask units, given by their numbers, in the model and its copies."""
+        self.kept[units] = False
+        for mask in self.masks:
+            mask.update(self.kept[self.in_model])
+
+    def compact_(self, optimizers: Sequence[Optimizer] = ()) -> bool:
+        """Cut masked units out of the model, except a few (`units_to_keep_in_model`).
+
+        Args:
+            optimizers: Those that train the model.
+
+        Returns:
+            bool: Whether there was anything to cut.
+
+        Raises:
+            ConfigError: If an optimizer's state cannot be cut; nothing has changed.
+        """
+        stay = units_to_keep_in_model(
+            self.kept, self.in_model, self.group_of, self.widths
+        )
+        return self._cut(stay, optimizers)
+
+    def restore(
+        self,
+        kept: np.ndarray,
+        in_model: np.ndarray,
+        optimizers: Sequence[Optimizer] = (),
+    ) -> None:
+        """Bring an unpruned model to the state of an interrupted run.
+
+        Args:
+            kept: Units that were kept there, (U,).
+            in_model: Units that were in the model there, (U,).
+            optimizers: Those that train the model.
+        """
+        self.prune(np.flatnonzero(~kept))
+        self._cut(in_model, optimizers)
+
+    def _cut(self, stay: np.ndarray, optimizers: Sequence[Optimizer]) -> bool:
+        if np.array_equal(stay, self.in_model):
+            return False
+        structure = self.remaining_structure(stay)
+        cut_live(self.model, structure, optimizers, self._copies)
+        self.close()  # the masks hold on to parameters that are gone
+        self.in_model = stay.copy()
+        self.remaining = self.grouping.remaining(stay)
+        self._mask_all()
+        return True
+
+    def _mask_all(self) -> None:
+        self.masks = [self._mask(model) for model in (self.model, *self._copies)]
+
+    def _mask(self, model: nn.Module) -> ColumnMask:
+        mask = ColumnMask(model, self.remaining.groups)
+        mask.update(self.kept[self.in_model])
+        return mask
+
+    def close(self) -> None:
+        """Take the masks' hooks off the models; masked columns stay at zero."""
+        for mask in self.masks:
+            mask.remove()

@@ -1,0 +1,46 @@
+"""Checks of single option values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmgfp.utils.errors import ConfigError
+
+WHOLE = 'a whole number of at least 1'
+
+
+def check_count(
+    field: str, value: object, expected: str = WHOLE, least: int = 1
+) -> None:
+    """Refuse anything but a whole number of at least ``least``.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    check(field, is_whole and value >= least, expected, value)  # type: ignore[operator]
+
+
+def check(field: str, is_valid: bool, expected: str, got: object) -> None:
+    """Refuse a value unless it ``is_valid``.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if not is_valid:
+        raise ConfigError(field, expected, repr(got), 'change the configuration')
+
+
+def check_not_compiled(model: Any) -> None:
+    """Refuse a module that torch.compile has wrapped.
+
+    Raises:
+        ConfigError: If it is one.
+    """
+    if hasattr(model, '_orig_mod') or getattr(model, '_compiled_call_impl', None):
+        raise ConfigError(
+            'model',
+            'a module without torch.compile, as pruning looks into every layer',
+            f'a compiled {type(getattr(model, "_orig_mod", model)).__name__}',
+            'prune first; the compact model can be compiled for fine-tuning',
+        )
