@@ -194,12 +194,13 @@ class ChannelPruner:
             StatisticsError: If too many iterations in a row had gradients that are not
                 finite.
         """
+        units = self.units
         self.criterion.update(loss_scale)
         self.iteration += 1
         step = None
         if self.iteration % self.config.interval == 0 and not self.done:
             step = self._decide(reduce)
-        self.units.masks[0].apply()  # the optimizer may have moved masked columns
+        units.masks[0].apply()  # the optimizer may have moved masked columns
         self._watch_next()
         return step
 
@@ -273,9 +274,9 @@ class ChannelPruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state needed to resume, in plain types and tensors."""
-        assert self.discovery is not None, 'call prepare first'
         units, criterion = self.units, self.criterion.state_dict()
         state = (self.iteration, units.kept, units.in_model, criterion, self.reached)
+        assert self.discovery is not None  # as there are units
         return RunState(self.discovery, *state).to_dict(self.config)
 
     def load_state_dict(

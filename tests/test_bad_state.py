@@ -80,7 +80,7 @@ def in_profile(**fields):
 
 CRAFTED = {
     'no such tensor': (set_member('name', 'stem.nothing'), "KeyError: 'stem.nothing'"),
-    'no name': (set_member('name', ['stem']), 'KeyError'),
+    'no name': (set_member('name', ['stem']), 'AttributeError'),
     'attribute that counts no channels': (
         lambda s: member(s, 1).update(name='stem.stride', role='attribute'),
         "KeyError: 'stem.stride'",
@@ -200,7 +200,7 @@ CRAFTED = {
         'a mask of 40 units that leaves some of each group, got none of stem',
     ),
     'target': (
-        lambda s: s.update(reached=[dict(flops=7)]),
+        lambda s: s.update(reached=[dict(cost='flops', ratio=7)]),
         r'target\.flops: expected a ratio',
     ),
 }

@@ -306,8 +306,8 @@ def resumed_with(tmp_path, path, change):
 
 def test_state_of_another_version_is_refused(tmp_path, trained):
     words = (
-        'checkpoint: expected a pruning state of version 2, got version 99; start pruning '
-        'anew from the weights, with load_from'
+        'checkpoint: expected a pruning state of version 2, got version 99; start '
+        'pruning anew from the weights, with load_from'
     )
     with pytest.raises(ConfigError) as caught:
         resumed_with(tmp_path, trained[0], lambda c: c['pruner'].update(version=99))
