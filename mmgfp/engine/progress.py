@@ -1,4 +1,4 @@
-"""How far a pruning run is, for logs and plots."""
+"""Progress of a pruning run, for logs and plots."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Sequence
 
 from mmengine.runner import Runner
 
-from mmgfp.engine.artifact import describe
+from mmgfp.engine.artifact import costs_in_numbers
 from mmgfp.pruner import GroupFisherPruner, PruneStep
 from mmgfp.selection.greedy import Target
 
 
 class Progress:
-    """Says what is found, what goes and how long it takes.
+    """Logs which channels are coupled, which ones go and how long it takes.
 
     Args:
-        runner: Whose log and visualizer are written to.
-        pruner: Prepared, or resumed.
+        runner: The runner whose log and visualizer are written to.
+        pruner: The pruner, prepared or resumed.
     """
 
     def __init__(self, runner: Runner, pruner: GroupFisherPruner) -> None:
@@ -28,7 +28,7 @@ class Progress:
         self._first_gap = self._gap()
 
     def log_groups(self, shape: Sequence[int] | None) -> None:
-        """Log costs for one image of ``shape`` (C, H, W), and what stays and why."""
+        """Log costs for one image of ``shape`` (C, H, W), and why layers stay."""
         grouping = self.pruner.grouping
         self.runner.logger.info(
             f'pruning {grouping.units} units in {len(grouping.groups)} groups; costs '
@@ -38,30 +38,30 @@ class Progress:
             self.runner.logger.info(f'{layer.layer} keeps channels: {layer.reason}')
 
     def log_step(self, step: PruneStep) -> None:
-        """Log and plot a decision."""
+        """Log and plot a pruning step."""
         scalars = {
             f'pruning/{cost}_{kind}': value
-            for cost, kinds in describe(step.totals, self.pruner.full).items()
+            for cost, kinds in costs_in_numbers(step.totals, self.pruner.full).items()
             for kind, value in kinds.items()
         }
         self.runner.visualizer.add_scalars(scalars, step=self.runner.iter + 1)
         self.runner.logger.info(
-            f'pruned {len(step.units)} units, {int(self.pruner.kept.sum())} left: '
+            f'pruned {len(step.units)} units, {int(self.pruner.kept.sum())} remaining: '
             f'{costs_text(self.pruner)}, eta to the target {self._eta()}'
         )
 
     def ratio(self, target: Target) -> float:
-        """What is left of the cost that ``target`` is about."""
+        """Return the remaining share of the cost that ``target`` is about."""
         cost = target.cost
         return float(self.pruner.totals[cost] / self.pruner.full[cost])
 
     def _gap(self) -> float:
-        """How far the last target is, in shares of the full cost."""
+        """Return the distance to the farthest target, in shares of the full cost."""
         pending = self.pruner.pending
         return max((self.ratio(t) - t.ratio for t in pending), default=0.0)
 
     def _eta(self) -> str:
-        """Time to the last target at the pace so far."""
+        """Return the time to the last target at the pace so far."""
         gap = self._gap()
         covered = self._first_gap - gap
         if covered <= 0:
@@ -71,11 +71,12 @@ class Progress:
 
 
 def costs_text(pruner: GroupFisherPruner) -> str:
-    """Costs left and their shares of the full ones, for people."""
+    """Return the remaining costs and their shares of the full ones, for people."""
     units = {'macs': ('MACs', 'G', 1e9), 'memory': ('memory', 'M elements', 1e6)}
     units['params'] = ('params', 'M', 1e6)
-    costs = describe(pruner.totals, pruner.full)
-    return ', '.join(
-        f'{label} {costs[key]["left"] / scale:.4g} {unit} ({costs[key]["ratio"]:.1%})'
-        for key, (label, unit, scale) in units.items()
-    )
+    costs = costs_in_numbers(pruner.totals, pruner.full)
+    parts = []
+    for key, (label, unit, scale) in units.items():
+        amount, share = costs[key]['remaining'] / scale, costs[key]['ratio']
+        parts.append(f'{label} {amount:.4g} {unit} ({share:.1%})')
+    return ', '.join(parts)

@@ -59,16 +59,10 @@ def test_bad_iterations_are_dropped_counted_and_survived(tmp_path, caplog):
     assert said == [words.format(n) for n in (1, 2, 3)]
 
 
-@pytest.mark.parametrize('where', ['hook', 'pruner'])
-def test_a_run_of_bad_iterations_stops(tmp_path, where):
+def test_a_run_of_bad_iterations_stops(tmp_path):
     """Plain SGD takes NaN into the weights at once."""
-    option = dict(max_nonfinite=3)
-    runner = toy_runner(
-        tmp_path,
-        iters=20,
-        hooks=[Factors(1, 1, 1, NAN, 1)],
-        hook=option if where == 'hook' else dict(pruner=option),
-    )
+    hooks, hook = [Factors(1, 1, 1, NAN, 1)], dict(max_nonfinite=3)
+    runner = toy_runner(tmp_path, iters=20, hooks=hooks, hook=hook)
     words = (
         'gradients: expected finite ones, got NaN or infinity in the last 3 '
         'iterations; look at the loss, lower the learning rate or clip gradients; '

@@ -24,7 +24,7 @@ from support.toy_runner import Call, hook_of, pruner_of, toy_loader, toy_runner
 
 from mmgfp import FisherPruningHook, GroupFisherPruner, PruneStructure
 from mmgfp.discovery.verify import difference
-from mmgfp.engine.runner_access import check_wrapper
+from mmgfp.engine.runner_access import check_model_wrapper
 from mmgfp.utils.errors import ConfigError
 
 
@@ -271,7 +271,7 @@ def test_other_wrappers_are_refused(tmp_path):
     MODEL_WRAPPERS.register_module(module=Wrapper, force=True)
     try:
         runner = toy_runner(tmp_path, hook=dict(compact_interval=2))
-        check_wrapper(runner)
+        check_model_wrapper(runner)
         runner.model = Wrapper(runner.model)
         with pytest.raises(ConfigError, match='model_wrapper_cfg.type: .* got Wrapper'):
             runner.train()

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from mmgfp import GroupFisherPruner
 from mmgfp.discovery.profile import without_checkpointing
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.model_building import build_model
 
 pytestmark = pytest.mark.filterwarnings('ignore:torch.utils.checkpoint')
 

@@ -6,41 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from mmengine.dist import (
-    all_gather_object,
-    get_rank,
-    get_world_size,
-    is_main_process,
-)
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmgfp.config import check_count
 from mmgfp.discovery.discover import Discovery
-from mmgfp.engine.artifact import describe, save_artifact
+from mmgfp.engine.artifact import costs_in_numbers, save_artifact
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.checkpoints import write_whole
 from mmgfp.engine.distributed import (
-    any_of_all,
+    broadcast_result,
     check_agreement,
-    once_for_all,
-    reduction,
+    sum_over_processes,
 )
-from mmgfp.engine.hooks.termination import Termination
+from mmgfp.engine.hooks.exact_resume import ExactResumeHook
 from mmgfp.engine.progress import Progress
-from mmgfp.engine.random_state import random_state, set_random_state
-from mmgfp.engine.registry import PRUNERS
+from mmgfp.engine.registry import HOOKS
 from mmgfp.engine.runner_access import (
     averaged_models,
-    check_widths,
-    check_wrapper,
+    check_model_wrapper,
+    check_weight_shapes,
     loss_scale,
     optimizer_of,
     rewrap_model,
-    saves_now,
-    unwrapped,
+    unwrap_model,
 )
 from mmgfp.pruner import GroupFisherPruner, PruneStep
 from mmgfp.selection.greedy import Target
@@ -83,7 +72,6 @@ class FisherPruningHook(Hook):
         compact_interval: After so many iterations, at the next decision, what went is
             cut out of the model, its optimizer and its average, so that iterations
             get faster; None only masks it until the end.
-        pruner: Which algorithm, and further arguments of it.
 
     Raises:
         ConfigError: An argument is unknown or out of range.
@@ -109,7 +97,6 @@ class FisherPruningHook(Hook):
         max_nonfinite: int = 100,
         statistics_interval: int = 1,
         compact_interval: int | None = None,
-        pruner: dict | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -119,7 +106,7 @@ class FisherPruningHook(Hook):
                 repr(unknown),
                 'use interval, normalize, target, units_per_step, iterations, divisor, '
                 'min_channels, max_ratio, keep, coupled, input_shape, strict, '
-                'max_nonfinite, statistics_interval, compact_interval or pruner',
+                'max_nonfinite, statistics_interval or compact_interval',
             )
         if input_shape is not None and len(input_shape) != 3:
             raise ConfigError(
@@ -129,8 +116,7 @@ class FisherPruningHook(Hook):
             check_count('compact_interval', compact_interval)
         self.input_shape = tuple(input_shape) if input_shape else None
         self.compact_interval = compact_interval
-        self.config = {
-            'type': 'GroupFisherPruner',
+        self.config: dict[str, Any] = {
             'interval': interval,
             'normalize': normalize,
             'target': target,
@@ -144,20 +130,17 @@ class FisherPruningHook(Hook):
             'strict': strict,
             'max_nonfinite': max_nonfinite,
             'statistics_interval': statistics_interval,
-            **(pruner or {}),
         }
         # Built once without a model, so that bad arguments fail before the run.
-        PRUNERS.build({**self.config, 'model': None})
+        no_model: Any = None
+        GroupFisherPruner(no_model, **self.config)
         self.pruner: GroupFisherPruner | None = None
-        #: What an interrupted run left: the pruner, and the processes' random states.
-        self._resumed: tuple[GroupFisherPruner, list[dict[str, Any]]] | None = None
+        #: The pruner of the run that is resumed.
+        self._resumed: GroupFisherPruner | None = None
         self._loss_scale = 1.0
-        self._termination = Termination()
-        self._before_validation: dict[str, Any] | None = None
-        self._others: list[dict[str, Any]] = []
 
     def before_run(self, runner: Runner) -> None:
-        """Refuse what cannot work before anything is loaded; see to safe saving."""
+        """Refuse what cannot work before anything is loaded; let resuming be exact."""
         if runner.cfg.get('compile'):
             raise ConfigError(
                 'compile',
@@ -165,26 +148,22 @@ class FisherPruningHook(Hook):
                 repr(runner.cfg.compile),
                 'remove it; the compact model can be compiled for fine-tuning',
             )
-        write_whole(runner)
-        if self._termination not in runner.hooks:
-            runner.register_hook(self._termination)
+        hooks = [h for h in runner.hooks if isinstance(h, ExactResumeHook)]
+        if not hooks:
+            hooks = [ExactResumeHook(agree_interval=self.config['interval'])]
+            runner.register_hook(hooks[0])
+        hooks[0].before_each_checkpoint(self._gather)
 
     def before_train(self, runner: Runner) -> None:
         """Go on where an interrupted run was, if this one resumes it."""
-        # So that to start an epoch takes nothing from the generator that is restored.
-        generator = torch.Generator().manual_seed(runner.seed)
-        runner.train_dataloader.generator = generator
         if self.compact_interval is not None:
-            check_wrapper(runner)
+            check_model_wrapper(runner)
             check_optimizer(optimizer_of(runner.optim_wrapper))
-        resumed, self._resumed = self._resumed, None
-        if resumed is None:
+        pruner, self._resumed = self._resumed, None
+        if pruner is None:
             return
-        pruner, states = resumed
         if not is_main_process():
             pruner.statistics.clear()  # the main process has those of all
-        if len(states) == get_world_size():
-            set_random_state(states[get_rank()])
         self._watch(runner, pruner)
 
     def before_train_iter(
@@ -196,16 +175,16 @@ class FisherPruningHook(Hook):
             return
         pruner = self._build(runner)
         calls = BatchCalls(pruner.model, data_batch)
-        if once_for_all(lambda: calls.without_boxes):
+        if broadcast_result(lambda: calls.without_boxes):
             runner.logger.info('a batch without boxes: pruning begins with another')
             return
-        found = once_for_all(lambda: self._discover(pruner, calls))
+        found = broadcast_result(lambda: self._discover(pruner, calls))
         pruner.attach(Discovery.from_dict(found, pruner.model))
         self._watch(runner, pruner)
         self.progress.log_groups(self.input_shape or calls.size)
 
     def _build(self, runner: Runner) -> GroupFisherPruner:
-        pruner = PRUNERS.build({**self.config, 'model': unwrapped(runner.model)})
+        pruner = GroupFisherPruner(unwrap_model(runner.model), **self.config)
         for averaged in averaged_models(runner):
             pruner.track_copy(averaged.module)
         return pruner
@@ -230,48 +209,17 @@ class FisherPruningHook(Hook):
         data_batch: Any = None,
         outputs: Any = None,
     ) -> None:
-        """Gather statistics; prune, log and save when it is time."""
+        """Add to the statistics; prune, log and save when it is time."""
         if self.pruner is None:
             return
-        step = self.pruner.step(self._loss_scale, reduction())
+        step = self.pruner.step(self._loss_scale, sum_over_processes())
         if step is not None:
             self._decided(runner, step)
-        self._termination.agreed = self._ends(runner, step)
-        if self._termination.agreed or any(saves_now(h, runner) for h in runner.hooks):
-            self._gather()
-
-    def _ends(self, runner: Runner, step: PruneStep | None) -> bool:
-        """Whether to save and leave after this iteration; see `Termination`.
-
-        Several processes ask each other at decisions only. Gradients that are still
-        being accumulated would be lost.
-        """
-        whole = getattr(runner.optim_wrapper, 'should_update', lambda: True)()
-        if not whole or (get_world_size() > 1 and step is None):
-            return False
-        return any_of_all(self._termination.requested)
-
-    def after_train_epoch(self, runner: Runner) -> None:
-        """Get ready for a checkpoint."""
-        self._gather()
-
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Note the random state, since a resumed run does not validate again."""
-        self._before_validation = random_state()
-
-    def after_val_epoch(
-        self, runner: Runner, metrics: dict[str, float] | None = None
-    ) -> None:
-        """Get ready for a checkpoint of the best weights."""
-        if self._before_validation is not None:
-            set_random_state(self._before_validation)
-        self._gather()
 
     def _gather(self) -> None:
-        """Let the main process, which saves, have what all have to save."""
+        """Let the main process, which saves, have the statistics of all."""
         if self.pruner is not None:
-            self.pruner.statistics.gather(reduction(), is_main_process())
-            self._others = all_gather_object(random_state())[1:]
+            self.pruner.statistics.gather(sum_over_processes(), is_main_process())
 
     def _decided(self, runner: Runner, step: PruneStep) -> None:
         pruner = self.pruner
@@ -323,8 +271,7 @@ class FisherPruningHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Let the state of pruning travel with the training checkpoint."""
         if self.pruner is not None:
-            state = self.pruner.state_dict()
-            checkpoint[STATE_KEY] = {**state, 'random': [random_state(), *self._others]}
+            checkpoint[STATE_KEY] = self.pruner.state_dict()
             if not self.pruner.in_model.all():
                 checkpoint[STRUCTURE_KEY] = self.pruner.in_model_structure().to_dict()
 
@@ -341,9 +288,11 @@ class FisherPruningHook(Hook):
             pruner.load_state_dict(state, [optimizer_of(runner.optim_wrapper)])
             if not pruner.in_model.all():
                 rewrap_model(runner)
-            self._resumed = pruner, state['random']
+            self._resumed = pruner
         if runner._resume or STRUCTURE_KEY in checkpoint:
-            check_widths(unwrapped(runner.model), checkpoint.get('state_dict', {}))
+            check_weight_shapes(
+                unwrap_model(runner.model), checkpoint.get('state_dict', {})
+            )
         if runner._resume and state is None:
             raise ConfigError(
                 'checkpoint',
@@ -365,7 +314,7 @@ class FisherPruningHook(Hook):
             'dataset_meta': getattr(runner.train_dataloader.dataset, 'metainfo', {}),
             'cfg': runner.cfg.pretty_text,
             'iter': runner.iter + 1,
-            'costs': describe(pruner.totals, pruner.full),
+            'costs': costs_in_numbers(pruner.totals, pruner.full),
             'input_shape': self.input_shape,
         }
         structure, model = pruner.structure(), pruner.compact()
