@@ -12,7 +12,7 @@ from support.roundtrip import without_boxes
 from support.toy_runner import Call, pruner_of, toy_loader, toy_runner
 from support.toys import ConvPair, TinyDetector, images, square_loss
 
-from mmgfp import FisherPruningHook, GroupFisherPruner
+from mmgfp import GroupFisherPruner
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.utils.errors import ConfigError, StatisticsError
 
@@ -158,8 +158,7 @@ def test_pruning_begins_with_the_first_batch_that_has_boxes(tmp_path, monkeypatc
     config.train_cfg.max_iters = 3
     runner = Runner.from_cfg(config)
     runner.train()
-    (hook,) = (h for h in runner.hooks if isinstance(h, FisherPruningHook))
-    assert runner.iter == 3 and hook.pruner.iteration == 1
+    assert runner.iter == 3 and pruner_of(runner).iteration == 1
 
 
 def test_first_batch_without_boxes_finds_the_same_groups(retinanet):
@@ -207,13 +206,8 @@ def test_head_without_gradient_in_some_iterations_counts_in_the_others():
         loss(model).backward()
         pruner.step()
     assert pruner.importance == pytest.approx(expected, rel=1e-5)
-    seen = dict(
-        zip(
-            [g.name for g in pruner.grouping.groups],
-            pruner.statistics.seen,
-            strict=True,
-        )
-    )
+    names = [g.name for g in pruner.grouping.groups]
+    seen = dict(zip(names, pruner.statistics.seen, strict=True))
     assert seen == {'stem': 4, 'left.conv1': 3, 'right.conv1': 2}
 
 
@@ -324,26 +318,33 @@ def resumed_with(tmp_path, path, change):
     toy_runner(tmp_path, load_from=str(changed), resume=True).train()
 
 
-def test_state_of_another_version_is_refused(tmp_path, trained):
-    words = (
-        'checkpoint: expected a pruning state of version 1, got 99; start pruning '
-        'anew from the weights, with load_from'
-    )
-    with pytest.raises(ConfigError) as caught:
-        resumed_with(tmp_path, trained[0], lambda c: c['pruner'].update(version=99))
-    assert str(caught.value) == words
+def rename_a_member(checkpoint):
+    group = checkpoint['pruner']['discovery']['groups'][0]
+    group['members'][0][0] = 'backbone.conv1.weight'
 
 
-def test_state_of_another_structure_is_refused(tmp_path, trained):
-    def change(checkpoint):
-        group = checkpoint['pruner']['discovery']['groups'][0]
-        group['members'][0][0] = 'backbone.conv1.weight'
-
-    words = (
-        'checkpoint: expected the groups of coupled channels of this model, got '
-        "KeyError: 'backbone.conv1.weight'; resume with the configuration that the run "
-        'was started with'
-    )
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (
+            lambda c: c['pruner'].update(version=99),
+            'checkpoint: expected a pruning state of version 1, got 99; start pruning '
+            'anew from the weights, with load_from',
+        ),
+        (
+            rename_a_member,
+            'checkpoint: expected the groups of coupled channels of this model, got '
+            "KeyError: 'backbone.conv1.weight'; resume with the configuration that the "
+            'run was started with',
+        ),
+        (
+            lambda c: c['exact_resume'].update(version=99),
+            'checkpoint: exact_resume.version: expected 1, got 99; resume with the '
+            'version of mmgfp that the run was started with',
+        ),
+    ],
+)
+def test_state_of_something_else_is_refused(tmp_path, trained, change, words):
     with pytest.raises(ConfigError) as caught:
         resumed_with(tmp_path, trained[0], change)
     assert str(caught.value) == words

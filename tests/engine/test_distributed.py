@@ -20,6 +20,7 @@ from support.runs import (
     tiny_classifier,
     train,
 )
+from support.toy_runner import hook_of
 
 from mmgfp.criteria.statistics import UnitStatistics
 
@@ -162,8 +163,7 @@ def test_processes_that_disagree_stop_with_both_hashes(tmp_path):
 
 def keep_nothing(runner, rank):
     """Lets discovery fail, which happens in the main process alone."""
-    hook = next(h for h in runner.hooks if type(h).__name__ == 'FisherPruningHook')
-    hook.config['keep'] = ['nothing']
+    hook_of(runner).config['keep'] = ['nothing']
 
 
 def test_failure_of_the_main_process_stops_all(tmp_path):

@@ -20,6 +20,7 @@ from support.runs import (
     tiny_classifier,
     train,
 )
+from support.toy_runner import hook_of
 
 from mmgfp.engine.checkpoints import newest_checkpoint
 from mmgfp.utils.errors import ConfigError, SavingError
@@ -200,7 +201,7 @@ def fill_disk(runner, rank):
         if runner.iter + 1 == 4:
             Path.write_bytes = half
 
-    hook = next(h for h in runner.hooks if type(h).__name__ == 'FisherPruningHook')
+    hook = hook_of(runner)
     prune = hook.after_train_iter
     hook.after_train_iter = lambda *a, **k: (arm(), prune(*a, **k))
 
