@@ -14,7 +14,8 @@ from torch.optim import SGD, Optimizer
 
 from mmgfp.apps.cli import load_config
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import build_model, demo_batch, init_weights
+from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.model_building import build_model, init_weights
 
 #: Nothing is frozen, as in the configs that prune: taps on frozen stages would rest.
 OPTIONS = {'model.backbone.frozen_stages': -1}

@@ -1,23 +1,48 @@
 """mmgfp: Group Fisher Pruning for OpenMMLab (arXiv 2108.00708).
 
-``custom_imports = dict(imports=['mmgfp'])`` in a config registers the hook, the model
-factory and the demo dataset. Without MMEngine, `GroupFisherPruner` works on its own.
+``custom_imports = dict(imports=['mmgfp'])`` in a config registers `FisherPruningHook`,
+`ExactResumeHook` and `PrunedModel`. Without MMEngine, `GroupFisherPruner` works on its
+own.
 """
 
+import importlib
 import importlib.util
+from typing import TYPE_CHECKING, Any
 
-from mmgfp.pruner import GroupFisherPruner
+from mmgfp.config import PruningConfig
+from mmgfp.pruner import ChannelPruner, GroupFisherPruner
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.version import __version__
 
-__all__ = ['GroupFisherPruner', 'PruneStructure', '__version__', 'compact']
+__all__ = [
+    'ChannelPruner',
+    'GroupFisherPruner',
+    'PruneStructure',
+    'PruningConfig',
+    '__version__',
+    'compact',
+]
 
 if importlib.util.find_spec('mmengine') is not None:
-    from mmgfp.engine import PRUNERS, FisherPruningHook, PrunedModel
+    importlib.import_module('mmgfp.engine.registry')
+    __all__ += ['ChannelPruningHook', 'ExactResumeHook', 'FisherPruningHook']
+    __all__ += ['PrunedModel']
 
-    __all__ += ['PRUNERS', 'FisherPruningHook', 'PrunedModel']
-if importlib.util.find_spec('mmdet') is not None:
-    from mmgfp.demo import DigitsDetection
+if TYPE_CHECKING:
+    from mmgfp.engine.hooks.exact_resume import ExactResumeHook
+    from mmgfp.engine.hooks.pruning import ChannelPruningHook, FisherPruningHook
+    from mmgfp.engine.pruned_model import PrunedModel
+else:
+    # Imported on first use: MMEngine's hooks bring OpenCV along.
+    _LAZY = {
+        'ChannelPruningHook': 'mmgfp.engine.hooks.pruning',
+        'ExactResumeHook': 'mmgfp.engine.hooks.exact_resume',
+        'FisherPruningHook': 'mmgfp.engine.hooks.pruning',
+        'PrunedModel': 'mmgfp.engine.pruned_model',
+    }
 
-    __all__ += ['DigitsDetection']
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        return getattr(importlib.import_module(_LAZY[name]), name)

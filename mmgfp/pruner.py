@@ -322,10 +322,20 @@ class GroupFisherPruner(ChannelPruner):
         **options: Any,
     ) -> None:
         super().__init__(model, config, **options)
-        if not isinstance(self.criterion, Fisher):
-            raise ConfigError(
-                'criterion',
-                "'fisher'",
-                repr(self.config.criterion),
-                'use ChannelPruner',
-            )
+        require_fisher(self.config, 'ChannelPruner')
+
+
+def require_fisher(config: PruningConfig, general: str) -> None:
+    """Refuse another criterion than Fisher information.
+
+    Args:
+        config: Options of a run.
+        general: The class that takes any criterion.
+
+    Raises:
+        ConfigError: If the criterion is another one.
+    """
+    if not isinstance(config.build_criterion(), Fisher):
+        raise ConfigError(
+            'criterion', "'fisher'", repr(config.criterion), f'use {general}'
+        )

@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from support.tooling import ROOT
 
-from mmgfp.engine import FisherPruningHook
+from mmgfp import FisherPruningHook
 
 CONFIGS = ROOT / 'configs'
 LEAVES = sorted(path for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_')

@@ -14,7 +14,8 @@ from rich.table import Table
 from mmgfp.apps.analysis import report
 from mmgfp.apps.cli import check_checkpoint, load_config, run_cli
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.model_building import build_model
 from mmgfp.pruner import GroupFisherPruner
 from mmgfp.utils.io import atomic_write
 

@@ -5,6 +5,7 @@ _base_ = [
     '../_base_/schedules/adamw.py',
     '../_base_/runtime.py',
 ]
+custom_imports = dict(imports=['mmgfp', 'mmgfp.demo.digits'])
 
 max_epochs = 6
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)

@@ -17,7 +17,8 @@ from mmgfp.apps.plots import layer_widths, plot_channels
 from mmgfp.apps.stages import Candidate, Pipeline, parse_options, write_json
 from mmgfp.apps.tables import machine_facts, markdown, print_table, table_cells
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.model_building import build_model
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.io import atomic_write
 

@@ -24,7 +24,8 @@ from mmgfp.discovery.discover import DISPROVED
 from mmgfp.discovery.profile import undisturbed
 from mmgfp.discovery.verify import disagreement, random_units
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import build_model, demo_batch, init_weights
+from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.model_building import build_model, init_weights
 from mmgfp.groups import Grouping
 from mmgfp.pruner import GroupFisherPruner
 from mmgfp.utils.errors import ConfigError

@@ -1,5 +1,1 @@
-"""Datasets of the demo; importing this registers them in MMDetection."""
-
-from mmgfp.demo.digits import DigitsDetection, DigitsSpec, write_digits
-
-__all__ = ['DigitsDetection', 'DigitsSpec', 'write_digits']
+"""Data and models of the demo and of the experiments, imported by their configs."""

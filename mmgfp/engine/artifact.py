@@ -1,4 +1,4 @@
-"""The file that a pruning run leaves: compact weights and their structure."""
+"""The file in which a pruning run ends: compact weights and their structure."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ def save_artifact(
     """Write a compact model so that it loads with ``weights_only=True``.
 
     Args:
-        path: Where to; written whole or not at all.
+        path: The file, written whole or not at all.
         model: The compact model.
-        structure: What it was cut down to.
-        meta: What else belongs to it, such as ``dataset_meta``; values that are not
-            plain become text.
+        structure: The structure that the model was cut down to.
+        meta: Further entries such as ``dataset_meta``; values that are not plain become
+            text.
         others: Further models of the same structure; weights of ``'source'``, say,
             go under ``'source_state_dict'``.
+
+    Raises:
+        SavingError: If the disk is full or fails.
     """
     models = {'state_dict': model}
     models |= {f'{name}_state_dict': other for name, other in (others or {}).items()}
@@ -47,8 +50,13 @@ def save_artifact(
     )
 
 
-def describe(now: Totals, full: Totals) -> dict[str, dict[str, float]]:
-    """Costs left and their share of the unpruned model's, in plain numbers."""
+def costs_in_numbers(now: Totals, full: Totals) -> dict[str, dict[str, float]]:
+    """Return the remaining costs and their share of the full ones, in plain numbers.
+
+    Args:
+        now: Costs of the model as it is pruned so far.
+        full: Costs of the unpruned model.
+    """
     return {
         cost: {'remaining': now[cost], 'ratio': now.ratio(cost, full)}
         for cost in now.values
@@ -56,7 +64,12 @@ def describe(now: Totals, full: Totals) -> dict[str, dict[str, float]]:
 
 
 def plain(value: Any) -> Any:
-    """``value`` made of types that a weights-only checkpoint may hold."""
+    """Return ``value`` made of types that a weights-only checkpoint may hold.
+
+    Examples:
+        >>> plain({'classes': ('cat', 'dog'), 1: np.float32(0.5), 'path': Path('a/b')})
+        {'classes': ('cat', 'dog'), '1': 0.5, 'path': 'a/b'}
+    """
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,9 +1,9 @@
-"""How a model of the OpenMMLab kind is called on a training batch."""
+"""Calls of an OpenMMLab model on a training batch."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from mmgfp.engine.two_stage import fixed_proposals, rois_per_image
 from mmgfp.selection.costs import LayerProfile
 from mmgfp.utils.errors import ConfigError
 
-#: How a model is called for its outputs, best first. Some cannot give raw outputs,
-#: and some cannot infer what they train on: their losses have to do.
+#: Modes in which a model may give its outputs, best first. Some models cannot give raw
+#: outputs, and some cannot infer from what they train on: their losses have to do.
 MODES = ('tensor', 'predict', 'loss')
 
 
@@ -44,37 +44,36 @@ class BatchCalls:
         Some heads read nothing then, and the graph does not show what they share.
         """
         samples = self.data.get('data_samples') or ()
-        found = [s.gt_instances for s in samples if 'gt_instances' in s]
-        return bool(found) and not any(len(instances) for instances in found)
+        annotations = [s.gt_instances for s in samples if 'gt_instances' in s]
+        return bool(annotations) and not any(len(boxes) for boxes in annotations)
 
     def loss(self, model: Any) -> Tensor:
-        """The training loss, a scalar."""
+        """Return the training loss, a scalar."""
         losses = model(**copy.deepcopy(self.data), mode='loss')
         return model.parse_losses(losses)[0]
 
     def steady_loss(self, model: Any) -> Tensor:
-        """The training loss on made-up proposals, by which models can be compared."""
+        """Return the training loss on made-up proposals, to compare models by."""
         with fixed_proposals(model):
             return self.loss(model)
 
     def forward(self, model: nn.Module) -> Any:
-        """All outputs of inference, before post-processing where that is possible.
+        """Return all outputs of inference, before post-processing where possible.
 
-        Two-stage detectors work on made-up proposals, which do not jump; what the RPN
-        gives belongs to the outputs.
+        Two-stage detectors work on made-up proposals, which do not depend on rounding;
+        the outputs of the RPN are among those returned.
         """
         return self._outputs(model, self.data)
 
     def check(self, model: nn.Module) -> Any:
-        """All outputs, as `forward` gives them; the loss must run as well.
+        """Return all outputs, as `forward` does; the loss must run as well.
 
-        Its value is not compared: where two candidates are as good as each other,
-        the last bit decides which of them a loss assigns. But a compact model that
-        cannot compute it cannot be trained: a detached target keeps its width, say.
-
-        The first call, which comes before anything is cut, shows whether the loss
-        runs in eval mode at all.
+        A compact model that cannot compute its loss cannot be trained: a detached
+        target keeps its width, say. The first call, which comes before anything is cut,
+        shows whether the loss runs in eval mode at all.
         """
+        # The loss is not among the outputs that are compared: where two candidates are
+        # equally good, the last bit decides which of them a loss assigns.
         outputs = self.forward(model)
         if self._mode == 'loss':  # it has just run
             return outputs
@@ -95,13 +94,19 @@ class BatchCalls:
         return outputs
 
     def profile(
-        self, model: nn.Module, shape: tuple[int, ...] | None = None
+        self, model: nn.Module, shape: Sequence[int] | None = None
     ) -> dict[str, LayerProfile]:
-        """What each layer works on for one image; see `rois_per_image` for RoIs.
+        """Return the sizes each layer works on for one image, for counting costs.
 
         Args:
             model: The model; it is left as it is.
             shape: Size (C, H, W) of the image; that of the batch by default.
+
+        Returns:
+            dict: The profiles by weight; RoI heads are counted for `rois_per_image`.
+
+        Raises:
+            ConfigError: If ``shape`` is not (C, H, W) with the model's channels.
         """
         rois = rois_per_image(model)
         if shape is None:
@@ -109,19 +114,19 @@ class BatchCalls:
         return profile_layers(model, self.sized_forward(shape), 1, rois)
 
     def _outputs(self, model: nn.Module, data: dict) -> Any:
-        """Raw outputs; results or losses where the model's own code cannot give those.
-
-        The first call, which comes before anything is cut, decides for all.
-        """
         inputs = data['inputs']
         if isinstance(inputs, list | tuple):  # several views of the same images
             data = {**data, 'inputs': inputs[0]}
-        model.eval()  # some take and give other things while they train
+        model.eval()  # some models take and give other things while they train
         with fixed_proposals(model) as proposals:
             outputs = self._raw(model, data)
         return (outputs, proposals) if proposals else outputs
 
     def _raw(self, model: nn.Module, data: dict) -> Any:
+        """Return raw outputs; results or losses where the model cannot give those.
+
+        The first call, which comes before anything is cut, decides for all.
+        """
         modes = MODES if self._mode is None else (self._mode,)
         for mode in modes:
             try:
@@ -139,11 +144,11 @@ class BatchCalls:
                 return outputs
         raise AssertionError('no mode')
 
-    def sized_forward(self, shape: tuple[int, ...]) -> Callable[[nn.Module], Any]:
-        """A call on one image of ``shape`` (C, H, W), to count costs with.
+    def sized_forward(self, shape: Sequence[int]) -> Callable[[nn.Module], Any]:
+        """Return a call on one image of ``shape`` (C, H, W), to count costs with.
 
         Raises:
-            ConfigError: ``shape`` is not (C, H, W) with the model's channels.
+            ConfigError: If ``shape`` is not (C, H, W) with the model's channels.
         """
         data = self._sized(shape, 1)
 
@@ -154,20 +159,21 @@ class BatchCalls:
         return forward
 
     def inference(
-        self, model: nn.Module, shape: tuple[int, ...], images: int = 1
+        self, model: nn.Module, shape: Sequence[int], images: int = 1
     ) -> Callable[[nn.Module], Any]:
-        """A call on random images, to be timed: raw outputs where the model has them.
+        """Return a call on random images, to be timed.
 
-        Unlike in `forward`, the second stage works on what the RPN proposes.
+        It gives raw outputs where the model has them. Unlike in `forward`, the second
+        stage works on proposals of the RPN.
 
         Args:
-            model: In eval mode; it shows in which mode models of its kind run.
+            model: A model in eval mode, which is run once to see which mode works.
             shape: Size (C, H, W) of an image.
             images: Number of images.
 
         Raises:
-            ConfigError: ``shape`` is not (C, H, W) with the model's channels.
-            Exception: Whatever the model raises if it cannot infer.
+            ConfigError: If ``shape`` is not (C, H, W) with the model's channels.
+            Exception: If the model cannot infer, its own error.
         """
         data = self._sized(shape, images)
         data['inputs'] = torch.rand_like(data['inputs'])
@@ -189,8 +195,8 @@ class BatchCalls:
 
         return infer
 
-    def _sized(self, shape: tuple[int, ...], images: int) -> dict[str, Any]:
-        """The batch's first sample as ``images`` blank ones of ``shape`` (C, H, W)."""
+    def _sized(self, shape: Sequence[int], images: int) -> dict[str, Any]:
+        """Return ``images`` blank copies of the first sample, each (C, H, W)."""
         inputs = self.data['inputs']
         if len(shape) != 3 or shape[0] != inputs.shape[1] or min(shape) < 1:
             raise ConfigError(
@@ -208,8 +214,8 @@ class BatchCalls:
         }
 
 
-def _resized(sample: Any, size: tuple[int, ...]) -> Any:
-    """A data sample that speaks of an image of ``size`` (H, W)."""
+def _resized(sample: Any, size: Sequence[int]) -> Any:
+    """Change a data sample to one of an image of ``size`` (H, W)."""
     keys = ('img_shape', 'pad_shape', 'ori_shape', 'batch_input_shape')
     sample.set_metainfo({k: tuple(size) for k in keys if k in sample.metainfo})
     return sample

@@ -1,4 +1,4 @@
-"""Training checkpoints of MMEngine that are whole at any time."""
+"""Training checkpoints of MMEngine that can be resumed from at any time."""
 
 from __future__ import annotations
 
@@ -10,23 +10,28 @@ from mmengine.runner import Runner
 
 from mmgfp.utils.io import atomic_write
 
-#: Arguments of MMEngine by which it writes files whole or not at all.
-WHOLE = {'backend': 'mmgfp_whole'}
+#: ``backend_args`` by which MMEngine writes a file whole or not at all.
+ATOMIC_BACKEND = {'backend': 'mmgfp_atomic'}
 
 
-@register_backend(WHOLE['backend'], force=True)
-class WholeFileBackend(LocalBackend):
-    """Files on a local disk that are written whole or not at all."""
+@register_backend(ATOMIC_BACKEND['backend'], force=True)
+class AtomicLocalBackend(LocalBackend):
+    """Writes files on a local disk whole or not at all."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write bytes."""
+        """Write bytes to a file.
+
+        Raises:
+            SavingError: If the disk is full or fails; the file is as it was before.
+        """
         atomic_write(filepath, lambda tmp: tmp.write_bytes(obj))
 
 
-def write_whole(runner: Runner) -> None:
-    """Let a kill while the runner saves leave a checkpoint to resume from.
+def save_atomically(runner: Runner) -> None:
+    """Let the runner's checkpoints survive that it is killed while it saves.
 
-    MMEngine writes files in place, and first removes the oldest.
+    MMEngine writes files in place, and removes the oldest one before. Checkpoints that
+    go to another backend than the local disk are left to it.
     """
     for hook in runner.hooks:
         if not isinstance(hook, CheckpointHook):
@@ -37,16 +42,34 @@ def write_whole(runner: Runner) -> None:
                 'two checkpoints are kept, max_keep_ckpts=1 notwithstanding: one is '
                 'whole while the other one is written'
             )
-        elsewhere = hook.backend_args or hook.file_client_args
-        if not elsewhere and '://' not in str(hook.out_dir or runner.work_dir):
-            hook.backend_args = dict(WHOLE)
+        has_backend = hook.backend_args or hook.file_client_args
+        if not has_backend and '://' not in str(hook.out_dir or runner.work_dir):
+            hook.backend_args = dict(ATOMIC_BACKEND)
+
+
+def checkpoint_is_due(runner: Runner) -> bool:
+    """Whether a `CheckpointHook` is about to write a checkpoint of this iteration."""
+    return any(
+        hook.every_n_train_iters(runner, hook.interval)
+        or hook.is_last_train_iter(runner)
+        for hook in runner.hooks
+        if isinstance(hook, CheckpointHook) and not hook.by_epoch
+    )
 
 
 def newest_checkpoint(work_dir: str | Path) -> Path | None:
-    """The checkpoint to resume from, None if none was written yet.
+    """Return the checkpoint to resume from, None if none was written yet.
 
     It is the one that MMEngine has noted in ``last_checkpoint``. A kill while that note
     was written may have left it empty: then it is the file written last.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ('iter_10.pth', 'iter_20.pth', 'last_checkpoint'):
+        ...         Path(folder, name).touch()
+        ...     newest_checkpoint(folder).name
+        'iter_20.pth'
     """
     note = Path(work_dir) / 'last_checkpoint'
     noted = note.read_text().strip() if note.is_file() else ''

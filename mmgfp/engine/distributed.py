@@ -1,4 +1,4 @@
-"""What processes that train together exchange: at the start, then at decisions."""
+"""Exchanges between processes that train together: at the start, then at decisions."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from mmgfp.utils.errors import MMGFPError, StatisticsError
 def use_cpus(cfg: Config) -> None:
     """Let the processes of a launcher train on CPUs where there is no accelerator.
 
-    MMEngine's own way asks for a GPU for each.
+    MMEngine on its own wants a GPU for each process.
 
     Args:
-        cfg: What a runner will be built from; changed in place.
+        cfg: The config that a runner will be built from; changed in place.
     """
     if cfg.get('launcher') != 'pytorch' or get_device() != 'cpu':
         return
@@ -43,48 +43,58 @@ def use_cpus(cfg: Config) -> None:
     cfg.model_wrapper_cfg = {**wrapper, 'device_ids': None}
 
 
-def once_for_all(make: Callable[[], Any]) -> Any:
-    """What ``make`` gives in the main process, in all of them.
+def broadcast_result(compute: Callable[[], Any]) -> Any:
+    """Compute something in the main process and return it in all of them.
+
+    Args:
+        compute: Called in the main process only, which works as if it were alone then.
 
     Raises:
-        Exception: What ``make`` raised, in the main process; a `MMGFPError` with its
-            words in the others, so that none waits in vain.
+        Exception: If ``compute`` raised, its error in the main process; in the others a
+            `MMGFPError` with the same words, so that none waits in vain.
+
+    Examples:
+        >>> broadcast_result(lambda: 6 * 7)
+        42
     """
     if get_world_size() == 1:
-        return make()
-    sent: list[Any] = [None, None]
-    failure: Exception | None = None
+        return compute()
+    result_and_failure: list[Any] = [None, None]
+    error: Exception | None = None
     if is_main_process():
         try:
-            with alone():
-                sent[0] = make()
-        except Exception as error:
-            failure = error
-            sent[1] = f'{type(error).__name__}: {error}'
-    broadcast_object_list(sent)
+            with without_other_processes():
+                result_and_failure[0] = compute()
+        except Exception as raised:
+            error = raised
+            result_and_failure[1] = f'{type(error).__name__}: {error}'
+    # A process that raised before this call would leave the others waiting in it.
+    broadcast_object_list(result_and_failure)
+    result, failure = result_and_failure
+    if error is not None:
+        raise error
     if failure is not None:
-        raise failure
-    if sent[1] is not None:
-        raise MMGFPError(f'in the main process: {sent[1]}')
-    return sent[0]
+        raise MMGFPError(f'in the main process: {failure}')
+    return result
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """Let this process compute without the others, as if there were none.
+def without_other_processes() -> Iterator[None]:
+    """Let this process compute as if it were the only one.
 
-    Losses that average over processes and SyncBN would wait for them.
+    Losses that average over processes and SyncBN would wait for the others.
     """
-    kept = torch.distributed.is_initialized
+    # Everything that asks for the number of processes asks this function first.
+    is_initialized = torch.distributed.is_initialized
     torch.distributed.is_initialized = lambda: False
     try:
         yield
     finally:
-        torch.distributed.is_initialized = kept
+        torch.distributed.is_initialized = is_initialized
 
 
-def reduction() -> Reduce | None:
-    """Sums tensors over processes; None where there is only one."""
+def sum_over_processes() -> Reduce | None:
+    """Return a function that sums a tensor over processes, None for a single one."""
     if get_world_size() == 1:
         return None
 
@@ -99,6 +109,7 @@ def any_of_all(flag: bool) -> bool:
     """Whether ``flag`` is set in any process."""
     if get_world_size() == 1:
         return flag
+    # NCCL cannot send what is on a CPU.
     device = 'cuda' if torch.distributed.get_backend() == 'nccl' else 'cpu'
     count = torch.tensor(float(flag), device=device)
     all_reduce(count, op='sum')
@@ -106,13 +117,13 @@ def any_of_all(flag: bool) -> bool:
 
 
 def check_agreement(kept: np.ndarray) -> None:
-    """Compare the structures of all processes by their hashes.
+    """Compare what all processes have pruned, by hashes.
 
     Args:
-        kept: Units that stay, (U,).
+        kept: Units that are not pruned, (U,).
 
     Raises:
-        StatisticsError: Processes decided differently.
+        StatisticsError: If processes decided differently.
     """
     if get_world_size() == 1:
         return

@@ -1,4 +1,4 @@
-"""From a config and a checkpoint to a folder that needs nothing else."""
+"""Export of a pruned model to a folder that is complete in itself."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmgfp.engine.artifact import save_artifact
-from mmgfp.engine.demo_batch import build_model
+from mmgfp.engine.model_building import build_model
+from mmgfp.engine.registry import is_named
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
 from mmgfp.utils.errors import ConfigError, StructureError
 from mmgfp.utils.io import atomic_write, load_weights_only
 
-#: Largest image side that is believed of a checkpoint.
+#: Largest image side in a checkpoint that is taken seriously.
 MAX_SIDE = 8192
 REMEDY = 'give the config and the checkpoint of one and the same run'
 
@@ -30,7 +31,7 @@ class Deployable:
 
     Attributes:
         architecture: The model's config before pruning.
-        structure: What it was cut down to.
+        structure: The structure that the model was cut down to.
         original: The unpruned model, with weights of its own initialisation.
         model: The compact model with the checkpoint's weights, in eval mode.
         meta: The checkpoint's ``meta``.
@@ -48,18 +49,18 @@ def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
 
     Args:
         cfg: A config of the original model, or of a `PrunedModel`.
-        checkpoint: What a pruning run saved at its target, or a checkpoint of
+        checkpoint: The file that a pruning run saved at its target, or a checkpoint of
             fine-tuning.
 
     Raises:
-        StructureError: The files are damaged or do not belong together.
+        StructureError: If the files are damaged or do not belong together.
     """
     checkpoint = Path(checkpoint)
     raw = load_training_checkpoint(checkpoint)
     architecture = copy.deepcopy(cfg.model.to_dict())
-    inside = raw.get(STRUCTURE_KEY)
-    structure = inside and PruneStructure.from_dict(inside, str(checkpoint))
-    if architecture.get('type') == 'PrunedModel':
+    saved = raw.get(STRUCTURE_KEY)
+    structure = saved and PruneStructure.from_dict(saved, str(checkpoint))
+    if is_named(architecture.get('type'), 'PrunedModel'):
         named = PruneStructure.load(architecture['structure'])
         if structure is not None and structure != named:
             raise StructureError(
@@ -83,7 +84,8 @@ def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
     model = compact(copy.deepcopy(original), structure)
     _load_strictly(model, raw['state_dict'], checkpoint)
     for built in (original, model):
-        built.eval()  # returns nothing where distillation overrides it
+        # Not chained: eval() returns nothing where distillation overrides train().
+        built.eval()
     return Deployable(architecture, structure, original, model, raw.get('meta', {}))
 
 
@@ -91,7 +93,7 @@ def load_training_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of mmgfp or of MMEngine's runner without running its code.
 
     Raises:
-        StructureError: It is missing, cut short, or has no weights.
+        StructureError: If the file is missing, cut short, or has no weights.
     """
     checkpoint = load_weights_only(path)
     state = checkpoint.get('state_dict')
@@ -105,16 +107,20 @@ def load_training_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def recorded_shape(meta: dict[str, Any]) -> Sequence[int] | None:
-    """The image size that a checkpoint names, which nobody has looked at yet.
+    """Return the image size that a checkpoint names, None if it names none.
 
     Raises:
-        ConfigError: It is no (C, H, W), or so large that it would fill the memory.
+        ConfigError: If it is not (C, H, W), or so large that it would fill the memory.
+
+    Examples:
+        >>> recorded_shape({'input_shape': [3, 800, 1280]})
+        [3, 800, 1280]
     """
     shape = meta.get('input_shape')
     if shape is None:
         return None
-    three = isinstance(shape, list | tuple) and len(shape) == 3
-    if not three or not all(type(s) is int and 1 <= s <= MAX_SIDE for s in shape):
+    has_three = isinstance(shape, list | tuple) and len(shape) == 3
+    if not has_three or not all(type(s) is int and 1 <= s <= MAX_SIDE for s in shape):
         raise ConfigError(
             'meta.input_shape of the checkpoint',
             f'(C, H, W), each at most {MAX_SIDE}',
@@ -129,9 +135,9 @@ def write_config(cfg: Config, item: Deployable, structure: str, path: Path) -> N
 
     Args:
         cfg: The config of training; datasets, pipelines and evaluators are kept.
-        item: What is deployed.
+        item: The model to deploy.
         structure: Name of the structure file in the config's folder.
-        path: Where to.
+        path: The file to write.
     """
     out = copy.deepcopy(cfg)
     out.model = {
@@ -146,7 +152,9 @@ def write_config(cfg: Config, item: Deployable, structure: str, path: Path) -> N
         'allow_failed_imports': False,
     }
     hooks = out.get('custom_hooks') or []
-    out.custom_hooks = [h for h in hooks if h.get('type') != 'FisherPruningHook']
+    out.custom_hooks = [
+        h for h in hooks if not is_named(h.get('type'), 'FisherPruningHook')
+    ]
     out.load_from, out.resume = None, False
     text = out.pretty_text
     atomic_write(path, lambda tmp: tmp.write_text(text))
@@ -156,7 +164,7 @@ def deploy(cfg: Config, item: Deployable, out: Path, name: str) -> dict[str, Pat
     """Write weights, config and structure into ``out``.
 
     Raises:
-        ConfigError: ``out`` is a file, or ``name`` leads out of it.
+        ConfigError: If ``out`` is a file, or ``name`` leads out of it.
     """
     if name in ('', '.', '..') or name != Path(name).name:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""How far a pruning run is, for logs and plots."""
+"""Progress of a pruning run, for logs and plots."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Sequence
 
 from mmengine.runner import Runner
 
-from mmgfp.engine.artifact import describe
-from mmgfp.pruner import GroupFisherPruner, PruneStep
+from mmgfp.engine.artifact import costs_in_numbers
+from mmgfp.pruner import ChannelPruner, PruneStep
 from mmgfp.selection.targets import Target
 
 
 class Progress:
-    """Says what is found, what goes and how long it takes.
+    """Logs which channels are coupled, which ones go and how long it takes.
 
     Args:
-        runner: Whose log and visualizer are written to.
-        pruner: Prepared, or resumed.
+        runner: The runner whose log and visualizer are written to.
+        pruner: The pruner, prepared or resumed.
     """
 
-    def __init__(self, runner: Runner, pruner: GroupFisherPruner) -> None:
+    def __init__(self, runner: Runner, pruner: ChannelPruner) -> None:
         self.runner = runner
         self.pruner = pruner
         self._started = time.time()
         self._first_gap = self._gap()
 
     def log_groups(self, shape: Sequence[int] | None) -> None:
-        """Log costs for one image of ``shape`` (C, H, W), and what stays and why."""
+        """Log costs for one image of ``shape`` (C, H, W), and why layers stay."""
         grouping = self.pruner.units.grouping
         self.runner.logger.info(
             f'pruning {grouping.units} units in {len(grouping.groups)} groups; costs '
@@ -38,10 +38,12 @@ class Progress:
             self.runner.logger.info(f'{layer.layer} keeps channels: {layer.reason}')
 
     def log_step(self, step: PruneStep) -> None:
-        """Log and plot a decision."""
+        """Log and plot a pruning step."""
         scalars = {
             f'pruning/{cost}_{kind}': value
-            for cost, kinds in describe(step.totals, self.pruner.units.full).items()
+            for cost, kinds in costs_in_numbers(
+                step.totals, self.pruner.units.full
+            ).items()
             for kind, value in kinds.items()
         }
         self.runner.visualizer.add_scalars(scalars, step=self.runner.iter + 1)
@@ -51,17 +53,17 @@ class Progress:
         )
 
     def ratio(self, target: Target) -> float:
-        """What is left of the cost that ``target`` is about."""
-        cost = target.cost
-        return float(self.pruner.units.totals[cost] / self.pruner.units.full[cost])
+        """Return the remaining share of the cost that ``target`` is about."""
+        units = self.pruner.units
+        return units.totals.ratio(target.cost, units.full)
 
     def _gap(self) -> float:
-        """How far the last target is, in shares of the full cost."""
+        """Return the distance to the farthest target, in shares of the full cost."""
         pending = self.pruner.pending
         return max((self.ratio(t) - t.ratio for t in pending), default=0.0)
 
     def _eta(self) -> str:
-        """Time to the last target at the pace so far."""
+        """Return the time to the last target at the pace so far."""
         gap = self._gap()
         covered = self._first_gap - gap
         if covered <= 0:
@@ -70,7 +72,7 @@ class Progress:
         return str(datetime.timedelta(seconds=int(seconds)))
 
 
-def costs_text(pruner: GroupFisherPruner) -> str:
+def costs_text(pruner: ChannelPruner) -> str:
     """Return the remaining costs and their shares of the full ones, for people."""
     now, full = pruner.units.totals, pruner.units.full
     return ', '.join(

@@ -7,9 +7,10 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
+from mmgfp.engine.registry import MODELS
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.errors import StructureError
@@ -19,23 +20,23 @@ from mmgfp.utils.errors import StructureError
 def PrunedModel(architecture: dict, structure: str, **overrides: Any) -> nn.Module:  # noqa: N802
     """Build ``architecture`` and cut it down to ``structure``.
 
-    What comes back is an object of the architecture's own class with fewer channels,
-    so that checkpoints keep their keys and every tool works on it.
+    The model is of the architecture's own class, with fewer channels: checkpoints keep
+    their keys and every tool works on it.
 
     Args:
         architecture: The model's config as it was before pruning.
         structure: A ``.json`` file or a checkpoint that holds the structure.
-        overrides: Further fields are merged into ``architecture``. A
+        overrides: Further fields, merged into ``architecture``. A
             ``backbone=dict(init_cfg=None)`` is useful: weights of the original size
             are not looked for, and `mmdet.apis.init_detector` reads that field.
 
     Raises:
-        StructureError: The file is damaged, or does not belong to the architecture.
+        StructureError: If the file is damaged, or does not belong to the architecture.
     """
     loaded = PruneStructure.load(structure)
     config = Config(copy.deepcopy(dict(architecture)))
     config.merge_from_dict(overrides)
-    model = MODELS.build(config._cfg_dict)
+    model = MMENGINE_MODELS.build(config._cfg_dict)
     loaded.check_fits(model, structure)
     _forget_pretrained(model)
     compact(model, loaded)
@@ -47,7 +48,7 @@ class WidthGuard:
     """Refuses weights of other widths, which loading would skip with a warning.
 
     Args:
-        structure: What the model was cut down to.
+        structure: The structure that the model was cut down to.
     """
 
     def __init__(self, structure: PruneStructure) -> None:
@@ -59,7 +60,7 @@ class WidthGuard:
         """Check the weights that are about to be loaded.
 
         Raises:
-            StructureError: A tensor has another shape than the structure says.
+            StructureError: If a tensor has another shape than the structure says.
         """
         for name, shape in self.shapes.items():
             tensor = state_dict.get(prefix + name)
@@ -73,7 +74,7 @@ class WidthGuard:
 
 
 def _forget_pretrained(model: nn.Module) -> None:
-    """Pretrained weights have the original widths; they must not be looked for."""
+    """Keep ``init_weights`` from looking for weights of the original widths."""
     for name, module in model.named_modules():
         init_cfg = getattr(module, 'init_cfg', None)
         entries = init_cfg if isinstance(init_cfg, list) else [init_cfg]

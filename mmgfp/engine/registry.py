@@ -1,9 +1,54 @@
-"""Pruning algorithms by name, so that a config can choose one."""
+"""What configs may name: registries in the scope ``mmgfp``, filled on first use.
 
+Importing this module imports none of the classes, because MMEngine's hooks bring OpenCV
+along and many users of `mmgfp` need neither.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
-from mmgfp.pruner import GroupFisherPruner
+HOOKS = Registry(
+    'hook',
+    parent=MMENGINE_HOOKS,
+    scope='mmgfp',
+    locations=['mmgfp.engine.hooks.exact_resume', 'mmgfp.engine.hooks.pruning'],
+)
+MODELS = Registry(
+    'model',
+    parent=MMENGINE_MODELS,
+    scope='mmgfp',
+    locations=['mmgfp.engine.pruned_model'],
+)
 
-#: Pruning algorithms; a class here offers what `GroupFisherPruner` offers.
-PRUNERS = Registry('pruner', locations=['mmgfp.pruner'])
-PRUNERS.register_module(module=GroupFisherPruner)
+
+def _forward(registry: Registry, name: str) -> None:
+    """Let every scope build ``name`` of ``registry`` without the prefix ``mmgfp.``."""
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        # Not through `Registry.build`, which would switch to the default scope and come
+        # back here.
+        return registry.get(name)(*args, **kwargs)
+
+    build.__name__ = build.__qualname__ = name
+    registry.parent.register_module(name=name, module=build)
+
+
+_forward(HOOKS, 'ExactResumeHook')
+_forward(HOOKS, 'ChannelPruningHook')
+_forward(HOOKS, 'FisherPruningHook')
+_forward(MODELS, 'PrunedModel')
+
+
+def is_named(kind: Any, name: str) -> bool:
+    """Whether the ``type`` in a config means ``name`` of this scope.
+
+    Examples:
+        >>> [is_named(kind, 'PrunedModel') for kind in ('mmgfp.PrunedModel', 'ResNet')]
+        [True, False]
+    """
+    return kind in (name, f'mmgfp.{name}')

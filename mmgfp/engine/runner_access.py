@@ -1,11 +1,11 @@
-"""What the pruning hook wants to know about the runner and the hooks beside it."""
+"""Reading and changing what a runner holds: its model, optimizers and averages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from mmengine.hooks import CheckpointHook, EMAHook, Hook
+from mmengine.hooks import EMAHook
 from mmengine.model import is_model_wrapper
 from mmengine.optim import ApexOptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
@@ -16,45 +16,33 @@ from mmgfp.surgery.compact import fix_attributes
 from mmgfp.utils.errors import ConfigError
 
 
-def saves_now(hook: Hook, runner: Runner) -> bool:
-    """Whether ``hook`` is about to write a checkpoint of this iteration."""
-    return (
-        isinstance(hook, CheckpointHook)
-        and not hook.by_epoch
-        and (
-            hook.every_n_train_iters(runner, hook.interval)
-            or hook.is_last_train_iter(runner)
-        )
-    )
-
-
 def averaged_models(runner: Runner) -> list[Any]:
-    """The averaged models of all `EMAHook`, each with its copy in ``module``."""
+    """Return the averaged model of each `EMAHook`; its ``module`` is the copy."""
     return [h.ema_model for h in runner.hooks if isinstance(h, EMAHook)]
 
 
-def check_widths(model: Any, weights: Mapping[str, Any]) -> None:
-    """Refuse weights of other widths, which loading would skip with a warning.
+def check_weight_shapes(model: Any, weights: Mapping[str, Any]) -> None:
+    """Refuse weights of other shapes, which loading would skip with a warning.
 
     Raises:
-        ConfigError: A tensor has another shape than the model's.
+        ConfigError: If a tensor has another shape than the model's.
     """
-    for name, own in model.state_dict().items():
-        shape = getattr(weights.get(name), 'shape', own.shape)
-        if shape != own.shape:
+    for name, tensor in model.state_dict().items():
+        shape = getattr(weights.get(name), 'shape', tensor.shape)
+        if shape != tensor.shape:
             raise ConfigError(
                 f'checkpoint: {name}',
-                f'shape {list(own.shape)} as in the model that is pruned',
+                f'shape {list(tensor.shape)} as in the model that is pruned',
                 str(list(shape)),
                 'give a checkpoint of that model, not one that was cut down',
             )
 
 
 def loss_scale(wrapper: Any) -> float:
-    """What losses are multiplied with under mixed precision.
+    """Return the factor of the loss under mixed precision, 1 without.
 
     Raises:
-        ConfigError: The optimizer's wrapper does not say it.
+        ConfigError: If the optimizer's wrapper does not tell.
     """
     _check_optim_wrapper(wrapper)
     scaler = getattr(wrapper, 'loss_scaler', None)
@@ -62,10 +50,10 @@ def loss_scale(wrapper: Any) -> float:
 
 
 def optimizer_of(wrapper: Any) -> Optimizer:
-    """The optimizer of all that is trained, out of its wrapper.
+    """Return the optimizer of all that is trained, out of its wrapper.
 
     Raises:
-        ConfigError: There are several, or one of Apex.
+        ConfigError: If there are several, or one of Apex.
     """
     _check_optim_wrapper(wrapper)
     return wrapper.optimizer
@@ -81,10 +69,16 @@ def _check_optim_wrapper(wrapper: Any) -> None:
         )
 
 
-def rewrap_model(runner: Runner) -> None:
-    """Let all that holds on to parameters have those that took their places.
+def is_accumulating(wrapper: Any) -> bool:
+    """Whether gradients wait for further iterations before the next step."""
+    wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+    return not all(w.should_update() for w in wrappers)
 
-    `MMDistributedDataParallel` puts gradients into buckets of the first sizes.
+
+def rewrap_model(runner: Runner) -> None:
+    """Give averages and the model's wrapper the parameters of a model that was cut.
+
+    `MMDistributedDataParallel` has put gradients into buckets of the first sizes.
     """
     for averaged in averaged_models(runner):
         fix_attributes(averaged)
@@ -94,11 +88,11 @@ def rewrap_model(runner: Runner) -> None:
         runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
 
 
-def check_wrapper(runner: Runner) -> None:
+def check_model_wrapper(runner: Runner) -> None:
     """Refuse wrappers that `rewrap_model` cannot build again.
 
     Raises:
-        ConfigError: The model is in one.
+        ConfigError: If the model is in such a wrapper.
     """
     model = runner.model
     if is_model_wrapper(model) and not isinstance(model, DistributedDataParallel):
@@ -110,6 +104,6 @@ def check_wrapper(runner: Runner) -> None:
         )
 
 
-def unwrapped(model: Any) -> Any:
-    """The model inside of a wrapper such as DDP."""
+def unwrap_model(model: Any) -> Any:
+    """Return the model inside of a wrapper such as DDP, or the model itself."""
     return model.module if is_model_wrapper(model) else model

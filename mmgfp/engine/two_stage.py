@@ -1,4 +1,4 @@
-"""What two-stage detectors need beside other models: RoIs that stay what they are.
+"""Proposals and RoI counts of two-stage detectors that do not depend on weights.
 
 A RPN picks its proposals by sorting and by NMS, so that the last bit of a feature can
 decide which RoIs the second stage sees, and an untrained RPN hands on any number of
@@ -18,25 +18,25 @@ from torch import Tensor, nn
 
 from mmgfp.utils.tree import tensors_in
 
-#: RoIs per image for which box heads are counted, where the model samples none: the
-#: number of the paper and of MMDetection's configs.
+#: RoIs per image of box heads, where the model samples none: the number of the paper
+#: and of MMDetection's configs.
 BOX_ROIS = 512
 #: RoIs per image for parts that run on detections only, where ``test_cfg`` is silent.
 DETECTIONS = 100
-#: What the names of such parts contain.
+#: Words in the names of such parts.
 ON_DETECTIONS = ('mask', 'grid', 'point')
 
 
 @contextmanager
 def fixed_proposals(model: Any, count: int = 8) -> Iterator[list[Any]]:
-    """Let the RPN of a two-stage detector propose the same boxes whatever it sees.
+    """Let the RPN of a two-stage detector propose the same boxes for all images.
 
     Args:
         model: Any model; one without RPN and RoI head is left alone.
         count: Proposals per image.
 
     Yields:
-        list: Is filled with the raw outputs of the RPN.
+        list: The raw outputs of the RPN, filled as the model runs.
     """
     outputs: list[Any] = []
     rpn, roi_head = getattr(model, 'rpn_head', None), getattr(model, 'roi_head', None)
@@ -55,7 +55,7 @@ def fixed_proposals(model: Any, count: int = 8) -> Iterator[list[Any]]:
 def _propose(
     outputs: list[Any], count: int, *raw: Any, batch_img_metas: Any, **_: Any
 ) -> list[InstanceData]:
-    """Stands in for the ``predict_by_feat`` of a RPN."""
+    """Stand in for the ``predict_by_feat`` of a RPN."""
     outputs.append(raw)
     like = next(tensors_in(raw))
     proposals = []
@@ -72,7 +72,7 @@ def _propose(
 
 
 def _boxes(count: int, size: tuple[int, ...], seed: int) -> Tensor:
-    """Boxes (x1, y1, x2, y2) of an eighth to the whole of (H, W), (count, 4)."""
+    """Return boxes of an eighth to the whole of (H, W), (count, 4) as corners."""
     generator = torch.Generator().manual_seed(seed)
     height, width = size[:2]
     scale = torch.tensor([width, height])
@@ -82,12 +82,15 @@ def _boxes(count: int, size: tuple[int, ...], seed: int) -> Tensor:
 
 
 def rois_per_image(model: Any) -> dict[str, int]:
-    """RoIs for which each part of a RoI head is counted, by the part's name.
+    """Return the number of RoIs for which each part of a RoI head is counted.
 
     Box heads count the RoIs that training samples (512 as a rule, as in the paper);
     mask, grid and point heads, which inference runs on detections, the largest number
     of detections (100 as a rule). A part that both kinds share is counted like a box
     head. A head without a sampler, whose proposals are learned, is counted as it runs.
+
+    Returns:
+        dict: Numbers of RoIs per image by the part's name.
     """
     roi_head = getattr(model, 'roi_head', None)
     if not isinstance(roi_head, nn.Module):

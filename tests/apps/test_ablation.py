@@ -10,9 +10,9 @@ import torch
 from mmengine.config import Config
 from support.tooling import ROOT, load_tool
 
+from mmgfp import FisherPruningHook
 from mmgfp.apps.stages import find_hook, parse_options
-from mmgfp.engine import FisherPruningHook
-from mmgfp.engine.demo_batch import build_model
+from mmgfp.engine.model_building import build_model
 from mmgfp.utils.errors import ConfigError
 
 CIFAR = [

@@ -13,7 +13,7 @@ from mmgfp import PruneStructure, compact
 from mmgfp.apps.cli import load_config
 from mmgfp.discovery.verify import random_units
 from mmgfp.engine.artifact import save_artifact
-from mmgfp.engine.demo_batch import build_model
+from mmgfp.engine.model_building import build_model
 from mmgfp.surgery.structure import shapes_of
 
 DEMO = ROOT / 'configs/demo/retinanet_r18_fpn_digits.py'
@@ -89,7 +89,7 @@ def test_deploy_writes_a_folder_and_a_summary(run_tool, pruning_run, tmp_path):
     assert summary['pruned']['macs'] <= 0.5 * summary['original']['macs']
     assert summary['pruned']['latency_ms'] > 0
     meta = torch.load(pruning_run.artifact, weights_only=True)['meta']
-    assert summary['pruned']['macs'] == meta['costs']['macs']['left']
+    assert summary['pruned']['macs'] == meta['costs']['macs']['remaining']
     assert 'CPU latency' in done.stdout
     assert sorted(p.name for p in out.iterdir()) == [
         'retinanet_r18_fpn_digits_prune_flops50.pth',

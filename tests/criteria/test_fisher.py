@@ -19,7 +19,8 @@ from mmgfp import GroupFisherPruner
 from mmgfp.criteria import mask_gradients
 from mmgfp.criteria.mask_gradients import MaskGradientTap, mask_gradient, unit_gradients
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.model_building import build_model
 from mmgfp.tracing.rows import Rows
 from mmgfp.utils.errors import ConfigError
 

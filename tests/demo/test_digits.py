@@ -8,8 +8,13 @@ import cv2
 import numpy as np
 import pytest
 
-from mmgfp.demo import DigitsDetection, DigitsSpec, write_digits
-from mmgfp.demo.digits import draw_image, source_digits
+from mmgfp.demo.digits import (
+    DigitsDetection,
+    DigitsSpec,
+    draw_image,
+    source_digits,
+    write_digits,
+)
 from mmgfp.utils.errors import ConfigError
 
 SMALL = DigitsSpec(num_train=4, num_val=3, size=64, max_side=32)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmgfp.demo.resnet_cifar import convert_akamaster, option_a
-from mmgfp.engine.demo_batch import build_model
+from mmgfp.engine.model_building import build_model
 from mmgfp.utils.errors import StructureError
 
 CONFIG = ROOT / 'configs/cifar10/resnet20_cifar10.py'

@@ -11,8 +11,8 @@ def watched(folder, **options):
     importance, kept = [], []
 
     def watch(runner):
-        importance.append(pruner_of(runner).importance.copy())
-        kept.append(pruner_of(runner).kept.copy())
+        importance.append(pruner_of(runner).criterion.statistics.importance.copy())
+        kept.append(pruner_of(runner).units.kept.copy())
 
     runner = toy_runner(folder, hooks=[Call(after_train_iter=watch)], **options)
     runner.train()

@@ -12,7 +12,7 @@ from support.roundtrip import without_boxes
 from support.toy_runner import Call, pruner_of, toy_loader, toy_runner
 from support.toys import ConvPair, TinyDetector, images, square_loss
 
-from mmgfp import FisherPruningHook, GroupFisherPruner
+from mmgfp import GroupFisherPruner
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.utils.errors import ConfigError, StatisticsError
 
@@ -52,23 +52,17 @@ def test_bad_iterations_are_dropped_counted_and_survived(tmp_path, caplog):
     )
     with caplog.at_level('WARNING', 'mmgfp'):
         runner.train()
-    assert pruner_of(runner).statistics.state_dict()[-2:].tolist() == [3, 0]
-    assert (~pruner_of(runner).kept).sum() == 4
+    assert pruner_of(runner).criterion.state_dict()['nonfinite'].tolist() == [3, 0]
+    assert (~pruner_of(runner).units.kept).sum() == 4
     said = [r.message for r in caplog.records if 'not finite' in r.message]
     words = 'gradients were not finite in {} iterations so far, which do not count'
     assert said == [words.format(n) for n in (1, 2, 3)]
 
 
-@pytest.mark.parametrize('where', ['hook', 'pruner'])
-def test_a_run_of_bad_iterations_stops(tmp_path, where):
+def test_a_run_of_bad_iterations_stops(tmp_path):
     """Plain SGD takes NaN into the weights at once."""
-    option = dict(max_nonfinite=3)
-    runner = toy_runner(
-        tmp_path,
-        iters=20,
-        hooks=[Factors(1, 1, 1, NAN, 1)],
-        hook=option if where == 'hook' else dict(pruner=option),
-    )
+    hooks, hook = [Factors(1, 1, 1, NAN, 1)], dict(max_nonfinite=3)
+    runner = toy_runner(tmp_path, iters=20, hooks=hooks, hook=hook)
     words = (
         'gradients: expected finite ones, got NaN or infinity in the last 3 '
         'iterations; look at the loss, lower the learning rate or clip gradients; '
@@ -166,8 +160,7 @@ def test_pruning_begins_with_the_first_batch_that_has_boxes(tmp_path, monkeypatc
     config.train_cfg.max_iters = 3
     runner = Runner.from_cfg(config)
     runner.train()
-    (hook,) = (h for h in runner.hooks if isinstance(h, FisherPruningHook))
-    assert runner.iter == 3 and hook.pruner.iteration == 1
+    assert runner.iter == 3 and pruner_of(runner).iteration == 1
 
 
 def test_first_batch_without_boxes_finds_the_same_groups(retinanet):
@@ -215,13 +208,8 @@ def test_head_without_gradient_in_some_iterations_counts_in_the_others():
         loss(model).backward()
         pruner.step()
     assert pruner.criterion.statistics.importance == pytest.approx(expected, rel=1e-5)
-    seen = dict(
-        zip(
-            [g.name for g in pruner.units.grouping.groups],
-            pruner.criterion.statistics.seen,
-            strict=True,
-        )
-    )
+    names = [g.name for g in pruner.units.grouping.groups]
+    seen = dict(zip(names, pruner.criterion.statistics.seen, strict=True))
     assert seen == {'stem': 4, 'left.conv1': 3, 'right.conv1': 2}
 
 
@@ -230,7 +218,7 @@ def test_uneven_last_batch_counts_each_of_its_images(tmp_path):
     totals = []
 
     def watch(runner):
-        totals.append(pruner_of(runner).importance.copy())
+        totals.append(pruner_of(runner).criterion.statistics.importance.copy())
 
     runner = toy_runner(
         tmp_path,
@@ -241,7 +229,7 @@ def test_uneven_last_batch_counts_each_of_its_images(tmp_path):
         train_dataloader=toy_loader(2, count=5),
     )
     runner.train()
-    model, groups = runner.model, pruner_of(runner).grouping.groups
+    model, groups = runner.model, pruner_of(runner).units.grouping.groups
     data, expected = runner.train_dataloader.dataset.images, 0
     for n, batch in enumerate(data.split(2)):
         expected += mask_fisher(
@@ -304,26 +292,33 @@ def resumed_with(tmp_path, path, change):
     toy_runner(tmp_path, load_from=str(changed), resume=True).train()
 
 
-def test_state_of_another_version_is_refused(tmp_path, trained):
-    words = (
-        'checkpoint: expected a pruning state of version 2, got version 99; start '
-        'pruning anew from the weights, with load_from'
-    )
-    with pytest.raises(ConfigError) as caught:
-        resumed_with(tmp_path, trained[0], lambda c: c['pruner'].update(version=99))
-    assert str(caught.value) == words
+def rename_a_member(checkpoint):
+    group = checkpoint['pruner']['discovery']['groups'][0]
+    group['members'][0]['name'] = 'backbone.conv1.weight'
 
 
-def test_state_of_another_structure_is_refused(tmp_path, trained):
-    def change(checkpoint):
-        group = checkpoint['pruner']['discovery']['groups'][0]
-        group['members'][0]['name'] = 'backbone.conv1.weight'
-
-    words = (
-        'checkpoint: expected the groups of coupled channels of this model, got '
-        "KeyError: 'backbone.conv1.weight'; resume with the configuration that the run "
-        'was started with'
-    )
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (
+            lambda c: c['pruner'].update(version=99),
+            'checkpoint: expected a pruning state of version 2, got version 99; '
+            'start pruning anew from the weights, with load_from',
+        ),
+        (
+            rename_a_member,
+            'checkpoint: expected the groups of coupled channels of this model, got '
+            "KeyError: 'backbone.conv1.weight'; resume with the configuration that the "
+            'run was started with',
+        ),
+        (
+            lambda c: c['exact_resume'].update(version=99),
+            'checkpoint: exact_resume.version: expected 1, got 99; resume with the '
+            'version of mmgfp that the run was started with',
+        ),
+    ],
+)
+def test_state_of_something_else_is_refused(tmp_path, trained, change, words):
     with pytest.raises(ConfigError) as caught:
         resumed_with(tmp_path, trained[0], change)
     assert str(caught.value) == words

@@ -10,7 +10,8 @@ from mmengine.hub import get_config
 from torch import nn
 
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.model_building import build_model
 from mmgfp.utils.errors import ConfigError
 
 DISTILLED = 'mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py'

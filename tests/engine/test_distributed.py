@@ -15,10 +15,12 @@ from support.runs import (
     buffers,
     ended,
     logged,
+    plain_classifier,
     steady_classifier,
     tiny_classifier,
     train,
 )
+from support.toy_runner import hook_of
 
 from mmgfp.criteria.statistics import UnitStatistics
 
@@ -161,8 +163,7 @@ def test_processes_that_disagree_stop_with_both_hashes(tmp_path):
 
 def keep_nothing(runner, rank):
     """Lets discovery fail, which happens in the main process alone."""
-    hook = next(h for h in runner.hooks if type(h).__name__ == 'FisherPruningHook')
-    hook.config['keep'] = ['nothing']
+    hook_of(runner).config['keep'] = ['nothing']
 
 
 def test_failure_of_the_main_process_stops_all(tmp_path):
@@ -175,18 +176,21 @@ def test_failure_of_the_main_process_stops_all(tmp_path):
 
 # -- resuming -----------------------------------------------------------------
 
+ASKED = [143, 143]
+
 
 @pytest.mark.parametrize(
-    ('cut', 'codes'),
+    ('make', 'cut', 'codes'),
     [
-        (Cut('decided', 5), [-9, -9]),
-        pytest.param(Cut('asked', 5), [143, 143], marks=pytest.mark.slow),
+        (tiny_classifier, Cut('decided', 5), [-9, -9]),
+        pytest.param(tiny_classifier, Cut('asked', 5), ASKED, marks=pytest.mark.slow),
+        pytest.param(plain_classifier, Cut('asked', 5), ASKED, marks=pytest.mark.slow),
     ],
-    ids=['killed', 'asked'],
+    ids=['killed', 'asked', 'asked-plain'],
 )
-def test_resumed_processes_end_like_uninterrupted_ones(cut, codes, tmp_path):
+def test_resumed_processes_end_like_uninterrupted_ones(make, cut, codes, tmp_path):
     """With dropout and flips, which draw on each process' own random state."""
-    whole, config = tiny_classifier(tmp_path / 'a'), tiny_classifier(tmp_path / 'b')
+    whole, config = make(tmp_path / 'a'), make(tmp_path / 'b')
     assert train(whole, processes=2) == [0, 0]
     assert train(config, cut=cut, processes=2) == codes
     assert train(config, resume=True, processes=2) == [0, 0]

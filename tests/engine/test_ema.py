@@ -30,10 +30,10 @@ def weights(model):
 def pruned_columns(runner, model):
     """The columns of ``model`` that read pruned units, by weight and dimension."""
     groups, parameters = (
-        pruner_of(runner).grouping.groups,
+        pruner_of(runner).units.grouping.groups,
         dict(model.named_parameters()),
     )
-    kept = np.split(pruner_of(runner).kept, np.cumsum([g.units for g in groups]))
+    kept = np.split(pruner_of(runner).units.kept, np.cumsum([g.units for g in groups]))
     return {
         (m.name, m.dim): parameters[m.name].index_select(
             m.dim, torch.from_numpy(m.index[~own].reshape(-1))
@@ -174,7 +174,7 @@ def test_average_that_starts_later(tmp_path):
     )
     runner.register_hook(Call(after_train_iter=_stop_after(4)), 'LOWEST')
     runner.train()
-    assert (~pruner_of(runner).kept).sum() == 8
+    assert (~pruner_of(runner).units.kept).sum() == 8
     state = averaged(runner).state_dict()
     assert all(torch.equal(t, state[n]) for n, t in runner.model.state_dict().items())
 

@@ -115,7 +115,7 @@ def test_sync_bn_of_one_process_is_batch_norm():
     pruner, found = observed(synchronised, loss, loss)
     for name in expected:
         assert found[name] == pytest.approx(expected[name], rel=1e-9)
-    pruner.units.kept[[0, 5, 20]] = plain.kept[[0, 5, 20]] = False
+    pruner.units.kept[[0, 5, 20]] = plain.units.kept[[0, 5, 20]] = False
     small = pruner.compact()
     assert type(small.bn) is nn.SyncBatchNorm and small.bn.num_features == 3
     with torch.no_grad():

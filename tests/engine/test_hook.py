@@ -7,14 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from support.configs import small_prune_config
 from support.toy_runner import hook_of
 
-from mmgfp.engine.registry import PRUNERS
-from mmgfp.pruner import GroupFisherPruner
 from mmgfp.utils.errors import ConfigError, TraceError
 
 
@@ -115,9 +111,9 @@ def test_resumed_run_continues_from_the_saved_masks(tmp_path):
     second.train()
     after = hook_of(second).pruner
     assert after.iteration == 8
-    assert not (after.kept & ~before.kept).any()
-    assert (before.kept.sum() - after.kept.sum()) == 20
-    assert (~before.kept).sum() == 20
+    assert not (after.units.kept & ~before.units.kept).any()
+    assert (before.units.kept.sum() - after.units.kept.sum()) == 20
+    assert (~before.units.kept).sum() == 20
 
 
 def test_keep_that_matches_nothing_stops_the_run(tmp_path):
@@ -155,27 +151,6 @@ def test_kept_layers_keep_their_shape(tmp_path):
     shapes = {n: p.shape for n, p in runner.model.named_parameters()}
     assert kept and all(compact[n].shape == shapes[n] for n in kept)
     assert any(compact[n].shape != shapes[n] for n in compact)
-
-
-def test_config_can_name_another_algorithm(tmp_path):
-    @PRUNERS.register_module(force=True)
-    class MostImportantFirst(GroupFisherPruner):
-        def step(self, *args):
-            self.importance_seen = True
-            return super().step(*args)
-
-    config = small_prune_config(tmp_path, pruner=dict(type='MostImportantFirst'))
-    config.train_cfg.max_iters = 2
-    runner = Runner.from_cfg(config)
-    runner.train()
-    assert type(hook_of(runner).pruner) is MostImportantFirst
-    assert hook_of(runner).pruner.importance_seen
-
-
-def test_hook_is_found_by_type_and_acts_before_others():
-    hook = HOOKS.build(dict(type='FisherPruningHook'))
-    assert isinstance(hook, Hook)
-    assert hook.priority == 'HIGH'
 
 
 def test_pruned_columns_stay_at_zero_under_momentum(pruning_run):

@@ -24,7 +24,7 @@ from support.toy_runner import Call, hook_of, pruner_of, toy_loader, toy_runner
 
 from mmgfp import FisherPruningHook, GroupFisherPruner, PruneStructure
 from mmgfp.discovery.verify import difference
-from mmgfp.engine.runner_access import check_wrapper
+from mmgfp.engine.runner_access import check_model_wrapper
 from mmgfp.utils.errors import ConfigError
 
 
@@ -64,8 +64,8 @@ def test_run_with_a_loss_scaler_ends_like_a_masked_one(tmp_path):
         runner.train()
         results.append(runner)
     masked, live = map(pruner_of, results)
-    assert masked.kept.tolist() == live.kept.tolist()
-    assert not live.in_model.all()
+    assert masked.units.kept.tolist() == live.units.kept.tolist()
+    assert not live.units.in_model.all()
     scales = [r.optim_wrapper.loss_scaler.get_scale() for r in results]
     assert scales[0] == scales[1] < 2.0**122
 
@@ -88,7 +88,7 @@ def test_averaged_and_validated_run_ends_like_a_masked_one(tmp_path, buffers):
     for key in ('state_dict', 'source_state_dict'):
         for name, tensor in masked[key].items():
             torch.testing.assert_close(tensor, live[key][name], msg=f'{key} {name}')
-    assert not pruner_of(runners[1]).in_model.all()
+    assert not pruner_of(runners[1]).units.in_model.all()
     (hook,) = [h for h in runners[1].hooks if isinstance(h, EMAHook)]
     averaged = hook.ema_model
     kept = averaged.module.state_dict()
@@ -150,9 +150,9 @@ def test_detector_ends_like_a_masked_one(tmp_path):
         runner.train()
         results.append(runner)
     masked, live = (hook_of(r).pruner for r in results)
-    assert masked.kept.tolist() == live.kept.tolist()
-    assert masked.totals == live.totals and masked.reached == live.reached
-    assert live.in_model.sum() < len(live.in_model)
+    assert masked.units.kept.tolist() == live.units.kept.tolist()
+    assert masked.units.totals == live.units.totals and masked.reached == live.reached
+    assert live.units.in_model.sum() < len(live.units.in_model)
     one, two = (p.compact().state_dict() for p in (masked, live))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-4, msg=name)
@@ -204,7 +204,7 @@ def test_killed_run_ends_like_the_whole_one(whole, tmp_path):
     assert train(config, resume=True, cut=Cut('end', 10)) == [-9]
     assert train(config, resume=True) == [0]
     assert_same_end(config, whole)
-    assert 'what went is cut out of the model' in logged(config)
+    assert 'the pruned units are cut out' in logged(config)
 
 
 def test_weights_of_a_cut_model_are_refused_where_the_whole_one_is_meant(
@@ -264,7 +264,7 @@ def test_other_wrappers_are_refused(tmp_path):
     MODEL_WRAPPERS.register_module(module=Wrapper, force=True)
     try:
         runner = toy_runner(tmp_path, hook=dict(compact_interval=2))
-        check_wrapper(runner)
+        check_model_wrapper(runner)
         runner.model = Wrapper(runner.model)
         with pytest.raises(ConfigError, match='model_wrapper_cfg.type: .* got Wrapper'):
             runner.train()

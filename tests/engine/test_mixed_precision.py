@@ -106,7 +106,9 @@ def decisions(folder, **options):
         hooks=[
             Call(
                 before_train_iter=lambda r: scales.append(loss_scale(r.optim_wrapper)),
-                after_train_iter=lambda r: kept.append(pruner_of(r).kept.tolist()),
+                after_train_iter=lambda r: kept.append(
+                    pruner_of(r).units.kept.tolist()
+                ),
             )
         ],
         **options,
@@ -139,7 +141,7 @@ def test_backoff_drops_overflowed_steps_and_goes_on(tmp_path, caplog):
     with caplog.at_level('WARNING', 'mmgfp'):
         kept, scales, runner = decisions(tmp_path, optim=optim, model=model)
     assert scales[:5] == [2.0**n for n in (122, 121, 120, 119, 119)]
-    assert pruner_of(runner).statistics.state_dict()[-2:].tolist() == [3, 0]
+    assert pruner_of(runner).criterion.state_dict()['nonfinite'].tolist() == [3, 0]
     assert sum(kept[-1]) == len(kept[-1]) - 9  # at each of three decisions
     assert 'gradients were not finite in 3 iterations so far' in caplog.text
     assert 'got no gradient' not in caplog.text

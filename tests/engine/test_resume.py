@@ -16,9 +16,11 @@ from support.runs import (
     artifacts,
     assert_same_end,
     logged,
+    plain_classifier,
     tiny_classifier,
     train,
 )
+from support.toy_runner import hook_of
 
 from mmgfp.engine.checkpoints import newest_checkpoint
 from mmgfp.utils.errors import ConfigError, SavingError
@@ -28,9 +30,10 @@ KILLED, ASKED = -9, 143
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-    """A run of the classifier that nothing interrupted."""
-    config = tiny_classifier(tmp_path_factory.mktemp('whole'))
+def whole(request, tmp_path_factory):
+    """A run that nothing interrupted."""
+    make = getattr(request, 'param', tiny_classifier)
+    config = make(tmp_path_factory.mktemp('whole'))
     assert train(config) == [0]
     return config
 
@@ -46,10 +49,14 @@ def interrupted(config, cuts, code=KILLED):
 # -- killed -------------------------------------------------------------------
 
 
-def test_killed_run_ends_like_the_whole_one(whole, tmp_path):
+KINDS = [(tiny_classifier, tiny_classifier), (plain_classifier, plain_classifier)]
+
+
+@pytest.mark.parametrize(('make', 'whole'), KINDS, indirect=['whole'])
+def test_killed_run_ends_like_the_whole_one(make, whole, tmp_path):
     """Once within an iteration, once while a checkpoint is written."""
     cuts = [Cut('backward', 6), Cut('saving', 10)]
-    assert_same_end(interrupted(tiny_classifier(tmp_path), cuts), whole)
+    assert_same_end(interrupted(make(tmp_path), cuts), whole)
 
 
 def ten_points():
@@ -194,7 +201,7 @@ def fill_disk(runner, rank):
         if runner.iter + 1 == 4:
             Path.write_bytes = half
 
-    hook = next(h for h in runner.hooks if type(h).__name__ == 'FisherPruningHook')
+    hook = hook_of(runner)
     prune = hook.after_train_iter
     hook.after_train_iter = lambda *a, **k: (arm(), prune(*a, **k))
 

@@ -13,7 +13,8 @@ from mmgfp.discovery.grouping import build_groups
 from mmgfp.discovery.profile import all_parameters_require_grad, undisturbed
 from mmgfp.discovery.verify import difference, disagreement, random_units
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.model_building import build_model
 from mmgfp.pruner import GroupFisherPruner
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.structure import PruneStructure, shapes_of

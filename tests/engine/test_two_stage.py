@@ -32,7 +32,8 @@ from mmgfp.discovery.verify import (
     random_units,
 )
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.model_building import build_model
 from mmgfp.engine.two_stage import fixed_proposals, rois_per_image
 from mmgfp.selection.costs import CostTable
 from mmgfp.surgery.structure import shapes_of

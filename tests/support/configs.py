@@ -5,7 +5,8 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.model_building import build_model
 from support.tooling import ROOT
 
 PRUNE_CONFIG = ROOT / 'configs/demo/retinanet_r18_fpn_digits_prune.py'

@@ -20,7 +20,8 @@ from mmgfp.discovery.verify import (
     random_units,
 )
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.model_building import build_model
 from mmgfp.groups import Grouping
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 

@@ -181,8 +181,7 @@ def toy_runner(folder, iters=8, batch=2, hooks=(), optim=None, hook=None, **conf
 
 def pruner_of(runner):
     """The pruner of a runner that has trained."""
-    (hook,) = [h for h in runner.hooks if isinstance(h, FisherPruningHook)]
-    return hook.pruner
+    return hook_of(runner).pruner
 
 
 def hook_of(runner):
