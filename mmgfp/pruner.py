@@ -91,7 +91,7 @@ class ChannelPruner:
         self.model = model
         self.schedule = self.config.build_schedule()
         self.criterion: Criterion = self.config.build_criterion()
-        self.checks = ScoreChecks(self.config.interval, self.config.max_nonfinite)
+        self.checks = ScoreChecks(self.config.max_nonfinite)
         self.iteration = 0
         self.reached: tuple[Target, ...] = ()
         self.discovery: Discovery | None = None
@@ -208,7 +208,7 @@ class ChannelPruner:
         """Score all units, select those that go, mask them (paper, algorithm 2)."""
         units, interval = self.units, self.config.interval
         scores = self.criterion.scores(reduce)
-        self.checks.check(scores, units.grouping)
+        self.checks.check(scores, units.grouping, interval)
         costs, ends = (units.totals, units.full), (self.config.targets, self.pending)
         state = (*costs, *ends, scores.values, units.kept)
         point = DecisionPoint(self.iteration, interval, *state)

@@ -17,19 +17,22 @@ class ScoreChecks:
     """Looks at the scores of a run, decision by decision, and warns once of each fault.
 
     Args:
-        interval: Iterations between two decisions.
         max_nonfinite: Iterations in a row with gradients that are not finite, after
             which it is an error.
     """
 
-    def __init__(self, interval: int, max_nonfinite: int) -> None:
-        self._interval = interval
+    def __init__(self, max_nonfinite: int) -> None:
         self._max_nonfinite = max_nonfinite
         self._nonfinite = 0
         self.warned: set[str] = set()
 
-    def check(self, scores: Scores, grouping: Grouping) -> None:
+    def check(self, scores: Scores, grouping: Grouping, interval: int) -> None:
         """Warn of groups without gradients; stop if no iteration counts.
+
+        Args:
+            scores: The scores of all units.
+            grouping: Their groups.
+            interval: Iterations since the last decision.
 
         Raises:
             StatisticsError: If too many iterations in a row had gradients that are not
@@ -54,7 +57,7 @@ class ScoreChecks:
             return  # the reason has been given
         for g in unseen:
             message = (
-                f'group {grouping.groups[g].name} got no gradient in {self._interval} '
+                f'group {grouping.groups[g].name} got no gradient in {interval} '
                 f'iterations and is left alone until it does'
             )
             if message not in self.warned:

@@ -10,8 +10,9 @@ from support.reference import mask_fisher
 from support.toys import ResidualPair, TinyDetector, images, square_loss
 from torch import nn
 
-from mmgfp import GroupFisherPruner
+from mmgfp import GroupFisherPruner, PruningConfig
 from mmgfp.discovery.verify import difference
+from mmgfp.selection.schedules import FixedSchedule
 
 
 def observed(model, loss, forward, **options):
@@ -30,6 +31,12 @@ def observed(model, loss, forward, **options):
 
 def loss(model):
     return square_loss(model(images().double()))
+
+
+def now_prune(pruner, units):
+    """Let a pruner that only watched decide after each iteration."""
+    pruner.config = PruningConfig.of(pruner.config, interval=1)
+    pruner.schedule = FixedSchedule(units)
 
 
 def test_group_of_a_frozen_stage_is_left_alone_and_the_others_count_the_same(caplog):
@@ -51,10 +58,9 @@ def test_group_of_a_frozen_stage_is_left_alone_and_the_others_count_the_same(cap
     assert 'its input needs no gradient, as behind frozen layers' in caplog.text
 
     pruner = pruners[1]
-    pruner.config.interval = 1
+    now_prune(pruner, 20)
     for _ in range(3):
         calls.loss(model).backward()
-        pruner.config.units_per_step = 20
         pruner.step()
     gone = dict(zip(frozen, pruner.units.removed, strict=True))
     assert not any(gone[n] for n in blind) and sum(gone.values()) == 60
@@ -71,7 +77,7 @@ def test_group_with_some_frozen_readers_is_left_alone(caplog):
     pruner, importance = observed(model, loss, loss)
     assert not importance['stem'].any() and importance['conv1'].all()
     assert 'the inputs of conv1 are not counted in some iterations' in caplog.text
-    pruner.config.interval = pruner.config.units_per_step = 1
+    now_prune(pruner, 1)
     for _ in range(2):
         loss(model).backward()
         pruner.step()
@@ -132,7 +138,7 @@ def test_channels_last_changes_no_statistics():
     for name in expected:
         scale = expected[name].max()
         assert found[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-3 * scale)
-    pruner.config.interval = 1
+    now_prune(pruner, 1)
     calls.loss(model).backward()
     pruner.step()
     small = pruner.compact()
