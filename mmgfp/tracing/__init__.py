@@ -7,9 +7,14 @@ from mmgfp.tracing.attention import (
     update_head_counts,
 )
 from mmgfp.tracing.labels import NO_LABEL
-from mmgfp.tracing.row_rules import ROW_RULES, register_row_rule
+from mmgfp.tracing.registry import (
+    LABEL_RULES,
+    ROW_RULES,
+    OpRegistry,
+    register_row_rule,
+    register_rule,
+)
 from mmgfp.tracing.rows import RowUse, judge_rows, watch_rows
-from mmgfp.tracing.rules import RULES, register_rule
 from mmgfp.tracing.tracer import Trace, trace_loss
 from mmgfp.tracing.value import Context, LayerCall, Value
 from mmgfp.tracing.widths import watch_widths, width_attributes
@@ -18,7 +23,8 @@ __all__ = [
     'ATTENTION_SPECS',
     'NO_LABEL',
     'ROW_RULES',
-    'RULES',
+    'LABEL_RULES',
+    'OpRegistry',
     'RowUse',
     'Context',
     'AttentionSpec',

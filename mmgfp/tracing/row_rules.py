@@ -8,88 +8,22 @@ one function decorated with `register_row_rule`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from mmgfp.tracing.registry import register_row_rule
+from mmgfp.tracing.row_values import Aside, Lost, Rows, RowState
+from mmgfp.tracing.rules.arithmetic import BATCH_NORM_OPS, ROI_POOL_OPS
 from mmgfp.tracing.rules.layers import LAYER_OPS
+from mmgfp.tracing.rules.reductions import REDUCTION_OPS
 from mmgfp.tracing.value import Context
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Images that the rows R of a tensor belong to.
-
-    Attributes:
-        images: Number of images N.
-        index: Number of each row's image, (R,), -1 for none; or None where the rows
-            are the images, in order.
-        pooled: The rows are RoIs, or were made from RoIs.
-    """
-
-    images: int
-    index: Tensor | None = None
-    pooled: bool = False
-
-    def __len__(self) -> int:
-        return self.images if self.index is None else len(self.index)
-
-    def moved(self, index: Tensor) -> Rows:
-        """Other rows of the same images."""
-        return replace(self, index=index)
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Rows that cannot be told to images, and why."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Aside(Lost):
-    """Rows along another dimension than the first; few ops can follow them there.
-
-    Attributes:
-        rows: The rows.
-        dim: The dimension along which they lie.
-    """
-
-    rows: Rows
-    dim: int
-
-
-#: Ops that may bring such rows back, as when attention tells q, k and v apart. All
+#: Ops that may bring `Aside` rows back, as when attention tells q, k and v apart. All
 #: others are given them as lost.
 ASIDE_OPS = ('Permute', 'Transpose', 'T', 'Select', 'Unbind')
-
-#: None where a tensor holds no rows of images, such as a parameter.
-Found = Rows | Lost | None
-RowRule = Callable[[Context, Sequence[Found]], 'Found | list[Found]']
-
-ROW_RULES: dict[str, RowRule] = {}
-
-
-def register_row_rule(*ops: str) -> Callable[[RowRule], RowRule]:
-    """Register a function as the row rule of ``ops``.
-
-    Args:
-        ops: Names of autograd nodes without ``Backward`` and digits.
-
-    Raises:
-        KeyError: An op has a rule already.
-    """
-
-    def register(rule: RowRule) -> RowRule:
-        for op in ops:
-            if op in ROW_RULES:
-                raise KeyError(f'op {op!r} has a row rule already; change that one')
-            ROW_RULES[op] = rule
-        return rule
-
-    return register
 
 
 def _dense(ctx: Context, rows: Rows) -> Tensor:
@@ -99,7 +33,7 @@ def _dense(ctx: Context, rows: Rows) -> Tensor:
     return torch.arange(rows.images, device=ctx.node._input_metadata[0].device)
 
 
-def same(ctx: Context, operands: Sequence[Found]) -> Found:
+def same(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Rows keep their places, as in all ops that do not say otherwise."""
     found = [o for o in operands if o is not None]
     if not found:
@@ -131,11 +65,8 @@ def _dims(ctx: Context, *names: str) -> tuple[int, ...]:
     return ctx.signed_dims(dims, len(node._input_metadata[output].shape))
 
 
-@register_row_rule(
-    *LAYER_OPS, 'NativeBatchNorm', 'CudnnBatchNorm', 'MiopenBatchNorm',
-    'SyncBatchNorm', 'SyncBatchNormFunction', 'NativeGroupNorm', 'NativeLayerNorm',
-)  # fmt: skip
-def layer(ctx: Context, operands: Sequence[Found]) -> Found:
+@register_row_rule(*LAYER_OPS, *BATCH_NORM_OPS, 'NativeGroupNorm', 'NativeLayerNorm')
+def layer(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Only the activation has rows; one that needs no gradient is taken for images."""
     position = LAYER_OPS.get(ctx.op, (0,))[0]
     if ctx.node.next_functions[position][0] is not None:
@@ -145,10 +76,8 @@ def layer(ctx: Context, operands: Sequence[Found]) -> Found:
     return Rows(_count(ctx))
 
 
-@register_row_rule(
-    'RoIAlignFunction', 'RoIPoolFunction', 'ROIAlignFunction', 'ROIPoolFunction'
-)
-def pool(ctx: Context, operands: Sequence[Found]) -> Found:
+@register_row_rule(*ROI_POOL_OPS)
+def pool(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """The first column of the RoIs (R, 5) is the row of the features it lies in."""
     features = operands[0]
     if not isinstance(features, Rows):
@@ -162,13 +91,13 @@ def pool(ctx: Context, operands: Sequence[Found]) -> Found:
 
 
 @register_row_rule('CheckpointFunction')
-def checkpoint(ctx: Context, operands: Sequence[Found]) -> Found:
+def checkpoint(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Its graph is made in backward; till then nobody knows what became of rows."""
     return Lost('rows may be moved in a checkpointed part that it comes from')
 
 
 @register_row_rule('View', 'UnsafeView', 'ReshapeAlias', 'Squeeze', 'Unsqueeze')
-def view(ctx: Context, operands: Sequence[Found]) -> Found:
+def view(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """A row is cut into equal parts, or parts of one image are joined."""
     (rows,) = operands
     if not isinstance(rows, Rows) or len(rows) == _count(ctx):
@@ -185,7 +114,7 @@ def view(ctx: Context, operands: Sequence[Found]) -> Found:
 
 
 @register_row_rule('Permute', 'Transpose', 'T')
-def permute(ctx: Context, operands: Sequence[Found]) -> Found:
+def permute(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Rows must stay the first dimension, or get back there."""
     (found,) = operands
     rows, dim = (found.rows, found.dim) if isinstance(found, Aside) else (found, 0)
@@ -201,7 +130,7 @@ def permute(ctx: Context, operands: Sequence[Found]) -> Found:
 
 
 @register_row_rule('Index', 'IndexSelect', 'Slice', 'Flip', 'Repeat')
-def pick(ctx: Context, operands: Sequence[Found]) -> Found:
+def pick(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """The op is done to the numbers of the images."""
     rows = operands[0]
     if not isinstance(rows, Rows):
@@ -242,7 +171,7 @@ def _at(index: Tensor, chosen: Tensor) -> Tensor:
 
 
 @register_row_rule('IndexPut', 'IndexPutImpl')
-def put(ctx: Context, operands: Sequence[Found]) -> Found:
+def put(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """``x[chosen] = values``, as when RoIs are pooled level by level."""
     base, values = operands[:2]
     chosen = ctx.node._saved_indices[0]
@@ -267,7 +196,7 @@ def put(ctx: Context, operands: Sequence[Found]) -> Found:
 
 
 @register_row_rule('Cat')
-def cat(ctx: Context, operands: Sequence[Found]) -> Found:
+def cat(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Rows may be concatenated."""
     if _dims(ctx, 'dim') != (0,):
         return same(ctx, operands)
@@ -279,7 +208,7 @@ def cat(ctx: Context, operands: Sequence[Found]) -> Found:
 
 
 @register_row_rule('Split', 'SplitWithSizes')
-def split(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
+def split(ctx: Context, operands: Sequence[RowState]) -> RowState | list[RowState]:
     """Rows may be dealt out to several results."""
     (rows,) = operands
     if _dims(ctx, 'dim') != (0,) or not isinstance(rows, Rows):
@@ -289,7 +218,7 @@ def split(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
 
 
 @register_row_rule('Select', 'Unbind')
-def single(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
+def single(ctx: Context, operands: Sequence[RowState]) -> RowState | list[RowState]:
     """One row without its dimension: what comes first then is all of one image."""
     rows = operands[0]
     if isinstance(rows, Aside):
@@ -310,7 +239,7 @@ def single(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
 
 
 @register_row_rule('Stack')
-def stack(ctx: Context, operands: Sequence[Found]) -> Found:
+def stack(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Tensors that are all of one image become rows."""
     if _dims(ctx, 'dim') != (0,):
         return same(ctx, operands)
@@ -326,23 +255,20 @@ def stack(ctx: Context, operands: Sequence[Found]) -> Found:
     'ScatterReduce', 'IndexAdd', 'Cumsum', 'Cumprod', 'Cummax', 'Cummin', 'Softmax',
     'LogSoftmax', 'SafeSoftmax', 'Kthvalue',
 )  # fmt: skip
-def along(ctx: Context, operands: Sequence[Found]) -> Found:
+def along(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Rows are lost where the op works along them."""
     return _unless(_dims(ctx, 'dim') == (0,), ctx, operands)
 
 
 @register_row_rule('Roll', 'AsStrided', 'Unfold', 'MaskedSelect')
-def shift(ctx: Context, operands: Sequence[Found]) -> Found:
+def shift(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Rows are lost where they are shifted or interleaved."""
     dims = _dims(ctx, 'dims')
     return _unless(not dims or 0 in dims, ctx, operands)
 
 
-@register_row_rule(
-    'Sum', 'Mean', 'Amax', 'Amin', 'Max', 'Min', 'Std', 'Var', 'LinalgVectorNorm',
-    'Norm', 'Logsumexp', 'Prod', 'VarMean', 'StdMean',
-)  # fmt: skip
-def reduce(ctx: Context, operands: Sequence[Found]) -> Found:
+@register_row_rule(*REDUCTION_OPS)
+def reduce(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """What is reduced over the rows belongs to no single image."""
     dims = _dims(ctx, 'dim')
     if not dims or 0 in dims:
@@ -350,7 +276,7 @@ def reduce(ctx: Context, operands: Sequence[Found]) -> Found:
     return same(ctx, operands[:1])
 
 
-def _unless(moved: bool, ctx: Context, operands: Sequence[Found]) -> Found:
+def _unless(moved: bool, ctx: Context, operands: Sequence[RowState]) -> RowState:
     found = [o for o in operands if o is not None]
     if not moved or not found:
         return same(ctx, operands)

@@ -16,15 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mmgfp.tracing.labels import LabelTable
-from mmgfp.tracing.row_rules import (
-    ASIDE_OPS,
-    ROW_RULES,
-    Aside,
-    Found,
-    Lost,
-    Rows,
-    same,
-)
+from mmgfp.tracing.registry import ROW_RULES
+from mmgfp.tracing.row_rules import ASIDE_OPS, same
+from mmgfp.tracing.row_values import Aside, Lost, Rows, RowState
 from mmgfp.tracing.value import Context, op_name
 
 #: The key under which autograd nodes remember what was found.
@@ -47,7 +41,7 @@ def rows_of(x: Tensor) -> Rows | Lost:
     return Lost('its input depends on no image') if found is None else found
 
 
-def _follow(root: Any, output: int) -> Found:
+def _follow(root: Any, output: int) -> RowState:
     for node in _unknown_below(root):
         operands = [_known(edge) for edge in node.next_functions]
         shapes = [tuple(m.shape) for m in node._input_metadata]
@@ -113,7 +107,7 @@ def _counts(node: Any, output: int) -> bool:
     )
 
 
-def _known(edge: tuple[Any, int]) -> Found:
+def _known(edge: tuple[Any, int]) -> RowState:
     node, output = edge
     if hasattr(node, 'variable'):
         leaf = node.variable
@@ -131,7 +125,7 @@ class LayerCalls:
         first: Whether the layer read a tensor that no other layer made.
     """
 
-    rows: list[Found] = field(default_factory=list)
+    rows: list[RowState] = field(default_factory=list)
     first: list[bool] = field(default_factory=list)
 
 

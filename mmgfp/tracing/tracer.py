@@ -12,7 +12,7 @@ from mmgfp.tracing.attention import attention_owners
 from mmgfp.tracing.averaged_copies import averaged_copy_tensors, couple_averaged_copies
 from mmgfp.tracing.graph import Graph, Node, read_graph
 from mmgfp.tracing.labels import LabelTable
-from mmgfp.tracing.rules import RULES
+from mmgfp.tracing.rules import LABEL_RULES
 from mmgfp.tracing.value import Context, LayerCall, Value, op_name
 from mmgfp.tracing.widths import Outputs, width_labels
 from mmgfp.utils.errors import TraceError
@@ -136,7 +136,7 @@ class _Tracer:
             self.narrowed,
             self.heads,
         )
-        rule = RULES.get(op_name(node))
+        rule = LABEL_RULES.get(op_name(node))
         if rule is None:
             self._freeze_unknown(op_name(node), operands)
             return [Value(s) for s in shapes]

@@ -153,7 +153,7 @@ def test_heads_of_an_unknown_module_stay():
     )
 
 
-def test_a_kind_can_be_added(monkeypatch):
+def test_a_spec_can_be_added(monkeypatch):
     class Renamed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -166,8 +166,9 @@ def test_a_kind_can_be_added(monkeypatch):
             return self.proj(x.flatten(2))
 
     assert grouped(net_of(Renamed)).groups == ()
-    kind = AttentionSpec(('to_qkv', 'proj'), 'size', ('num_heads',))
-    monkeypatch.setattr('mmgfp.tracing.attention.HEAD_KINDS', [*ATTENTION_SPECS, kind])
+    spec = AttentionSpec(('to_qkv', 'proj'), 'size', ('num_heads',))
+    specs = [*ATTENTION_SPECS, spec]
+    monkeypatch.setattr('mmgfp.tracing.attention.ATTENTION_SPECS', specs)
     net = net_of(Renamed)
     (group,) = grouped(net).groups
     assert group.units == HEADS

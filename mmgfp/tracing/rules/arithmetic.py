@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from mmgfp.tracing.labels import varying
-from mmgfp.tracing.rules.registry import Operands, register_rule
+from mmgfp.tracing.registry import Operands, register_rule
 from mmgfp.tracing.value import Context, Value, fill_unlabelled
 
-
-def _first(operands: Operands) -> Value | None:
-    return next((v for v in operands if v is not None), None)
+#: Ops that pool RoIs from features, of mmcv and of torchvision.
+ROI_POOL_OPS = (
+    'RoIAlignFunction', 'RoIPoolFunction', 'ROIAlignFunction', 'ROIPoolFunction',
+)  # fmt: skip
+#: Batch norms of torch, and mmcv's synchronised one.
+BATCH_NORM_OPS = (
+    'NativeBatchNorm', 'CudnnBatchNorm', 'MiopenBatchNorm', 'SyncBatchNorm',
+    'SyncBatchNormFunction',
+)  # fmt: skip
 
 
 def _align(plane: Tensor, rank: int) -> Tensor:
@@ -86,10 +92,7 @@ def resample(ctx: Context, operands: Operands) -> Value:
     return _resampled(ctx, operands[0], mixed_from=2)
 
 
-@register_rule(
-    'RoIAlignFunction', 'RoIPoolFunction',  # mmcv
-    'ROIAlignFunction', 'ROIPoolFunction',  # torchvision
-)  # fmt: skip
+@register_rule(*ROI_POOL_OPS)
 def roi_pool(ctx: Context, operands: Operands) -> Value:
     """Channels pass; images become RoIs."""
     return _resampled(ctx, operands[0], mixed_from=2, mixed_batch=True)
@@ -109,10 +112,7 @@ def _resampled(
     )
 
 
-@register_rule(
-    'NativeBatchNorm', 'CudnnBatchNorm', 'MiopenBatchNorm',
-    'SyncBatchNorm', 'SyncBatchNormFunction',  # torch, mmcv
-)  # fmt: skip
+@register_rule(*BATCH_NORM_OPS)
 def batch_norm(ctx: Context, operands: Operands) -> Value:
     """Channels pass and take weight, bias and running statistics with them."""
     return _normalised(ctx, operands, groups=None)

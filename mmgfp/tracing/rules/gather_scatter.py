@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmgfp.tracing.labels import varying
-from mmgfp.tracing.rules.registry import Operands, register_rule
+from mmgfp.tracing.registry import Operands, register_rule
 from mmgfp.tracing.value import Context, Value
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmgfp.tracing.labels import NO_LABEL, varying
-from mmgfp.tracing.rules.registry import Operands, register_rule
+from mmgfp.tracing.registry import Operands, register_rule
 from mmgfp.tracing.value import Context, LayerCall, Value
 
 #: Ops through which a parameter makes a layer, and where their factors stand.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from mmgfp.tracing.rules.registry import Operands, register_rule
+from mmgfp.tracing.registry import Operands, register_rule
 from mmgfp.tracing.value import Context, Value
 
-
-@register_rule(
+#: Ops that reduce the dimensions that their node saved, or all where it saved none.
+REDUCTION_OPS = (
     'Sum', 'Mean', 'Amax', 'Amin', 'Max', 'Min', 'Std', 'Var', 'LinalgVectorNorm',
     'Norm', 'Logsumexp', 'Prod', 'VarMean', 'StdMean',
 )  # fmt: skip
+
+
+@register_rule(*REDUCTION_OPS)
 def reduce(ctx: Context, operands: Operands) -> list[Value]:
     """Dimensions that carry labels cannot be reduced; the others vanish."""
     value = operands[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmgfp.tracing.labels import NO_LABEL, relax, varying
-from mmgfp.tracing.rules.registry import Operands, register_rule
+from mmgfp.tracing.registry import Operands, register_rule
 from mmgfp.tracing.value import Context, Shape, Value, blocks, reshape_plane
 
 
