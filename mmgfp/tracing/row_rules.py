@@ -27,7 +27,7 @@ ASIDE_OPS = ('Permute', 'Transpose', 'T', 'Select', 'Unbind')
 
 
 def _dense(ctx: Context, rows: Rows) -> Tensor:
-    """The image of each row, (R,), written out."""
+    """Return the image of each row, (R,), where `Rows.index` may be None."""
     if rows.index is not None:
         return rows.index
     return torch.arange(rows.images, device=ctx.node._input_metadata[0].device)
@@ -35,12 +35,12 @@ def _dense(ctx: Context, rows: Rows) -> Tensor:
 
 def same(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Rows keep their places, as in all ops that do not say otherwise."""
-    found = [o for o in operands if o is not None]
-    if not found:
+    states = [o for o in operands if o is not None]
+    if not states:
         return None
-    fitting = [o for o in found if isinstance(o, Rows) and len(o) == _count(ctx)]
+    fitting = [o for o in states if isinstance(o, Rows) and len(o) == _count(ctx)]
     if not fitting:
-        lost = [o for o in found if isinstance(o, Lost)]
+        lost = [o for o in states if isinstance(o, Lost)]
         return lost[0] if lost else Lost(f'rows are joined or split by {ctx.op}')
     first = next((o for o in fitting if o.index is not None), fitting[0])
     for other in fitting:
@@ -52,11 +52,12 @@ def same(ctx: Context, operands: Sequence[RowState]) -> RowState:
 
 
 def _count(ctx: Context) -> int:
+    """Return the number of rows of the first result; -1 for a scalar."""
     return ctx.shape[0] if ctx.shape else -1
 
 
 def _dims(ctx: Context, *names: str) -> tuple[int, ...]:
-    """Saved dimensions of the first operand, counted from the front."""
+    """Return saved dimensions of the first operand, counted from the front."""
     dims: list[int] = []
     for name in names:
         value = getattr(ctx.node, f'_saved_{name}', None)
@@ -67,7 +68,7 @@ def _dims(ctx: Context, *names: str) -> tuple[int, ...]:
 
 @register_row_rule(*LAYER_OPS, *BATCH_NORM_OPS, 'NativeGroupNorm', 'NativeLayerNorm')
 def layer(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """Only the activation has rows; one that needs no gradient is taken for images."""
+    """Hand on the activation's rows; one that needs no gradient is taken for images."""
     position = LAYER_OPS.get(ctx.op, (0,))[0]
     if ctx.node.next_functions[position][0] is not None:
         return same(ctx, [operands[position]])
@@ -78,7 +79,7 @@ def layer(ctx: Context, operands: Sequence[RowState]) -> RowState:
 
 @register_row_rule(*ROI_POOL_OPS)
 def pool(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """The first column of the RoIs (R, 5) is the row of the features it lies in."""
+    """Read the row of the features off each RoI; it is the first column of (R, 5)."""
     features = operands[0]
     if not isinstance(features, Rows):
         return features
@@ -92,13 +93,13 @@ def pool(ctx: Context, operands: Sequence[RowState]) -> RowState:
 
 @register_row_rule('CheckpointFunction')
 def checkpoint(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """Its graph is made in backward; till then nobody knows what became of rows."""
+    """Lose rows, since the graph that moved them is built in backward only."""
     return Lost('rows may be moved in a checkpointed part that it comes from')
 
 
 @register_row_rule('View', 'UnsafeView', 'ReshapeAlias', 'Squeeze', 'Unsqueeze')
 def view(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """A row is cut into equal parts, or parts of one image are joined."""
+    """Cut rows into equal parts, or join parts of one image."""
     (rows,) = operands
     if not isinstance(rows, Rows) or len(rows) == _count(ctx):
         return rows
@@ -115,23 +116,23 @@ def view(ctx: Context, operands: Sequence[RowState]) -> RowState:
 
 @register_row_rule('Permute', 'Transpose', 'T')
 def permute(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """Rows must stay the first dimension, or get back there."""
-    (found,) = operands
-    rows, dim = (found.rows, found.dim) if isinstance(found, Aside) else (found, 0)
+    """Follow rows to another dimension, and back."""
+    (state,) = operands
+    rows, dim = (state.rows, state.dim) if isinstance(state, Aside) else (state, 0)
     if not isinstance(rows, Rows):
-        return found
+        return state
     if ctx.op == 'Permute':
         dim = _dims(ctx, 'dims').index(dim)
     else:
         swapped = (0, 1) if ctx.op == 'T' else _dims(ctx, 'dim0', 'dim1')
         dim = swapped[1 - swapped.index(dim)] if dim in swapped else dim
-    back = same(ctx, [rows]) if dim == 0 else _unless(True, ctx, [rows])
-    return Aside(back.reason, rows, dim) if isinstance(back, Lost) else back
+    result = same(ctx, [rows]) if dim == 0 else _unless(True, ctx, [rows])
+    return Aside(result.reason, rows, dim) if isinstance(result, Lost) else result
 
 
 @register_row_rule('Index', 'IndexSelect', 'Slice', 'Flip', 'Repeat')
 def pick(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """The op is done to the numbers of the images."""
+    """Do to the numbers of the images what the op does to the rows."""
     rows = operands[0]
     if not isinstance(rows, Rows):
         return rows
@@ -144,7 +145,7 @@ def pick(ctx: Context, operands: Sequence[RowState]) -> RowState:
 
 
 def _picked(ctx: Context, index: Tensor) -> Tensor | None:
-    """What the op does to the first dimension; None if nothing."""
+    """Return ``index`` after the op; None if it leaves the first dimension alone."""
     if ctx.op == 'Index':
         chosen = ctx.node._saved_indices[0]
         if chosen is None:
@@ -164,7 +165,7 @@ def _picked(ctx: Context, index: Tensor) -> Tensor | None:
 
 
 def _at(index: Tensor, chosen: Tensor) -> Tensor:
-    """``index[chosen]``; a mask of several dimensions leaves nothing."""
+    """Return ``index[chosen]``; nothing for a mask of several dimensions."""
     if chosen.dtype in (torch.bool, torch.uint8):
         return index[chosen.bool()] if chosen.dim() == 1 else index[:0]
     return index[chosen]
@@ -172,7 +173,7 @@ def _at(index: Tensor, chosen: Tensor) -> Tensor:
 
 @register_row_rule('IndexPut', 'IndexPutImpl')
 def put(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """``x[chosen] = values``, as when RoIs are pooled level by level."""
+    """Assign rows, ``x[chosen] = values``, as when RoIs are pooled level by level."""
     base, values = operands[:2]
     chosen = ctx.node._saved_indices[0]
     if chosen is None or values is None or isinstance(base, Lost):
@@ -197,7 +198,7 @@ def put(ctx: Context, operands: Sequence[RowState]) -> RowState:
 
 @register_row_rule('Cat')
 def cat(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """Rows may be concatenated."""
+    """Concatenate rows of the same images."""
     if _dims(ctx, 'dim') != (0,):
         return same(ctx, operands)
     parts = [o for o in operands if isinstance(o, Rows)]
@@ -209,7 +210,7 @@ def cat(ctx: Context, operands: Sequence[RowState]) -> RowState:
 
 @register_row_rule('Split', 'SplitWithSizes')
 def split(ctx: Context, operands: Sequence[RowState]) -> RowState | list[RowState]:
-    """Rows may be dealt out to several results."""
+    """Deal out rows to several results."""
     (rows,) = operands
     if _dims(ctx, 'dim') != (0,) or not isinstance(rows, Rows):
         return same(ctx, operands)
@@ -219,14 +220,14 @@ def split(ctx: Context, operands: Sequence[RowState]) -> RowState | list[RowStat
 
 @register_row_rule('Select', 'Unbind')
 def single(ctx: Context, operands: Sequence[RowState]) -> RowState | list[RowState]:
-    """One row without its dimension: what comes first then is all of one image."""
+    """Take one row; all rows of the result are then of its image."""
     rows = operands[0]
     if isinstance(rows, Aside):
         (dim,) = _dims(ctx, 'dim')
         if dim == rows.dim:
             return Lost(rows.reason)
-        left = rows.dim - (dim < rows.dim)
-        return replace(rows, dim=left) if left else rows.rows
+        new_dim = rows.dim - (dim < rows.dim)
+        return replace(rows, dim=new_dim) if new_dim else rows.rows
     if _dims(ctx, 'dim') != (0,) or not isinstance(rows, Rows):
         return same(ctx, operands)
     index = _dense(ctx, rows)
@@ -240,7 +241,7 @@ def single(ctx: Context, operands: Sequence[RowState]) -> RowState | list[RowSta
 
 @register_row_rule('Stack')
 def stack(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """Tensors that are all of one image become rows."""
+    """Make one row of each tensor, if all of it is of one image."""
     if _dims(ctx, 'dim') != (0,):
         return same(ctx, operands)
     parts = [o for o in operands if isinstance(o, Rows)]
@@ -256,20 +257,20 @@ def stack(ctx: Context, operands: Sequence[RowState]) -> RowState:
     'LogSoftmax', 'SafeSoftmax', 'Kthvalue',
 )  # fmt: skip
 def along(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """Rows are lost where the op works along them."""
+    """Lose rows where the op works along them."""
     return _unless(_dims(ctx, 'dim') == (0,), ctx, operands)
 
 
 @register_row_rule('Roll', 'AsStrided', 'Unfold', 'MaskedSelect')
 def shift(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """Rows are lost where they are shifted or interleaved."""
+    """Lose rows where they are shifted or interleaved."""
     dims = _dims(ctx, 'dims')
     return _unless(not dims or 0 in dims, ctx, operands)
 
 
 @register_row_rule(*REDUCTION_OPS)
 def reduce(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """What is reduced over the rows belongs to no single image."""
+    """Keep rows unless they are reduced: the result is of no single image then."""
     dims = _dims(ctx, 'dim')
     if not dims or 0 in dims:
         return None
@@ -277,11 +278,12 @@ def reduce(ctx: Context, operands: Sequence[RowState]) -> RowState:
 
 
 def _unless(moved: bool, ctx: Context, operands: Sequence[RowState]) -> RowState:
-    found = [o for o in operands if o is not None]
-    if not moved or not found:
+    """Keep rows unless they were ``moved``, or are all of one image in any case."""
+    states = [o for o in operands if o is not None]
+    if not moved or not states:
         return same(ctx, operands)
-    rows = found[0]
-    if len(found) == 1 and isinstance(rows, Rows):
+    rows = states[0]
+    if len(states) == 1 and isinstance(rows, Rows):
         index = _dense(ctx, rows)
         if _of_one_image(index):  # whichever way they went
             return rows.moved(index[:1].expand(_count(ctx)))

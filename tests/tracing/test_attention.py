@@ -148,7 +148,7 @@ def test_heads_of_an_unknown_module_stay():
     reasons = {f.layer: f.reason for f in grouping.frozen}
     assert grouping.groups == ()
     assert reasons['attn.qkv'] == (
-        'in heads, for whose count in UncountedAttention there is no HeadKind, '
+        'in attention heads of UncountedAttention, which has no AttentionSpec, '
         'multiplied with an activation by ScaledDotProductFlashAttentionForCpu'
     )
 
@@ -305,7 +305,7 @@ def test_heads_stay_where_code_reads_the_width_off_its_input(module):
     if module == 'BEiTAttention':
         cfg.model.pop('neck')
     found = traced(cfg, 64 if module == 'WindowMSA' else 32)
-    assert f'for whose count in {module} there is no HeadKind' in found.reason(layer)
+    assert f'heads of {module}, which has no AttentionSpec' in found.reason(layer)
 
 
 @pytest.mark.parametrize('eager', [True, False])

@@ -48,10 +48,11 @@ def split(ctx: Context, operands: Operands) -> list[Value]:
     sizes = [shape[dim] for shape in ctx.out_shapes]
     parts: list[list[Tensor]] = [[] for _ in sizes]
     for plane in value.planes:
-        own = [_take(plane, dim, i) for i in torch.arange(sum(sizes)).split(sizes)]
+        indices = torch.arange(sum(sizes)).split(sizes)
+        cut = [_take(plane, dim, index) for index in indices]
         if dim in varying(plane) and len(set(sizes)) == 1:
-            ctx.merge(torch.stack(own), 0)
-        for planes, part in zip(parts, own, strict=True):
+            ctx.merge(torch.stack(cut), 0)
+        for planes, part in zip(parts, cut, strict=True):
             planes.append(part)
     return [
         ctx.value(planes, like=value, shape=shape)
@@ -83,5 +84,5 @@ def index_select(ctx: Context, operands: Operands) -> Value:
 
 
 def _take(plane: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Index one dimension, unless the labels do not depend on it."""
+    """Take elements along one dimension, unless the labels do not depend on it."""
     return plane if plane.shape[dim] == 1 else plane.index_select(dim, index)
