@@ -38,8 +38,7 @@ class _Components:
     """Connected sets of labels.
 
     Attributes:
-        of_label: The component of each label. One more entry, the last, is -1: that is
-            where `NO_LABEL` points to.
+        of_label: The component of each label, and -1 at the end, for `NO_LABEL`.
         prunable: Whether a component may go, shape (components,).
         reasons: Why components stay that something freezes.
     """
@@ -100,7 +99,7 @@ def build_groups(
         trace.table.freeze(labels, reason)
     components = _find_components(trace)
     groups, unit_of = _collect(trace, components)
-    # A shared layer is called several times; its first call says what it reads.
+    # The first call of a shared layer comes last, and stands.
     inputs = {
         call.weight: unit_of[components.of_label[call.inputs.numpy()]]
         for call in reversed(trace.calls)
@@ -201,6 +200,7 @@ def _collect(
     count = 0
     for shared, units in alike.items():
         dimensions = [dimension for dimension, _ in shared]
+        # Units are numbered in the order of the channels that come first.
         first_entries = {c: int(entries[dimensions[0]][c][0]) for c in units}
         units.sort(key=first_entries.__getitem__)
         members = tuple(
@@ -243,7 +243,7 @@ def _labelled_dimensions(
         yield dimension, components.of_label[labels.numpy()]
     for name, vectors in trace.widths.items():
         first, *others = (components.of_label[v.numpy()] for v in vectors)
-        # Tensors that may come to differ in width have no width in common.
+        # Tensors whose widths may come to differ have none that one attribute counts.
         if all(np.array_equal(first, other) for other in others):
             yield (name, 0), first
 
@@ -253,8 +253,7 @@ def _roles(trace: Trace) -> dict[Dimension, Role]:
     produced, consumed = trace.table.produced(), trace.table.consumed()
     roles: dict[Dimension, Role] = {}
     for dimension, labels in trace.table.vectors.items():
-        first = int(labels[0])
-        is_output, is_input = produced[first], consumed[first]
+        is_output, is_input = produced[int(labels[0])], consumed[int(labels[0])]
         roles[dimension] = 'out' if is_output else 'in' if is_input else 'with'
     return roles
 

@@ -77,6 +77,7 @@ def couple_averaged_copies(table: LabelTable, copies: dict[str, list[str]]) -> N
     """
     is_produced, is_consumed = table.produced(), table.consumed()
     outputs, inputs = [], []
+    # A list, since the loop adds the copies' vectors.
     for (name, dim), original in list(table.vectors.items()):
         for copy in copies.get(name, ()):
             labels: Tensor = table.vector(copy, dim, len(original))
@@ -87,6 +88,7 @@ def couple_averaged_copies(table: LabelTable, copies: dict[str, list[str]]) -> N
             if is_consumed[original.numpy()].all():
                 table.consume(labels)
                 inputs.append(labels.numpy())
+    # Channels that no layer inside of any copy reads are outputs of a copy.
     components = table.components()
     inside = components[np.concatenate([np.empty(0, dtype=int), *inputs])]
     for labels in outputs:

@@ -43,6 +43,7 @@ def same(ctx: Context, operands: Sequence[RowState]) -> RowState:
         lost = [o for o in states if isinstance(o, Lost)]
         return lost[0] if lost else Lost(f'rows are joined or split by {ctx.op}')
     first = next((o for o in fitting if o.index is not None), fitting[0])
+    # As many rows need not be the same rows: as many RoIs as images, for one.
     for other in fitting:
         if other.index is not first.index and not torch.equal(
             _dense(ctx, first), _dense(ctx, other)
@@ -105,6 +106,7 @@ def view(ctx: Context, operands: Sequence[RowState]) -> RowState:
         return rows
     before, after = len(rows), _count(ctx)
     index = _dense(ctx, rows)
+    # A view keeps elements in order, so that parts of a row stay side by side.
     if before and after % before == 0:
         return rows.moved(index.repeat_interleave(after // before))
     if after > 0 and before % after == 0:
@@ -180,7 +182,7 @@ def put(ctx: Context, operands: Sequence[RowState]) -> RowState:
         return same(ctx, operands[:2])
     if isinstance(values, Lost):
         return values
-    if base is None:
+    if base is None:  # a constant, such as zeros for all RoIs
         index = torch.full((_count(ctx),), -1, device=_dense(ctx, values).device)
     else:
         index = _dense(ctx, base).clone()
@@ -230,7 +232,7 @@ def single(ctx: Context, operands: Sequence[RowState]) -> RowState | list[RowSta
         return replace(rows, dim=new_dim) if new_dim else rows.rows
     if _dims(ctx, 'dim') != (0,) or not isinstance(rows, Rows):
         return same(ctx, operands)
-    index = _dense(ctx, rows)
+    index = _dense(ctx, rows)  # one result for each row, except with Select
     if ctx.op == 'Select':
         index = index[ctx.saved('index')].reshape(1)
     return [

@@ -79,6 +79,7 @@ def trace_loss(
     graph = read_graph(loss, unused)
     trace = _Tracer(model, strict).run(graph, widths or {})
     narrowed = _inseparable(trace)
+    # Labels are only ever equated, never told apart again: hence a second pass.
     if not narrowed:
         return trace
     return _Tracer(model, strict, narrowed).run(graph, widths or {})
@@ -114,6 +115,7 @@ class _Tracer:
         self.narrowed = narrowed
         self.attention_owners = attention_owners(model)
         self.parameters = {id(p): n for n, p in model.named_parameters()}
+        # Buffers are not in the graph; tensors that nodes saved share their memory.
         self.buffers = {b.data_ptr(): n for n, b in model.named_buffers() if b.numel()}
         self.shapes = {n: tuple(t.shape) for n, t in _tensors(model).items()}
 
@@ -166,6 +168,8 @@ class _Tracer:
             return Value(shape)
         planes = []
         for dim, size in enumerate(shape):
+            # A plane of size 1 would say that labels do not depend on the dimension;
+            # a single channel could not go anyway.
             if size > 1:
                 vector = self.table.vector(name, dim, size)
                 planes.append(

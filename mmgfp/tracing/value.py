@@ -107,6 +107,7 @@ class Context:
         """Return a result of this op; freeze planes that shrank to a single label."""
         passed = []
         for plane in planes:
+            # A single label looks like a dimension that labels do not depend on.
             if varying(plane):
                 passed.append(plane)
             else:
@@ -208,6 +209,7 @@ def blocks(source: Shape, target: Shape) -> list[tuple[range, range]]:
     runs = []
     i = j = 0
     while i < len(source) or j < len(target):
+        # Take a dimension of each, then more on the side of the smaller product.
         i0, j0 = i, j
         i, j = min(i + 1, len(source)), min(j + 1, len(target))
         while (a := math.prod(source[i0:i])) != (b := math.prod(target[j0:j])):

@@ -105,7 +105,8 @@ def width_labels(
 def _labels(value: Value, size: int) -> list[Tensor]:
     """Return the distinct label vectors along the dimension of ``size``, (size,)."""
     for plane in value.planes:
-        for dim in sorted(varying(plane), key=lambda d: d != 1):  # (N, C, ...)
+        # Of several dimensions of that size, channels are the second: (N, C, ...).
+        for dim in sorted(varying(plane), key=lambda d: d != 1):
             if plane.shape[dim] == size:
                 rows = plane.movedim(dim, -1).reshape(-1, size)
                 return list(rows.unique(dim=0))

@@ -176,7 +176,7 @@ def test_a_spec_can_be_added(monkeypatch):
     assert disagreement(net, [group], kept, lambda net: net(images())) is None
 
 
-def test_code_that_does_not_cope_is_found_by_the_proof():
+def test_code_that_does_not_cope_is_found_by_verification():
     torch.manual_seed(0)
     parts = {'good': Attention(fused), 'bad': ShapeBoundAttention(fused)}
     net = Net(

@@ -41,6 +41,7 @@ def elementwise(ctx: Context, operands: Operands) -> Value:
     """Equate operands, broadcast together: a channel goes from all or from none."""
     values = [v for v in operands if v is not None]
     merged = _merge_planes(ctx, values)
+    # A tensor without labels keeps its width, and would not fit to fewer channels.
     for plane in merged:
         for value in values:
             if _holds_without_labels(value, plane):
@@ -54,6 +55,7 @@ def elementwise(ctx: Context, operands: Operands) -> Value:
 def _merge_planes(ctx: Context, values: Sequence[Value]) -> list[Tensor]:
     """Equate planes of different operands that label the same dimensions."""
     merged: list[Tensor] = []
+    # Planes of one value are of different dimensions, as those of a weight.
     for value in values:
         for raw in value.planes:
             plane = _align(raw, len(ctx.shape))

@@ -21,6 +21,7 @@ def gather(ctx: Context, operands: Operands) -> Value:
     (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(value.shape))
     planes = []
     for plane in ctx.unmixed(value.planes, {dim}, 'picked from by'):
+        # The index may be shorter than the tensor, which cuts off what lies behind it.
         for d in varying(plane):
             plane = plane.narrow(d, 0, ctx.shape[d])
         planes.append(plane)
@@ -29,10 +30,11 @@ def gather(ctx: Context, operands: Operands) -> Value:
 
 @register_rule('Roll')
 def roll(ctx: Context, operands: Operands) -> Value:
-    """Shift elements around; without dimensions, those of the flattened tensor."""
+    """Shift elements around."""
     value = operands[0]
     if value is None:
         return Value(ctx.shape)
+    # Without dimensions, torch shifts through the whole tensor, element by element.
     dims = ctx.saved('dims') or range(len(ctx.shape))
     moved = ctx.signed_dims(dims, len(ctx.shape))
     planes = ctx.unmixed(value.planes, moved, 'shifted along the channels by')

@@ -83,6 +83,7 @@ def _convolve(ctx: Context, operands: Operands, transposed: bool, groups: int) -
         ctx.freeze_value(value, 'read with a fixed weight by')
         return Value(ctx.shape)
     if not weight.from_parameters:
+        # Kernels that another layer computes, whose entries are its output channels.
         for factor in operands:
             ctx.freeze_value(factor, 'multiplied with an activation by')
         return Value(ctx.shape)

@@ -96,6 +96,7 @@ def _batch(
         for plane in every:
             ctx.freeze(plane, 'multiplied with a tensor of fixed width by')
         return []
+    # Factors may vary along different batch dimensions, the result along all of them.
     result, *others = every
     for plane in others:
         ctx.table.equate(result, plane)

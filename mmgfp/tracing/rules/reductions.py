@@ -58,6 +58,7 @@ def layer_norm(ctx: Context, operands: Operands) -> Value:
     rank = len(ctx.saved('normalized_shape'))
     mixed = range(len(ctx.shape) - rank, len(ctx.shape))
     what = 'channels are normalised together by'
+    # Weight and bias cannot lose entries that the normalised tensor keeps.
     for affine in operands[1:]:
         ctx.freeze_value(affine, what)
     planes = ctx.unmixed(planes_of(value), mixed, what)

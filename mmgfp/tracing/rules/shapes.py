@@ -137,7 +137,8 @@ def index(ctx: Context, operands: Operands) -> Value:
     dims = _indexed_dims(indices)
     planes = []
     for plane in value.planes:
-        if not varying(plane) & dims:  # whichever elements are taken are labelled alike
+        if not varying(plane) & dims:
+            # Whichever elements are taken, their labels are those of the first ones.
             planes.append(plane[_first_elements(indices)])
             continue
         # Indexed dimensions are written out, the others stay as they are.
@@ -190,7 +191,9 @@ def cat(ctx: Context, operands: Operands) -> Value:
         parts.append(along[0] if along else torch.full((1,) * len(ctx.shape), NO_LABEL))
         for plane in along[1:]:
             ctx.freeze(plane, 'joined unevenly by')
-    beside = _joined(ctx, others, values).planes  # heads of tokens, for one
+    # Attention joins tokens, beside which the labels of heads lie on a dimension
+    # of their own.
+    beside = _joined(ctx, others, values).planes
     sizes = list(torch.broadcast_shapes(*(p.narrow(dim, 0, 1).shape for p in parts)))
     expanded = []
     for part, value in zip(parts, values, strict=True):
@@ -233,6 +236,7 @@ def _cat_values(ctx: Context, operands: Operands) -> list[Value] | None:
     (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(ctx.shape))
     known = sum(v.shape[dim] for v in operands if v is not None)
     unknown = [v for v in operands if v is None]
+    # Of several constants the graph does not show which is how wide.
     if len(unknown) > 1:
         for value in operands:
             ctx.freeze_value(value, 'joined with several constants by')

@@ -18,6 +18,7 @@ def slice_(ctx: Context, operands: Operands) -> Value:
     # The largest integer stands for an open end.
     window = slice(ctx.saved('start'), min(ctx.saved('end'), size), ctx.saved('step'))
     index = torch.arange(size)[window]
+    # Chunks that code computes with slices, such as x[:, : c // 2], are halves as well.
     if size and 2 * len(index) == size and int(index[-1] - index[0]) == len(index) - 1:
         _keep_halves(ctx, value, dim)
     return ctx.value([_take(p, dim, index) for p in value.planes], like=value)
