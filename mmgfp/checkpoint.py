@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from mmgfp.config import PruningConfig
-from mmgfp.criteria.mask_gradients import weight_owners
 from mmgfp.discovery.discover import Discovery
 from mmgfp.groups import (
     ChannelGroup,
@@ -27,6 +26,7 @@ from mmgfp.selection.targets import Target
 from mmgfp.surgery.structure import shapes_of
 from mmgfp.tracing import RowUse
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.modules import weight_owners
 
 #: Version of the entries that `RunState.to_dict` gives.
 VERSION = 2

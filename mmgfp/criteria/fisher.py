@@ -21,10 +21,10 @@ from mmgfp.criteria.mask_gradients import (
     MaskGradientTap,
     unit_gradients,
     untappable,
-    weight_owners,
 )
 from mmgfp.criteria.statistics import UnitStatistics
 from mmgfp.tracing import RowUse
+from mmgfp.utils.modules import weight_owners
 
 logger = logging.getLogger('mmgfp')
 

@@ -85,17 +85,6 @@ def _tiles(x: Tensor) -> Iterator[tuple[slice, ...]]:
             yield slice(n, n + samples), *between, slice(k, k + length)
 
 
-def weight_owners(model: nn.Module) -> dict[str, list[str]]:
-    """Return the names of the modules that use each weight, by its first name."""
-    names = {id(p): n for n, p in model.named_parameters()}
-    owners: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = names.get(id(getattr(module, 'weight', None)))
-        if weight is not None:
-            owners.setdefault(weight, []).append(name)
-    return owners
-
-
 def untappable(
     weights: Iterable[str], owners: Mapping[str, Sequence[str]], use: RowUse
 ) -> dict[str, str]:

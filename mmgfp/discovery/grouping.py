@@ -1,9 +1,15 @@
-"""From labels to groups of coupled channels."""
+"""From labels to groups of coupled channels.
+
+Labels that tracing has equated form a component, which can only go as a whole. A
+component that may go is a unit; units that take slices of the same dimensions of the
+same tensors form a group.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,8 +25,27 @@ from mmgfp.groups import (
     is_layer,
     module_of,
 )
-from mmgfp.tracing import NO_LABEL, Trace
+from mmgfp.tracing import Trace
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.modules import weight_owners
+
+#: A tensor's name and one of its dimensions.
+Dimension = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class _Components:
+    """Connected sets of labels.
+
+    Attributes:
+        of_label: The component of each label, and -1 at the end, for `NO_LABEL`.
+        prunable: Whether a component may go, shape (components,).
+        reasons: Why components stay that something freezes.
+    """
+
+    of_label: np.ndarray
+    prunable: np.ndarray
+    reasons: dict[int, list[str]]
 
 
 def matches(layer: str, pattern: str) -> bool:
@@ -39,203 +64,237 @@ def build_groups(
 
     Args:
         model: The traced module.
-        trace: What tracing found.
+        trace: The result of tracing it.
         keep: Names or glob patterns of layers that stay as they are, on their input
             and on their output side.
         unscorable: Weights of layers whose inputs are left alone, with the reason.
-        frozen_groups: Groups found before on the same trace that are to be left
+        frozen_groups: Groups built before from the same trace that are to be left
             alone, with the reason.
 
     Raises:
-        ConfigError: A pattern of ``keep`` matches no layer.
+        ConfigError: If a pattern of ``keep`` matches no layer.
+
+    Examples:
+        >>> import torch
+        >>> from mmgfp.tracing import trace_loss
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+        >>> loss = net(torch.ones(1, 3, 8, 8)).sum()
+        >>> grouping = build_groups(net, trace_loss(net, loss))
+        >>> [(group.name, group.units) for group in grouping.groups]
+        [('0', 4)]
+        >>> [(m.name, m.dim, m.role) for m in grouping.groups[0].members]
+        [('0.weight', 0, 'out'), ('0.bias', 0, 'with'), ('2.weight', 1, 'in')]
+        >>> [(f.layer, f.reason) for f in grouping.frozen]
+        [('2', 'an output: reaches the loss without a further layer')]
     """
-    _freeze_named(model, trace, _kept_layers(model, trace, keep))
-    table = trace.table
+    traced_names = _traced_names(model, trace)
+    _freeze_layers(trace, _kept_layers(traced_names, keep), 'kept as configured')
     for call in trace.calls:
         if unscorable and call.weight in unscorable:
-            layer, reason = module_of(call.weight), unscorable[call.weight]
-            table.freeze(call.inputs, f'read by {layer}: {reason}')
+            reason = f'read by {module_of(call.weight)}: {unscorable[call.weight]}'
+            trace.table.freeze(call.inputs, reason)
     for group, reason in frozen_groups:
         member = group.members[0]  # the others are equated with it
-        table.freeze(table.vectors[member.name, member.dim][member.index], reason)
-    components = table.components()
-    reasons = table.frozen(components)
-    produced, consumed = table.produced(), table.consumed()
-    prunable = _members_of(components, produced) & _members_of(components, consumed)
-    for component in _whole_dimensions(trace, components):
-        reasons.setdefault(component, ['all its channels are one unit'])
-    prunable[list(reasons)] = False
-    groups, unit_of = _collect(trace, components, prunable, produced, consumed)
+        labels = trace.table.vectors[member.name, member.dim][member.index]
+        trace.table.freeze(labels, reason)
+    components = _find_components(trace)
+    groups, unit_of = _collect(trace, components)
+    # The first call of a shared layer comes last, and stands.
     inputs = {
-        call.weight: _units_of_labels(call.inputs.numpy(), components, unit_of)
+        call.weight: unit_of[components.of_label[call.inputs.numpy()]]
         for call in reversed(trace.calls)
     }
-    frozen = _frozen_layers(model, trace, components, prunable, reasons)
+    frozen = _frozen_layers(model, trace, components, traced_names)
     return Grouping(tuple(groups), tuple(frozen), inputs)
 
 
-def layer_names(model: nn.Module, trace: Trace) -> list[str]:
-    """All layers: the Conv/FC modules, and what else was traced as a layer."""
-    found = [n for n, m in model.named_modules() if is_layer(m)]
-    traced = [module_of(call.weight) for call in trace.calls]
-    return list(dict.fromkeys(found + traced))
+def _traced_names(model: nn.Module, trace: Trace) -> dict[str, str]:
+    """Map all names of each layer to the name under which its weight is traced.
 
-
-def _weight_owners(model: nn.Module) -> dict[str, str]:
-    """For every name of a layer, the name under which its weight is traced."""
-    first = {id(p): module_of(n) for n, p in model.named_parameters()}
-    return {
-        n: first.get(id(m.weight), n)
-        for n, m in model.named_modules(remove_duplicate=False)
-        if is_layer(m)
+    Layers are the Conv/FC modules, and what else was traced as a layer. The two names
+    differ where weights or modules are shared.
+    """
+    traced_as = {
+        name: module_of(weight)
+        for weight, names in weight_owners(model, aliases=True).items()
+        for name in names
     }
+    modules = model.named_modules(remove_duplicate=False)
+    layers = {n: traced_as.get(n, n) for n, m in modules if is_layer(m)}
+    traced = {module_of(call.weight): module_of(call.weight) for call in trace.calls}
+    return traced | layers
 
 
-def _kept_layers(model: nn.Module, trace: Trace, keep: Iterable[str]) -> dict[str, str]:
-    owners = {n: n for n in layer_names(model, trace)} | _weight_owners(model)
-    kept: dict[str, str] = {}
+def _kept_layers(traced_names: Mapping[str, str], keep: Iterable[str]) -> set[str]:
+    """Return the layers that ``keep`` names, by the names under which they are traced.
+
+    Raises:
+        ConfigError: If a pattern matches no layer.
+    """
+    kept: set[str] = set()
     for pattern in keep:
-        found = [owner for n, owner in owners.items() if matches(n, pattern)]
-        if not found:
+        matching = {t for n, t in traced_names.items() if matches(n, pattern)}
+        if not matching:
             raise ConfigError(
                 'keep',
                 'the name or a pattern of Conv/FC layers of the model',
                 repr(pattern),
                 'see the layer names that tools/analyze.py lists',
             )
-        kept |= dict.fromkeys(found, 'kept as configured')
+        kept |= matching
     return kept
 
 
-def _freeze_named(model: nn.Module, trace: Trace, layers: Mapping[str, str]) -> None:
+def _freeze_layers(trace: Trace, layers: set[str], reason: str) -> None:
     """Freeze every labelled dimension of the layers' parameters."""
-    for (name, _), vector in trace.table.vectors.items():
+    for (name, _), labels in trace.table.vectors.items():
         if module_of(name) in layers:
-            trace.table.freeze(vector, layers[module_of(name)])
-    for call in trace.calls:  # a group conv's inputs are on no dimension of its own
+            trace.table.freeze(labels, reason)
+    for call in trace.calls:
+        # No dimension of a group conv's weight holds all channels that it reads.
         if module_of(call.weight) in layers:
-            trace.table.freeze(call.inputs, layers[module_of(call.weight)])
+            trace.table.freeze(call.inputs, reason)
 
 
-def _members_of(components: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Which components hold a marked label."""
-    found = np.zeros(components.max(initial=-1) + 1, dtype=bool)
-    found[components[mask]] = True
-    return found
+def _find_components(trace: Trace) -> _Components:
+    """Find the connected sets of labels, and which of them may go.
 
-
-def _whole_dimensions(trace: Trace, components: np.ndarray) -> set[int]:
-    """Components that hold all of a tensor dimension, of which nothing would stay."""
-    firsts = set()
-    for vector in trace.table.vectors.values():
-        own = components[vector.numpy()]
-        if (own == own[0]).all():
-            firsts.add(int(own[0]))
-    return firsts
-
-
-def _units_of_labels(
-    labels: np.ndarray, components: np.ndarray, unit_of: np.ndarray
-) -> np.ndarray:
-    known = labels != NO_LABEL
-    units = np.full(labels.shape, -1)
-    units[known] = unit_of[components[labels[known]]]
-    return units
+    A layer must make the channels, and a further one read them, since a mask lies on
+    the inputs of layers; and nothing may have frozen them.
+    """
+    table = trace.table
+    of_label = table.components()
+    reasons = table.frozen(of_label)
+    for labels in table.vectors.values():
+        component, *others = of_label[labels.numpy()].tolist()
+        if all(other == component for other in others):
+            # Without this unit nothing of the dimension would remain.
+            reasons.setdefault(component, ['all its channels are one unit'])
+    prunable = np.ones(of_label.max(initial=-1) + 1, dtype=bool)
+    for marked in (table.produced(), table.consumed()):
+        prunable &= np.isin(np.arange(len(prunable)), of_label[marked])
+    prunable[list(reasons)] = False
+    return _Components(np.append(of_label, -1), prunable, reasons)
 
 
 def _collect(
-    trace: Trace,
-    components: np.ndarray,
-    prunable: np.ndarray,
-    produced: np.ndarray,
-    consumed: np.ndarray,
+    trace: Trace, components: _Components
 ) -> tuple[list[ChannelGroup], np.ndarray]:
-    """Groups, and the unit number of each component (-1 where it is not prunable)."""
-    signatures: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
-    entries: dict[tuple[str, int], dict[int, np.ndarray]] = {}
-    for (name, dim), own in _labelled_dimensions(trace, components):
-        order = np.argsort(own, kind='stable')
-        found, starts = np.unique(own[order], return_index=True)
-        parts = np.split(order, starts[1:])
-        entries[name, dim] = {}
-        for component, index in zip(found.tolist(), parts, strict=True):
-            if component >= 0 and prunable[component]:
-                entries[name, dim][component] = index
-                signatures[component].append((name, dim, len(index)))
-    alike: dict[tuple[tuple[str, int, int], ...], list[int]] = defaultdict(list)
-    for component, signature in signatures.items():
-        alike[tuple(signature)].append(component)
+    """Form groups of the prunable components.
+
+    Returns:
+        tuple: The groups, and the unit number of each component, -1 where it stays.
+        The last entry of the numbers is -1 too, for channels without a component.
+    """
+    entries = _entries(trace, components)
+    footprints: dict[int, list[tuple[Dimension, int]]] = defaultdict(list)
+    for dimension, indices in entries.items():
+        for component, index in indices.items():
+            footprints[component].append((dimension, len(index)))
+    alike: dict[tuple[tuple[Dimension, int], ...], list[int]] = defaultdict(list)
+    for component, footprint in footprints.items():
+        alike[tuple(footprint)].append(component)
+    roles = _roles(trace)
     groups = []
-    unit_of = np.full(prunable.shape, -1)
+    unit_of = np.full(len(components.prunable) + 1, -1)
     count = 0
-    for key, units in alike.items():
-        units.sort(key=lambda c: int(entries[key[0][:2]][c][0]))
-        members = []
-        for name, dim, _ in key:
-            role: Role = 'attribute'
-            if name not in trace.widths:
-                first = int(trace.table.vectors[name, dim][0])
-                made, read = produced[first], consumed[first]
-                role = 'out' if made else 'in' if read else 'with'
-            index = np.stack([entries[name, dim][c] for c in units])
-            members.append(Member(name, dim, index, role))
-        makers = [m.name for m in members if m.role == 'out']
-        groups.append(ChannelGroup(module_of(makers[0]), tuple(members)))
+    for shared, units in alike.items():
+        dimensions = [dimension for dimension, _ in shared]
+        # Units are numbered in the order of the channels that come first.
+        first_entries = {c: int(entries[dimensions[0]][c][0]) for c in units}
+        units.sort(key=first_entries.__getitem__)
+        members = tuple(
+            Member(
+                *dimension,
+                np.stack([entries[dimension][c] for c in units]),
+                roles.get(dimension, 'attribute'),
+            )
+            for dimension in dimensions
+        )
+        maker = next(m.name for m in members if m.role == 'out')
+        groups.append(ChannelGroup(module_of(maker), members))
         unit_of[units] = np.arange(count, count + len(units))
         count += len(units)
     return groups, unit_of
 
 
+def _entries(
+    trace: Trace, components: _Components
+) -> dict[Dimension, dict[int, np.ndarray]]:
+    """Find the entries of each dimension that each prunable component takes."""
+    entries: dict[Dimension, dict[int, np.ndarray]] = {}
+    for dimension, of_entry in _labelled_dimensions(trace, components):
+        order = np.argsort(of_entry, kind='stable')
+        numbers, starts = np.unique(of_entry[order], return_index=True)
+        parts = np.split(order, starts[1:])
+        entries[dimension] = {
+            component: index
+            for component, index in zip(numbers.tolist(), parts, strict=True)
+            if component >= 0 and components.prunable[component]
+        }
+    return entries
+
+
 def _labelled_dimensions(
-    trace: Trace, components: np.ndarray
-) -> Iterator[tuple[tuple[str, int], np.ndarray]]:
-    """Components along each dimension of each tensor, then of each attribute."""
-    for key, vector in trace.table.vectors.items():
-        yield key, components[vector.numpy()]
+    trace: Trace, components: _Components
+) -> Iterator[tuple[Dimension, np.ndarray]]:
+    """Yield the component of each entry of all tensor dimensions, then attributes."""
+    for dimension, labels in trace.table.vectors.items():
+        yield dimension, components.of_label[labels.numpy()]
     for name, vectors in trace.widths.items():
-        found = []
-        for labels in (vector.numpy() for vector in vectors):
-            found.append(np.where(labels == NO_LABEL, -1, components[labels]))
-        # Tensors that may come to differ in width have no width in common.
-        if all(np.array_equal(own, found[0]) for own in found):
-            yield (name, 0), found[0]
+        first, *others = (components.of_label[v.numpy()] for v in vectors)
+        # Tensors whose widths may come to differ have none that one attribute counts.
+        if all(np.array_equal(first, other) for other in others):
+            yield (name, 0), first
+
+
+def _roles(trace: Trace) -> dict[Dimension, Role]:
+    """Return what each tensor dimension is to its units."""
+    produced, consumed = trace.table.produced(), trace.table.consumed()
+    roles: dict[Dimension, Role] = {}
+    for dimension, labels in trace.table.vectors.items():
+        is_output, is_input = produced[int(labels[0])], consumed[int(labels[0])]
+        roles[dimension] = 'out' if is_output else 'in' if is_input else 'with'
+    return roles
 
 
 def _frozen_layers(
     model: nn.Module,
     trace: Trace,
-    components: np.ndarray,
-    prunable: np.ndarray,
-    reasons: dict[int, list[str]],
+    components: _Components,
+    traced_names: Mapping[str, str],
 ) -> list[FrozenLayer]:
-    """Every layer with output channels that stay, with the reason."""
+    """List every layer with output channels that stay, with the reason."""
     produced = trace.table.produced()
-    outputs = {}
-    for (name, _), vector in trace.table.vectors.items():
-        if produced[vector.numpy()].all():
-            outputs[module_of(name)] = components[vector.numpy()]
-    traced = {module_of(call.weight) for call in trace.calls}
-    owners = _weight_owners(model)
+    outputs = {
+        module_of(name): components.of_label[labels.numpy()]
+        for (name, _), labels in trace.table.vectors.items()
+        if produced[labels.numpy()].all()
+    }
+    traced = dict.fromkeys(module_of(call.weight) for call in trace.calls)
+    modules = [name for name, module in model.named_modules() if is_layer(module)]
     frozen = []
-    for layer in layer_names(model, trace):
-        owner = owners.get(layer, layer)
-        if owner not in traced and owner not in outputs:
-            reason, stay = 'took no part in the loss', _width(model, layer)
-        elif owner not in outputs:
-            reason, stay = 'its output channels carry no labels', _width(model, layer)
-        else:
-            left = outputs[owner][~prunable[outputs[owner]]]
-            if not left.size:
+    for layer in dict.fromkeys([*modules, *traced]):
+        traced_as = traced_names[layer]
+        if traced_as in outputs:
+            channels = outputs[traced_as]
+            staying = channels[~components.prunable[channels]]
+            if not staying.size:
                 continue
-            found = dict.fromkeys(r for c in left for r in reasons.get(int(c), ()))
-            reason = '; '.join(found) or 'no further layer reads its output'
-            stay = int(left.size)
-        frozen.append(FrozenLayer(layer, reason, stay))
+            reasons = [r for c in staying for r in components.reasons.get(int(c), ())]
+            reason = '; '.join(dict.fromkeys(reasons))
+            reason = reason or 'no further layer reads its output'
+            frozen.append(FrozenLayer(layer, reason, int(staying.size)))
+        else:
+            reason = 'its output channels carry no labels'
+            if traced_as not in traced:
+                reason = 'took no part in the loss'
+            frozen.append(FrozenLayer(layer, reason, _width(model, layer)))
     return frozen
 
 
 def _width(model: nn.Module, layer: str) -> int:
-    """Output channels of a layer."""
+    """Return the number of output channels of a layer."""
     module: Any = model.get_submodule(layer)
     features: int = getattr(module, 'out_features', 1)
     return getattr(module, 'out_channels', features)

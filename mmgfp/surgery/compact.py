@@ -229,9 +229,9 @@ def _fix_dynamic_relu(relu: Any) -> None:
 
 @register_attributes(lambda m: attention_spec(m) is not None)
 def _fix_attention(attention: Any) -> None:
-    kind = attention_spec(attention)
-    assert kind is not None
-    update_head_counts(attention, kind)
+    spec = attention_spec(attention)
+    assert spec is not None
+    update_head_counts(attention, spec)
     if hasattr(attention, 'ab'):  # what LeViT and its like keep ready for inference
         with torch.no_grad():
             index = attention.attention_bias_idxs

@@ -7,30 +7,36 @@ from mmgfp.tracing.attention import (
     update_head_counts,
 )
 from mmgfp.tracing.labels import NO_LABEL
-from mmgfp.tracing.row_rules import ROW_RULES, register_row_rule
+from mmgfp.tracing.registry import (
+    LABEL_RULES,
+    ROW_RULES,
+    OpRegistry,
+    register_row_rule,
+    register_rule,
+)
 from mmgfp.tracing.rows import RowUse, judge_rows, watch_rows
-from mmgfp.tracing.rules import RULES, register_rule
 from mmgfp.tracing.tracer import Trace, trace_loss
 from mmgfp.tracing.value import Context, LayerCall, Value
 from mmgfp.tracing.widths import watch_widths, width_attributes
 
 __all__ = [
     'ATTENTION_SPECS',
+    'LABEL_RULES',
     'NO_LABEL',
     'ROW_RULES',
-    'RULES',
-    'RowUse',
-    'Context',
     'AttentionSpec',
+    'Context',
     'LayerCall',
+    'OpRegistry',
+    'RowUse',
     'Trace',
     'Value',
-    'update_head_counts',
     'attention_spec',
     'judge_rows',
     'register_row_rule',
     'register_rule',
     'trace_loss',
+    'update_head_counts',
     'watch_rows',
     'watch_widths',
     'width_attributes',

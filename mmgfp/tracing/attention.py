@@ -1,8 +1,8 @@
 """Attention modules, and the attributes with which they count their heads.
 
-A head is a unit only if its module can be told how many are left. What it takes for
-that is a `AttentionSpec`; modules are known by their attributes, not by their class, so
-that subclasses and copies of a class in another library need nothing.
+A head is a unit only if its module can be told how many heads remain. An
+`AttentionSpec` says how. Modules are known by their attributes, not by their class, so
+that subclasses and copies of a class in another library need no spec of their own.
 """
 
 from __future__ import annotations
@@ -14,25 +14,36 @@ from torch import nn
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """A kind of attention module whose code copes with fewer heads.
+    """Description of an attention module whose code copes with fewer heads.
 
-    Its code must take every width of all heads from ``counts`` or leave it to the
-    tensors, and keep the width of one head.
+    The code must take every width of all heads together from ``head_counts`` or from
+    its tensors, and keep the width of one head.
 
     Attributes:
-        parts: Children and sizes that a module of this kind has, ``proj`` among them,
-            the layer that reads all heads.
-        width: Attribute that holds how many channels ``proj`` reads from one head.
-        counts: Integer attributes that are multiples of the number of heads;
+        attributes: Children and sizes by which such a module is known, ``proj`` among
+            them, the layer that reads all heads.
+        head_width: Attribute that holds how many channels ``proj`` reads from one head.
+        head_counts: Integer attributes that are multiples of the number of heads;
             ``num_heads`` is the first.
+
+    Examples:
+        >>> class Attention(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.num_heads, self.size = 4, 2
+        ...         self.to_qkv, self.proj = nn.Linear(3, 24), nn.Linear(8, 5)
+        >>> spec = AttentionSpec(('to_qkv', 'proj'), 'size', ('num_heads',))
+        >>> ATTENTION_SPECS.append(spec)
+        >>> attention_spec(Attention()) is ATTENTION_SPECS.pop()
+        True
     """
 
-    parts: tuple[str, ...]
-    width: str
-    counts: tuple[str, ...]
+    attributes: tuple[str, ...]
+    head_width: str
+    head_counts: tuple[str, ...]
 
 
-#: Append a kind of your own before tracing.
+#: Append a spec of your own before tracing.
 ATTENTION_SPECS = [
     # mmpretrain: ViT, DeiT, T2T, RevViT, EVA02, EdgeNeXt, DaViT's channel attention.
     AttentionSpec(('qkv', 'proj'), 'head_dims', ('num_heads', 'embed_dims')),
@@ -48,50 +59,52 @@ class AttentionOwner:
     """The attention module that a parameter belongs to.
 
     Attributes:
-        module: Name of its class.
-        heads: Its number of heads.
-        kind: How it counts them; None if mmgfp does not know.
+        class_name: Name of its class.
+        num_heads: Its number of heads.
+        spec: How it counts them; None where `ATTENTION_SPECS` has none for it.
     """
 
-    module: str
-    heads: int
-    kind: AttentionSpec | None
+    class_name: str
+    num_heads: int
+    spec: AttentionSpec | None
 
 
 def attention_spec(module: nn.Module) -> AttentionSpec | None:
-    """The kind of attention module that this is, if any."""
-    for kind in ATTENTION_SPECS:
-        numbers = [getattr(module, n, None) for n in (kind.width, *kind.counts)]
-        whole = all(type(n) is int for n in numbers)
-        if whole and all(hasattr(module, p) for p in kind.parts):
-            return kind
+    """Return the spec that fits an attention module; None for all other modules."""
+    for spec in ATTENTION_SPECS:
+        sizes = [getattr(module, n, None) for n in (spec.head_width, *spec.head_counts)]
+        has_sizes = all(type(size) is int for size in sizes)
+        if has_sizes and all(hasattr(module, name) for name in spec.attributes):
+            return spec
     return None
 
 
 def attention_owners(model: nn.Module) -> dict[str, AttentionOwner]:
-    """The attention module of each parameter in one, by the parameter's name."""
+    """Return the attention module of each parameter in one, by the parameter's name."""
     owners = {}
     for name, module in model.named_modules():
-        heads, kind = getattr(module, 'num_heads', None), attention_spec(module)
-        if type(heads) is not int:
+        num_heads, spec = getattr(module, 'num_heads', None), attention_spec(module)
+        if type(num_heads) is not int:
             continue
+        owner = AttentionOwner(type(module).__name__, num_heads, spec)
         for parameter, _ in module.named_parameters(prefix=name):
-            # What lies deeper in a module that nothing is known of may be a whole
-            # network, most of which has nothing to do with its heads.
+            # A module without a spec may hold a whole network, most of which has
+            # nothing to do with its heads. Only its direct children count.
             depth = parameter.count('.') - name.count('.') - bool(name)
-            if kind or depth <= 1:
-                owners[parameter] = AttentionOwner(type(module).__name__, heads, kind)
+            if spec or depth <= 1:
+                owners[parameter] = owner
     return owners
 
 
-def update_head_counts(module: nn.Module, kind: AttentionSpec) -> None:
+def update_head_counts(module: nn.Module, spec: AttentionSpec) -> None:
     """Make the counts of an attention module true after its layers were cut."""
-    heads = _input_width(module.get_submodule('proj')) // getattr(module, kind.width)
-    before = getattr(module, kind.counts[0])
-    for name in kind.counts:
-        setattr(module, name, getattr(module, name) // before * heads)
+    width = getattr(module, spec.head_width)
+    num_heads = _input_width(module.get_submodule('proj')) // width
+    before = getattr(module, spec.head_counts[0])
+    for name in spec.head_counts:
+        setattr(module, name, getattr(module, name) // before * num_heads)
 
 
 def _input_width(proj: nn.Module) -> int:
-    """Channels that the first fully connected layer in ``proj`` reads."""
+    """Return how many channels the first fully connected layer in ``proj`` reads."""
     return next(m.weight.shape[1] for m in proj.modules() if isinstance(m, nn.Linear))

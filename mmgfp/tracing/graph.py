@@ -25,21 +25,21 @@ class Graph:
         edges: Operands by node.
         relevant: Nodes from which a way leads to a layer, and the layers.
         live: Nodes that the loss depends on with a factor other than zero.
-        layers: Nodes that contract something with a parameter.
     """
 
     nodes: list[Node]
     edges: dict[Node, Edges]
     relevant: set[Node]
     live: set[Node]
-    layers: set[Node]
 
 
 def read_graph(loss: Tensor, unused: Iterable[Tensor] = ()) -> Graph:
     """Walk the graph of ``loss``; its nodes stay valid until backward frees them.
 
-    What ``unused`` tensors are made with is followed, too: it runs, whether the loss
-    needs it or not.
+    Args:
+        loss: The root of the graph.
+        unused: Tensors whose graphs are walked as well, since their layers run whether
+            the loss needs them or not.
     """
     root = loss.grad_fn
     nodes, edges = _postorder([root])
@@ -54,6 +54,7 @@ def read_graph(loss: Tensor, unused: Iterable[Tensor] = ()) -> Graph:
         if op_name(n) in LAYER_OPS
         and any(edges[n][i][0] in parametric for i in LAYER_OPS[op_name(n)])
     }
+    # What comes after the last layer is the loss, where only outputs are frozen.
     relevant = layers | (set(nodes) - used)
     live = {root}
     for node in reversed(nodes):
@@ -65,10 +66,11 @@ def read_graph(loss: Tensor, unused: Iterable[Tensor] = ()) -> Graph:
                     relevant.add(operand)
                 if node in live:
                     live.add(operand)
-    return Graph(nodes, edges, relevant, live, layers)
+    return Graph(nodes, edges, relevant, live)
 
 
 def _postorder(roots: list[Node]) -> tuple[list[Node], dict[Node, Edges]]:
+    """List all nodes below ``roots``, operands before users, and their operands."""
     nodes: list[Node] = []
     edges: dict[Node, Edges] = {}
     stack: list[tuple[Node, bool]] = [(root, False) for root in reversed(roots)]
@@ -87,26 +89,28 @@ def _postorder(roots: list[Node]) -> tuple[list[Node], dict[Node, Edges]]:
 
 
 def _from_parameters(nodes: list[Node], edges: dict[Node, Edges]) -> set[Node]:
-    """Nodes that depend on parameters and on nothing else in the graph.
+    """Return the nodes that depend on parameters and on nothing else in the graph.
 
-    A layer's results do not count: images, which need no gradient, are not in it.
+    A layer's result is never among them: it may depend on images, which need no
+    gradient and so are not in the graph.
     """
-    found: set[Node] = set()
+    parametric: set[Node] = set()
     for node in nodes:
         if op_name(node) in LAYER_OPS:
             continue
         operands = [n for n, _ in edges[node] if n is not None]
         if hasattr(node, 'variable') or (
-            operands and all(n in found for n in operands)
+            operands and all(n in parametric for n in operands)
         ):
-            found.add(node)
-    return found
+            parametric.add(node)
+    return parametric
 
 
 def _times_zero(node: Node) -> bool:
-    """A product with the number 0, with which a loss touches what it does not use."""
+    """Return whether ``node`` multiplies by 0, as losses do with unused tensors."""
+    # C++ code that multiplies by a number makes a node with one operand.
     if op_name(node) != 'Mul' or len(node.next_functions) != 2:
-        return False  # by a number that C++ code gave
+        return False
     (left, _), (right, _) = node.next_functions
     if left is not None and right is not None:
         return False

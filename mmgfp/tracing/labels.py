@@ -1,4 +1,4 @@
-"""Labels of channel elements, and which of them stand or fall together."""
+"""Labels of channel elements, and which of them can only be pruned together."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ class LabelTable:
 
     Every slice of every parameter dimension has one label. Ops on the graph
     equate labels; the table stores pairs and resolves them all at once.
+
+    Attributes:
+        vectors: Labels of each tensor dimension, (size,), by tensor name and dimension.
+        size: Number of labels handed out.
+
+    Examples:
+        >>> table = LabelTable()
+        >>> out = table.vector('conv1.weight', 0, 3)
+        >>> table.equate(out, table.vector('conv2.weight', 1, 3))
+        >>> table.freeze(out[:1], 'an example')
+        >>> table.components().tolist()
+        [0, 1, 2, 0, 1, 2]
+        >>> table.frozen(table.components())
+        {0: ['an example']}
     """
 
     def __init__(self) -> None:
@@ -32,7 +46,7 @@ class LabelTable:
         self._consumed: list[np.ndarray] = []
 
     def vector(self, name: str, dim: int, size: int) -> Tensor:
-        """Labels of dimension ``dim`` of the tensor called ``name``, shape (size,)."""
+        """Return the labels of a dimension of the tensor called ``name``, (size,)."""
         key = (name, dim)
         if key not in self.vectors:
             self.vectors[key] = torch.arange(self.size, self.size + size)
@@ -42,19 +56,20 @@ class LabelTable:
         return self.vectors[key]
 
     def owners(self, labels: Tensor) -> list[str]:
-        """Names of the tensors for which ``labels`` were handed out, in order."""
+        """Return the names of the tensors that ``labels`` are of, in order."""
         flat = _flat(labels)
         starts = np.searchsorted(self._starts, flat[flat != NO_LABEL], 'right') - 1
         return [self._owners[i][0] for i in np.unique(starts)]
 
     def equate(self, a: Tensor, b: Tensor) -> None:
-        """Let the elements of ``a`` and ``b`` (broadcast together) live and die alike.
+        """Let elements of ``a`` and ``b``, broadcast together, be pruned together only.
 
         Elements without a label constrain nothing.
         """
         pairs = np.stack([_flat(x) for x in torch.broadcast_tensors(a, b)])  # (2, E)
         pairs = pairs[:, (pairs != NO_LABEL).all(0) & (pairs[0] != pairs[1])]
         if pairs.size:
+            # A pair as one number: np.unique is far faster on those than on columns.
             keys = np.unique(pairs[0] * self.size + pairs[1])
             self._pairs.append(np.stack([keys // self.size, keys % self.size]))
 
@@ -84,25 +99,25 @@ class LabelTable:
         self._consumed.append(np.unique(_flat(labels)))
 
     def produced(self) -> np.ndarray:
-        """Whether a label lies on a layer's output dimension, shape (size,)."""
+        """Return whether each label lies on a layer's output dimension, (size,)."""
         return self._marked(self._produced)
 
     def consumed(self) -> np.ndarray:
-        """Whether a label lies on a layer's input dimension, shape (size,)."""
+        """Return whether each label lies on a layer's input dimension, (size,)."""
         return self._marked(self._consumed)
 
     def components(self) -> np.ndarray:
-        """The connected set that each label belongs to, shape (size,)."""
+        """Return the number of each label's connected set, (size,)."""
         pairs = np.concatenate([np.empty((2, 0), dtype=np.int64), *self._pairs], 1)
         ones = np.ones(pairs.shape[1], dtype=np.int8)
         graph = coo_matrix((ones, (pairs[0], pairs[1])), shape=(self.size, self.size))
         return connected_components(graph, directed=False)[1]
 
     def frozen(self, components: np.ndarray) -> dict[int, list[str]]:
-        """Reasons by component, for the components that hold a frozen label."""
+        """Return why components stay, for those that hold a frozen label."""
         reasons: dict[int, list[str]] = defaultdict(list)
         for labels, reason in self._frozen:
-            for component in np.unique(components[labels]):
+            for component in np.unique(components[labels]).tolist():
                 if reason not in reasons[component]:
                     reasons[component].append(reason)
         return dict(reasons)
@@ -119,7 +134,7 @@ def _flat(labels: Tensor) -> np.ndarray:
 
 
 def varying(plane: Tensor) -> frozenset[int]:
-    """The dimensions along which the labels of ``plane`` differ."""
+    """Return the dimensions along which ``plane`` has more than one label."""
     return frozenset(d for d, size in enumerate(plane.shape) if size > 1)
 
 

@@ -8,107 +8,42 @@ one function decorated with `register_row_rule`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from mmgfp.tracing.registry import register_row_rule
+from mmgfp.tracing.row_values import Aside, Lost, Rows, RowState
+from mmgfp.tracing.rules.arithmetic import BATCH_NORM_OPS, ROI_POOL_OPS
 from mmgfp.tracing.rules.layers import LAYER_OPS
+from mmgfp.tracing.rules.reductions import REDUCTION_OPS
 from mmgfp.tracing.value import Context
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Images that the rows R of a tensor belong to.
-
-    Attributes:
-        images: Number of images N.
-        index: Number of each row's image, (R,), -1 for none; or None where the rows
-            are the images, in order.
-        pooled: The rows are RoIs, or were made from RoIs.
-    """
-
-    images: int
-    index: Tensor | None = None
-    pooled: bool = False
-
-    def __len__(self) -> int:
-        return self.images if self.index is None else len(self.index)
-
-    def moved(self, index: Tensor) -> Rows:
-        """Other rows of the same images."""
-        return replace(self, index=index)
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Rows that cannot be told to images, and why."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Aside(Lost):
-    """Rows along another dimension than the first; few ops can follow them there.
-
-    Attributes:
-        rows: The rows.
-        dim: The dimension along which they lie.
-    """
-
-    rows: Rows
-    dim: int
-
-
-#: Ops that may bring such rows back, as when attention tells q, k and v apart. All
+#: Ops that may bring `Aside` rows back, as when attention tells q, k and v apart. All
 #: others are given them as lost.
 ASIDE_OPS = ('Permute', 'Transpose', 'T', 'Select', 'Unbind')
 
-#: None where a tensor holds no rows of images, such as a parameter.
-Found = Rows | Lost | None
-RowRule = Callable[[Context, Sequence[Found]], 'Found | list[Found]']
-
-ROW_RULES: dict[str, RowRule] = {}
-
-
-def register_row_rule(*ops: str) -> Callable[[RowRule], RowRule]:
-    """Register a function as the row rule of ``ops``.
-
-    Args:
-        ops: Names of autograd nodes without ``Backward`` and digits.
-
-    Raises:
-        KeyError: An op has a rule already.
-    """
-
-    def register(rule: RowRule) -> RowRule:
-        for op in ops:
-            if op in ROW_RULES:
-                raise KeyError(f'op {op!r} has a row rule already; change that one')
-            ROW_RULES[op] = rule
-        return rule
-
-    return register
-
 
 def _dense(ctx: Context, rows: Rows) -> Tensor:
-    """The image of each row, (R,), written out."""
+    """Return the image of each row, (R,), where `Rows.index` may be None."""
     if rows.index is not None:
         return rows.index
     return torch.arange(rows.images, device=ctx.node._input_metadata[0].device)
 
 
-def same(ctx: Context, operands: Sequence[Found]) -> Found:
+def same(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Rows keep their places, as in all ops that do not say otherwise."""
-    found = [o for o in operands if o is not None]
-    if not found:
+    states = [o for o in operands if o is not None]
+    if not states:
         return None
-    fitting = [o for o in found if isinstance(o, Rows) and len(o) == _count(ctx)]
+    fitting = [o for o in states if isinstance(o, Rows) and len(o) == _count(ctx)]
     if not fitting:
-        lost = [o for o in found if isinstance(o, Lost)]
+        lost = [o for o in states if isinstance(o, Lost)]
         return lost[0] if lost else Lost(f'rows are joined or split by {ctx.op}')
     first = next((o for o in fitting if o.index is not None), fitting[0])
+    # As many rows need not be the same rows: as many RoIs as images, for one.
     for other in fitting:
         if other.index is not first.index and not torch.equal(
             _dense(ctx, first), _dense(ctx, other)
@@ -118,11 +53,12 @@ def same(ctx: Context, operands: Sequence[Found]) -> Found:
 
 
 def _count(ctx: Context) -> int:
+    """Return the number of rows of the first result; -1 for a scalar."""
     return ctx.shape[0] if ctx.shape else -1
 
 
 def _dims(ctx: Context, *names: str) -> tuple[int, ...]:
-    """Saved dimensions of the first operand, counted from the front."""
+    """Return saved dimensions of the first operand, counted from the front."""
     dims: list[int] = []
     for name in names:
         value = getattr(ctx.node, f'_saved_{name}', None)
@@ -131,12 +67,9 @@ def _dims(ctx: Context, *names: str) -> tuple[int, ...]:
     return ctx.signed_dims(dims, len(node._input_metadata[output].shape))
 
 
-@register_row_rule(
-    *LAYER_OPS, 'NativeBatchNorm', 'CudnnBatchNorm', 'MiopenBatchNorm',
-    'SyncBatchNorm', 'SyncBatchNormFunction', 'NativeGroupNorm', 'NativeLayerNorm',
-)  # fmt: skip
-def layer(ctx: Context, operands: Sequence[Found]) -> Found:
-    """Only the activation has rows; one that needs no gradient is taken for images."""
+@register_row_rule(*LAYER_OPS, *BATCH_NORM_OPS, 'NativeGroupNorm', 'NativeLayerNorm')
+def layer(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Hand on the activation's rows; one that needs no gradient is taken for images."""
     position = LAYER_OPS.get(ctx.op, (0,))[0]
     if ctx.node.next_functions[position][0] is not None:
         return same(ctx, [operands[position]])
@@ -145,11 +78,9 @@ def layer(ctx: Context, operands: Sequence[Found]) -> Found:
     return Rows(_count(ctx))
 
 
-@register_row_rule(
-    'RoIAlignFunction', 'RoIPoolFunction', 'ROIAlignFunction', 'ROIPoolFunction'
-)
-def pool(ctx: Context, operands: Sequence[Found]) -> Found:
-    """The first column of the RoIs (R, 5) is the row of the features it lies in."""
+@register_row_rule(*ROI_POOL_OPS)
+def pool(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Read the row of the features off each RoI; it is the first column of (R, 5)."""
     features = operands[0]
     if not isinstance(features, Rows):
         return features
@@ -162,19 +93,20 @@ def pool(ctx: Context, operands: Sequence[Found]) -> Found:
 
 
 @register_row_rule('CheckpointFunction')
-def checkpoint(ctx: Context, operands: Sequence[Found]) -> Found:
-    """Its graph is made in backward; till then nobody knows what became of rows."""
+def checkpoint(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Lose rows, since the graph that moved them is built in backward only."""
     return Lost('rows may be moved in a checkpointed part that it comes from')
 
 
 @register_row_rule('View', 'UnsafeView', 'ReshapeAlias', 'Squeeze', 'Unsqueeze')
-def view(ctx: Context, operands: Sequence[Found]) -> Found:
-    """A row is cut into equal parts, or parts of one image are joined."""
+def view(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Cut rows into equal parts, or join parts of one image."""
     (rows,) = operands
     if not isinstance(rows, Rows) or len(rows) == _count(ctx):
         return rows
     before, after = len(rows), _count(ctx)
     index = _dense(ctx, rows)
+    # A view keeps elements in order, so that parts of a row stay side by side.
     if before and after % before == 0:
         return rows.moved(index.repeat_interleave(after // before))
     if after > 0 and before % after == 0:
@@ -185,24 +117,24 @@ def view(ctx: Context, operands: Sequence[Found]) -> Found:
 
 
 @register_row_rule('Permute', 'Transpose', 'T')
-def permute(ctx: Context, operands: Sequence[Found]) -> Found:
-    """Rows must stay the first dimension, or get back there."""
-    (found,) = operands
-    rows, dim = (found.rows, found.dim) if isinstance(found, Aside) else (found, 0)
+def permute(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Follow rows to another dimension, and back."""
+    (state,) = operands
+    rows, dim = (state.rows, state.dim) if isinstance(state, Aside) else (state, 0)
     if not isinstance(rows, Rows):
-        return found
+        return state
     if ctx.op == 'Permute':
         dim = _dims(ctx, 'dims').index(dim)
     else:
         swapped = (0, 1) if ctx.op == 'T' else _dims(ctx, 'dim0', 'dim1')
         dim = swapped[1 - swapped.index(dim)] if dim in swapped else dim
-    back = same(ctx, [rows]) if dim == 0 else _unless(True, ctx, [rows])
-    return Aside(back.reason, rows, dim) if isinstance(back, Lost) else back
+    result = same(ctx, [rows]) if dim == 0 else _unless(True, ctx, [rows])
+    return Aside(result.reason, rows, dim) if isinstance(result, Lost) else result
 
 
 @register_row_rule('Index', 'IndexSelect', 'Slice', 'Flip', 'Repeat')
-def pick(ctx: Context, operands: Sequence[Found]) -> Found:
-    """The op is done to the numbers of the images."""
+def pick(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Do to the numbers of the images what the op does to the rows."""
     rows = operands[0]
     if not isinstance(rows, Rows):
         return rows
@@ -215,7 +147,7 @@ def pick(ctx: Context, operands: Sequence[Found]) -> Found:
 
 
 def _picked(ctx: Context, index: Tensor) -> Tensor | None:
-    """What the op does to the first dimension; None if nothing."""
+    """Return ``index`` after the op; None if it leaves the first dimension alone."""
     if ctx.op == 'Index':
         chosen = ctx.node._saved_indices[0]
         if chosen is None:
@@ -235,22 +167,22 @@ def _picked(ctx: Context, index: Tensor) -> Tensor | None:
 
 
 def _at(index: Tensor, chosen: Tensor) -> Tensor:
-    """``index[chosen]``; a mask of several dimensions leaves nothing."""
+    """Return ``index[chosen]``; nothing for a mask of several dimensions."""
     if chosen.dtype in (torch.bool, torch.uint8):
         return index[chosen.bool()] if chosen.dim() == 1 else index[:0]
     return index[chosen]
 
 
 @register_row_rule('IndexPut', 'IndexPutImpl')
-def put(ctx: Context, operands: Sequence[Found]) -> Found:
-    """``x[chosen] = values``, as when RoIs are pooled level by level."""
+def put(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Assign rows, ``x[chosen] = values``, as when RoIs are pooled level by level."""
     base, values = operands[:2]
     chosen = ctx.node._saved_indices[0]
     if chosen is None or values is None or isinstance(base, Lost):
         return same(ctx, operands[:2])
     if isinstance(values, Lost):
         return values
-    if base is None:
+    if base is None:  # a constant, such as zeros for all RoIs
         index = torch.full((_count(ctx),), -1, device=_dense(ctx, values).device)
     else:
         index = _dense(ctx, base).clone()
@@ -267,8 +199,8 @@ def put(ctx: Context, operands: Sequence[Found]) -> Found:
 
 
 @register_row_rule('Cat')
-def cat(ctx: Context, operands: Sequence[Found]) -> Found:
-    """Rows may be concatenated."""
+def cat(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Concatenate rows of the same images."""
     if _dims(ctx, 'dim') != (0,):
         return same(ctx, operands)
     parts = [o for o in operands if isinstance(o, Rows)]
@@ -279,8 +211,8 @@ def cat(ctx: Context, operands: Sequence[Found]) -> Found:
 
 
 @register_row_rule('Split', 'SplitWithSizes')
-def split(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
-    """Rows may be dealt out to several results."""
+def split(ctx: Context, operands: Sequence[RowState]) -> RowState | list[RowState]:
+    """Deal out rows to several results."""
     (rows,) = operands
     if _dims(ctx, 'dim') != (0,) or not isinstance(rows, Rows):
         return same(ctx, operands)
@@ -289,18 +221,18 @@ def split(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
 
 
 @register_row_rule('Select', 'Unbind')
-def single(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
-    """One row without its dimension: what comes first then is all of one image."""
+def single(ctx: Context, operands: Sequence[RowState]) -> RowState | list[RowState]:
+    """Take one row; all rows of the result are then of its image."""
     rows = operands[0]
     if isinstance(rows, Aside):
         (dim,) = _dims(ctx, 'dim')
         if dim == rows.dim:
             return Lost(rows.reason)
-        left = rows.dim - (dim < rows.dim)
-        return replace(rows, dim=left) if left else rows.rows
+        new_dim = rows.dim - (dim < rows.dim)
+        return replace(rows, dim=new_dim) if new_dim else rows.rows
     if _dims(ctx, 'dim') != (0,) or not isinstance(rows, Rows):
         return same(ctx, operands)
-    index = _dense(ctx, rows)
+    index = _dense(ctx, rows)  # one result for each row, except with Select
     if ctx.op == 'Select':
         index = index[ctx.saved('index')].reshape(1)
     return [
@@ -310,8 +242,8 @@ def single(ctx: Context, operands: Sequence[Found]) -> Found | list[Found]:
 
 
 @register_row_rule('Stack')
-def stack(ctx: Context, operands: Sequence[Found]) -> Found:
-    """Tensors that are all of one image become rows."""
+def stack(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Make one row of each tensor, if all of it is of one image."""
     if _dims(ctx, 'dim') != (0,):
         return same(ctx, operands)
     parts = [o for o in operands if isinstance(o, Rows)]
@@ -326,36 +258,34 @@ def stack(ctx: Context, operands: Sequence[Found]) -> Found:
     'ScatterReduce', 'IndexAdd', 'Cumsum', 'Cumprod', 'Cummax', 'Cummin', 'Softmax',
     'LogSoftmax', 'SafeSoftmax', 'Kthvalue',
 )  # fmt: skip
-def along(ctx: Context, operands: Sequence[Found]) -> Found:
-    """Rows are lost where the op works along them."""
+def along(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Lose rows where the op works along them."""
     return _unless(_dims(ctx, 'dim') == (0,), ctx, operands)
 
 
 @register_row_rule('Roll', 'AsStrided', 'Unfold', 'MaskedSelect')
-def shift(ctx: Context, operands: Sequence[Found]) -> Found:
-    """Rows are lost where they are shifted or interleaved."""
+def shift(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Lose rows where they are shifted or interleaved."""
     dims = _dims(ctx, 'dims')
     return _unless(not dims or 0 in dims, ctx, operands)
 
 
-@register_row_rule(
-    'Sum', 'Mean', 'Amax', 'Amin', 'Max', 'Min', 'Std', 'Var', 'LinalgVectorNorm',
-    'Norm', 'Logsumexp', 'Prod', 'VarMean', 'StdMean',
-)  # fmt: skip
-def reduce(ctx: Context, operands: Sequence[Found]) -> Found:
-    """What is reduced over the rows belongs to no single image."""
+@register_row_rule(*REDUCTION_OPS)
+def reduce(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Keep rows unless they are reduced: the result is of no single image then."""
     dims = _dims(ctx, 'dim')
     if not dims or 0 in dims:
         return None
     return same(ctx, operands[:1])
 
 
-def _unless(moved: bool, ctx: Context, operands: Sequence[Found]) -> Found:
-    found = [o for o in operands if o is not None]
-    if not moved or not found:
+def _unless(moved: bool, ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Keep rows unless they were ``moved``, or are all of one image in any case."""
+    states = [o for o in operands if o is not None]
+    if not moved or not states:
         return same(ctx, operands)
-    rows = found[0]
-    if len(found) == 1 and isinstance(rows, Rows):
+    rows = states[0]
+    if len(states) == 1 and isinstance(rows, Rows):
         index = _dense(ctx, rows)
         if _of_one_image(index):  # whichever way they went
             return rows.moved(index[:1].expand(_count(ctx)))

@@ -1,8 +1,9 @@
 """Which image each row of a tensor belongs to, read off its autograd graph.
 
 In the second stage of a detector the rows of a tensor are RoIs, and a pooling op has
-saved which image each of them lies in (paper, section 3.2). Following the graph,
-sampled, shuffled or joined RoIs and windows cut out of images are told exactly.
+saved which image each of them lies in (paper, section 3.2). The graph tells this
+exactly, also for RoIs that are sampled, shuffled or joined, and for windows that are
+cut out of images.
 """
 
 from __future__ import annotations
@@ -16,38 +17,40 @@ import torch
 from torch import Tensor, nn
 
 from mmgfp.tracing.labels import LabelTable
-from mmgfp.tracing.row_rules import (
-    ASIDE_OPS,
-    ROW_RULES,
-    Aside,
-    Found,
-    Lost,
-    Rows,
-    same,
-)
+from mmgfp.tracing.registry import ROW_RULES
+from mmgfp.tracing.row_rules import ASIDE_OPS, same
+from mmgfp.tracing.row_values import Aside, Lost, Rows, RowState
 from mmgfp.tracing.value import Context, op_name
 
-#: The key under which autograd nodes remember what was found.
+#: The key under which autograd nodes remember the rows of their results.
 KEY = 'mmgfp_rows'
-#: The same for what a checkpointed part was given.
+#: The same for the input of a checkpointed part.
 GIVEN = 'mmgfp_given_rows'
 _UNUSED = LabelTable()  # rows need no labels
 
 
 def rows_of(x: Tensor) -> Rows | Lost:
-    """The images that the rows of ``x`` belong to.
+    """Return the images that the rows of ``x`` belong to.
 
     Args:
         x: A tensor with its graph. One that needs no gradient is taken for images.
+
+    Examples:
+        >>> images = torch.ones(3, 2, requires_grad=True) * 1
+        >>> rows_of(images[[2, 0, 0]])
+        Rows(images=3, index=tensor([2, 0, 0]), pooled=False)
+        >>> rows_of(images.sum(0))
+        Lost(reason='its input depends on no image')
     """
     root: Any = x.grad_fn
     if root is None:
         return _of_leaf(x)
-    found = _follow(root, x.output_nr)
-    return Lost('its input depends on no image') if found is None else found
+    rows = _follow(root, x.output_nr)
+    return Lost('its input depends on no image') if rows is None else rows
 
 
-def _follow(root: Any, output: int) -> Found:
+def _follow(root: Any, output: int) -> RowState:
+    """Evaluate row rules below ``root``; nodes remember results for the next walk."""
     for node in _unknown_below(root):
         operands = [_known(edge) for edge in node.next_functions]
         shapes = [tuple(m.shape) for m in node._input_metadata]
@@ -61,7 +64,11 @@ def _follow(root: Any, output: int) -> Found:
 
 
 def _of_leaf(x: Tensor) -> Rows | Lost:
-    """Images, or in a checkpointed part that backward runs again what it was given."""
+    """Return the rows of a tensor without a graph: images, as a rule.
+
+    A checkpointed part that backward runs again gets its input detached from the graph;
+    its rows are those of the input of the part's node.
+    """
     node: Any = torch._C._current_autograd_node()
     if node is None or op_name(node) != 'CheckpointFunction':
         return Rows(len(x))
@@ -71,8 +78,7 @@ def _of_leaf(x: Tensor) -> Rows | Lost:
         node.metadata[GIVEN] = Lost('checkpointing hides where its rows come from')
         edges = [(n, i) for n, i in node.next_functions if n is not None]
         if len(edges) == 1 and _counts(*edges[0]):
-            found = _follow(*edges[0])
-            node.metadata[GIVEN] = found or node.metadata[GIVEN]
+            node.metadata[GIVEN] = _follow(*edges[0]) or node.metadata[GIVEN]
     return node.metadata[GIVEN]
 
 
@@ -83,7 +89,7 @@ def mark_rows(x: Tensor, rows: Rows) -> None:
 
 
 def mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """A forward hook for layers that read images themselves: their rows are known."""
+    """Mark the rows of a layer that reads images itself; a forward hook."""
     x = args[0] if args else None
     if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
         return
@@ -92,7 +98,7 @@ def mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 def _unknown_below(root: Any) -> Iterator[Any]:
-    """Nodes without an entry on the way down from ``root``, operands first."""
+    """Yield nodes without an entry on the way down from ``root``, operands first."""
     stack, opened = [(root, False)], set()
     while stack:
         node, done = stack.pop()
@@ -105,7 +111,7 @@ def _unknown_below(root: Any) -> Iterator[Any]:
 
 
 def _counts(node: Any, output: int) -> bool:
-    """Whether an operand can hold rows: it is no constant, leaf or scalar."""
+    """Return whether an operand can hold rows: it is no constant, leaf or scalar."""
     return (
         node is not None
         and not hasattr(node, 'variable')
@@ -113,31 +119,39 @@ def _counts(node: Any, output: int) -> bool:
     )
 
 
-def _known(edge: tuple[Any, int]) -> Found:
+def _known(edge: tuple[Any, int]) -> RowState:
+    """Return the rows of an operand whose node has been evaluated, or of a leaf."""
     node, output = edge
     if hasattr(node, 'variable'):
         leaf = node.variable
-        images = leaf.dim() > 0 and not isinstance(leaf, nn.Parameter)
-        return _of_leaf(leaf) if images else None
+        is_input = leaf.dim() > 0 and not isinstance(leaf, nn.Parameter)
+        return _of_leaf(leaf) if is_input else None
     return node.metadata[KEY][output] if _counts(node, output) else None
 
 
 @dataclass(frozen=True)
 class LayerCalls:
-    """What was seen of a layer's calls.
+    """Rows that a layer's calls were given.
 
     Attributes:
         rows: The rows of each call; None for a call without any.
         first: Whether the layer read a tensor that no other layer made.
     """
 
-    rows: list[Found] = field(default_factory=list)
+    rows: list[RowState] = field(default_factory=list)
     first: list[bool] = field(default_factory=list)
 
 
 @contextmanager
 def watch_rows(model: nn.Module) -> Iterator[dict[str, LayerCalls]]:
-    """Collect the rows that each module with a weight is called with, by its name."""
+    """Collect the rows that each module with a weight is called with.
+
+    Args:
+        model: The module that is about to run.
+
+    Yields:
+        dict: Calls by name of the module, filled while the model runs.
+    """
     calls: dict[str, LayerCalls] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -168,7 +182,7 @@ def watch_rows(model: nn.Module) -> Iterator[dict[str, LayerCalls]]:
 
 @dataclass(frozen=True)
 class RowUse:
-    """What layers read, by the name of the module.
+    """Layers by what their rows are; all are names of modules.
 
     Attributes:
         called: Layers that were called at all.
@@ -186,20 +200,22 @@ class RowUse:
 
 
 def judge_rows(calls: Mapping[str, LayerCalls]) -> RowUse:
-    """Sum up what `watch_rows` saw; the first layer says how many images there are."""
-    found = {n: [r for r in c.rows if r is not None] for n, c in calls.items()}
-    count = next(
-        (r.images for c in found.values() for r in c if isinstance(r, Rows)), 0
-    )
+    """Sum up the calls that `watch_rows` collected.
+
+    The first layer with known rows says how many images there are.
+    """
+    states = {n: [r for r in c.rows if r is not None] for n, c in calls.items()}
+    every = [r for rows in states.values() for r in rows]
+    count = next((r.images for r in every if isinstance(r, Rows)), 0)
     lost = {
         name: r.reason if isinstance(r, Lost) else f'{r.images} images, not {count}'
-        for name, rows in found.items()
+        for name, rows in states.items()
         for r in rows
         if isinstance(r, Lost) or r.images != count
     }
     known = {
         name: [r for r in rows if isinstance(r, Rows)]
-        for name, rows in found.items()
+        for name, rows in states.items()
         if rows and name not in lost
     }
     return RowUse(

@@ -12,20 +12,20 @@ from mmgfp.tracing.attention import attention_owners
 from mmgfp.tracing.averaged_copies import averaged_copy_tensors, couple_averaged_copies
 from mmgfp.tracing.graph import Graph, Node, read_graph
 from mmgfp.tracing.labels import LabelTable
-from mmgfp.tracing.rules import RULES
-from mmgfp.tracing.value import Context, LayerCall, Value, op_name
+from mmgfp.tracing.rules import LABEL_RULES
+from mmgfp.tracing.value import Context, LayerCall, Value, op_name, planes_of
 from mmgfp.tracing.widths import Outputs, width_labels
 from mmgfp.utils.errors import TraceError
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one pass over the graph found.
+    """Labels of a model's tensors, as one pass over the graph relates them.
 
     Attributes:
         table: Labels of all tensor dimensions, and what is known about them.
         calls: Calls of layers, in order.
-        shapes: Shapes of the parameters and buffers that were met, by name.
+        shapes: Shapes of the model's parameters and buffers, by name.
         unknown_ops: Ops without a rule, with the layers whose outputs they froze.
         widths: Labels of the channels that a module's attribute counts, (C,) for
             each tensor that has them, by the attribute's name.
@@ -51,12 +51,23 @@ def trace_loss(
         model: The module whose parameters and buffers get labels.
         loss: A scalar with its autograd graph, computed from a real batch.
         strict: Raise at an op without a rule instead of freezing what it reads.
-        widths: What `watch_widths` collected while the loss was computed.
+        widths: The tensors that `watch_widths` collected while the loss was computed.
         unused: Tensors that the model computed beside the loss; their layers are
             labelled as well, since they read channels.
 
     Raises:
-        TraceError: The loss has no graph, or an op has no rule under ``strict``.
+        TraceError: If the loss has no graph, or under ``strict`` an op has no rule.
+
+    Examples:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+        >>> trace = trace_loss(net, net(torch.ones(1, 3, 8, 8)).sum())
+        >>> [call.weight for call in trace.calls]
+        ['0.weight', '1.weight']
+        >>> trace.table.vectors['0.weight', 0].tolist()
+        [0, 1, 2, 3]
+        >>> trace.calls[1].inputs.tolist()
+        [0, 1, 2, 3]
     """
     if loss.grad_fn is None:
         raise TraceError(
@@ -68,24 +79,26 @@ def trace_loss(
     graph = read_graph(loss, unused)
     trace = _Tracer(model, strict).run(graph, widths or {})
     narrowed = _inseparable(trace)
+    # Labels are only ever equated, never told apart again: hence a second pass.
     if not narrowed:
         return trace
     return _Tracer(model, strict, narrowed).run(graph, widths or {})
 
 
 def _inseparable(trace: Trace) -> frozenset[str]:
-    """Weights of group convs whose conv groups could only go all together.
+    """Return the weights of group convs whose conv groups could only go all together.
 
-    That is so where a network joins them again, as split attention does.
+    That is so where a network joins them again, as split attention does. They are
+    traced anew, so that all conv groups stay and each loses the same channels.
     """
     components = trace.table.components()
-    found = set()
+    weights = set()
     for call in trace.calls:
         if call.groups > 1 and not call.transposed and trace.shapes[call.weight][1] > 1:
             rows = trace.table.vectors.get((call.weight, 0))
             if rows is not None and len(np.unique(components[rows.numpy()])) == 1:
-                found.add(call.weight)
-    return frozenset(found)
+                weights.add(call.weight)
+    return frozenset(weights)
 
 
 class _Tracer:
@@ -97,11 +110,12 @@ class _Tracer:
         self.model = model
         self.table = LabelTable()
         self.calls: list[LayerCall] = []
-        self.unknown: dict[str, list[str]] = {}
+        self.unknown_ops: dict[str, list[str]] = {}
         self.strict = strict
         self.narrowed = narrowed
-        self.heads = attention_owners(model)
+        self.attention_owners = attention_owners(model)
         self.parameters = {id(p): n for n, p in model.named_parameters()}
+        # Buffers are not in the graph; tensors that nodes saved share their memory.
         self.buffers = {b.data_ptr(): n for n, b in model.named_buffers() if b.numel()}
         self.shapes = {n: tuple(t.shape) for n, t in _tensors(model).items()}
 
@@ -120,8 +134,8 @@ class _Tracer:
                 shapes = [tuple(m.shape) for m in node._input_metadata]
                 values[node] = [Value(s) for s in shapes]
         couple_averaged_copies(self.table, averaged_copy_tensors(self.model))
-        followed = width_labels(self.model, widths, values)
-        return Trace(self.table, self.calls, self.shapes, self.unknown, followed)
+        counted = width_labels(self.model, widths, values)
+        return Trace(self.table, self.calls, self.shapes, self.unknown_ops, counted)
 
     def _evaluate(self, node: Node, operands: list[Value | None]) -> list[Value]:
         if hasattr(node, 'variable'):
@@ -134,25 +148,28 @@ class _Tracer:
             self.buffers,
             self.calls,
             self.narrowed,
-            self.heads,
+            self.attention_owners,
         )
-        rule = RULES.get(op_name(node))
+        rule = LABEL_RULES.get(op_name(node))
         if rule is None:
             self._freeze_unknown(op_name(node), operands)
             return [Value(s) for s in shapes]
         result = rule(ctx, operands)
         if isinstance(result, Value):
+            # Further outputs, such as a pool's indices, are for backward alone.
             return [result] + [Value(s) for s in shapes[1:]]
         return result
 
     def _leaf(self, tensor: Tensor) -> Value:
-        """One plane of labels per dimension of a parameter."""
+        """Label a parameter with one plane per dimension."""
         shape = tuple(tensor.shape)
         name = self.parameters.get(id(tensor))
         if name is None:  # a leaf that the model does not own cannot be resized
             return Value(shape)
         planes = []
         for dim, size in enumerate(shape):
+            # A plane of size 1 would say that labels do not depend on the dimension;
+            # a single channel could not go anyway.
             if size > 1:
                 vector = self.table.vector(name, dim, size)
                 planes.append(
@@ -162,18 +179,18 @@ class _Tracer:
 
     def _freeze_outputs(self, operands: list[Value | None]) -> None:
         for value in operands:
-            for plane in value.planes if value else ():
+            for plane in planes_of(value):
                 self.table.freeze(
                     plane, 'an output: reaches the loss without a further layer'
                 )
 
     def _freeze_unknown(self, op: str, operands: list[Value | None]) -> None:
-        planes = [p for v in operands if v is not None for p in v.planes]
-        layers = self.unknown.setdefault(op, [])
+        planes = [plane for value in operands for plane in planes_of(value)]
+        layers = self.unknown_ops.setdefault(op, [])
         for plane in planes:
             self.table.freeze(plane, f'read by {op}, an op without a rule')
-            found = [name.rpartition('.')[0] for name in self.table.owners(plane)]
-            layers += [layer for layer in found if layer not in layers]
+            owners = [name.rpartition('.')[0] for name in self.table.owners(plane)]
+            layers += [layer for layer in owners if layer not in layers]
         if self.strict and planes:
             raise TraceError(
                 f'op {op} after {", ".join(layers)}',

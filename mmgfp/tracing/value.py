@@ -1,4 +1,4 @@
-"""What the tracer knows of a tensor in the autograd graph."""
+"""Labels of the tensors in an autograd graph, and the context that op rules get."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ class Value:
             on, so that ``(1, C, 1, 1)`` labels the channels of ``(N, C, H, W)``.
             An activation has one plane or none, a conv weight two.
         from_parameters: The tensor is computed from parameters alone.
+
+    Examples:
+        >>> import torch
+        >>> channels = torch.arange(4).reshape(1, 4, 1, 1)
+        >>> value = Value((2, 4, 8, 8), (channels,))
+        >>> [sorted(varying(plane)) for plane in value.planes]
+        [[1]]
     """
 
     shape: Shape
@@ -53,16 +60,16 @@ class LayerCall:
 
 @dataclass
 class Context:
-    """What an op rule may use beside its operands.
+    """Node and tracing state that an op rule may use beside its operands.
 
     Attributes:
         table: Where labels are equated and frozen.
         node: The autograd node; its ``_saved_*`` attributes hold the geometry.
         out_shapes: Shapes of the op's outputs.
         buffers: Buffer names by data pointer.
-        calls: Layer calls found so far; layer rules append to it.
-        narrowed: Weights of group convs whose conv groups all stay and narrow.
-        heads: The attention modules of parameters, by the parameters' names.
+        calls: Layer calls so far; layer rules append to it.
+        narrowed: Weights of group convs whose conv groups all stay and get narrower.
+        attention_owners: The attention modules of parameters, by the parameters' names.
     """
 
     table: LabelTable
@@ -71,7 +78,7 @@ class Context:
     buffers: dict[int, str]
     calls: list[LayerCall] = field(default_factory=list)
     narrowed: frozenset[str] = frozenset()
-    heads: Mapping[str, AttentionOwner] = field(default_factory=dict)
+    attention_owners: Mapping[str, AttentionOwner] = field(default_factory=dict)
 
     @property
     def op(self) -> str:
@@ -84,37 +91,38 @@ class Context:
         return self.out_shapes[0]
 
     def saved(self, name: str) -> Any:
-        """The attribute ``_saved_<name>``; negative integers read as such."""
+        """Return the attribute ``_saved_<name>``; negative integers read as such."""
         value = getattr(self.node, f'_saved_{name}')
         if isinstance(value, tuple):
             return tuple(signed(v) for v in value)
         return signed(value)
 
     def signed_dims(self, dims: Iterable[int], rank: int) -> tuple[int, ...]:
-        """Dimensions of a tensor of ``rank`` dimensions, counted from the front."""
+        """Count dimensions of a tensor of ``rank`` dimensions from the front."""
         return tuple(signed(d) % rank for d in dims)
 
     def value(
         self, planes: Sequence[Tensor], like: Value, shape: Shape | None = None
     ) -> Value:
-        """A result of this op. A plane that shrank to one label freezes it."""
-        kept = []
+        """Return a result of this op; freeze planes that shrank to a single label."""
+        passed = []
         for plane in planes:
+            # A single label looks like a dimension that labels do not depend on.
             if varying(plane):
-                kept.append(plane)
+                passed.append(plane)
             else:
                 self.freeze(plane, 'a single channel is picked out by')
         shape = self.shape if shape is None else shape
-        return Value(shape, tuple(kept), like.from_parameters)
+        return Value(shape, tuple(passed), like.from_parameters)
 
     def known(self, value: Value | None) -> Value:
-        """The operand of a shape op; one that is not in the graph has no labels."""
+        """Return ``value``; one without labels for an operand outside of the graph."""
         return value if value is not None else Value(self.shape)
 
     def merge(self, plane: Tensor, dim: int) -> Tensor:
         """Equate all elements along ``dim``; return one slice of size 1 there.
 
-        What stands beside an element without a label stays, as that one does.
+        An element without a label stays, so what is equated with it is frozen.
         """
         merged = self.table.merge(plane, dim)
         fixed = (plane == NO_LABEL).any(dim, keepdim=True) & (merged != NO_LABEL)
@@ -122,45 +130,62 @@ class Context:
         return merged
 
     def freeze(self, labels: Tensor, what: str) -> None:
-        """Freeze ``labels``; the reason names ``what`` happens and the op."""
+        """Freeze ``labels``; the reason says ``what`` happens to them, and the op."""
         self.table.freeze(labels, f'{what} {self.op}')
 
     def freeze_value(self, value: Value | None, what: str) -> None:
         """Freeze all labels of ``value``."""
-        for plane in value.planes if value else ():
+        for plane in planes_of(value):
             self.freeze(plane, what)
 
-    def attention(self, plane: Tensor) -> AttentionOwner | None:
-        """The attention module whose layers made all the channels of ``plane``."""
-        owners = {self.heads.get(name) for name in self.table.owners(plane)}
+    def unmixed(
+        self, planes: Iterable[Tensor], dims: Iterable[int], what: str
+    ) -> list[Tensor]:
+        """Return the planes that do not vary along any of ``dims``; freeze the others.
+
+        Args:
+            planes: Labels of an operand.
+            dims: Dimensions along which the op mixes elements.
+            what: What happens to frozen channels, as for `freeze`.
+        """
+        mixed_dims, unmixed = frozenset(dims), []
+        for plane in planes:
+            if varying(plane) & mixed_dims:
+                self.freeze(plane, what)
+            else:
+                unmixed.append(plane)
+        return unmixed
+
+    def attention_owner(self, plane: Tensor) -> AttentionOwner | None:
+        """Return the attention module whose layers made all channels of ``plane``."""
+        names = self.table.owners(plane)
+        owners = {self.attention_owners.get(name) for name in names}
         return owners.pop() if len(owners) == 1 else None
 
-    def mixed(self, plane: Tensor, dims: frozenset[int], what: str) -> bool:
-        """Freeze ``plane`` and say so if its labels depend on one of ``dims``."""
-        if varying(plane) & dims:
-            self.freeze(plane, what)
-            return True
-        return False
+
+def planes_of(value: Value | None) -> tuple[Tensor, ...]:
+    """Return the planes of an operand; none if it needs no gradient."""
+    return value.planes if value else ()
 
 
 def signed(number: Any) -> Any:
-    """Undo the wrap-around with which autograd shows negative dimensions."""
+    """Return a saved integer; autograd shows negative ones as unsigned."""
     if isinstance(number, int) and number >= 1 << 63:
         return number - (1 << 64)
     return number
 
 
 def op_name(node: Any) -> str:
-    """Name of an autograd node's op: ``AddmmBackward0`` and its like give ``Addmm``."""
+    """Return the name of a node's op: ``Addmm`` for ``AddmmBackward0`` and its like."""
     name = node.name().rsplit('::', 1)[-1].rstrip('>0123456789')
     return name.removesuffix('Backward')
 
 
 def reshape_plane(plane: Tensor, source: Shape, target: Shape) -> Tensor:
-    """Labels of ``x.view(target)`` from those of ``x`` of shape ``source``.
+    """Return the labels of ``x.view(target)``, where ``x`` is of shape ``source``.
 
     Only runs of dimensions that are really joined or split, and carry labels, are
-    written out.
+    written out; all others stay of size 1, which saves the memory of whole images.
     """
     expanded: list[int] = []
     result: list[int] = []
@@ -175,10 +200,16 @@ def reshape_plane(plane: Tensor, source: Shape, target: Shape) -> Tensor:
 
 
 def blocks(source: Shape, target: Shape) -> list[tuple[range, range]]:
-    """Smallest runs of dimensions of equal product in both shapes."""
+    """Return the smallest runs of dimensions of equal product in both shapes.
+
+    Examples:
+        >>> blocks((2, 4, 5), (2, 20))
+        [(range(0, 1), range(0, 1)), (range(1, 3), range(1, 2))]
+    """
     runs = []
     i = j = 0
     while i < len(source) or j < len(target):
+        # Take a dimension of each, then more on the side of the smaller product.
         i0, j0 = i, j
         i, j = min(i + 1, len(source)), min(j + 1, len(target))
         while (a := math.prod(source[i0:i])) != (b := math.prod(target[j0:j])):
@@ -194,7 +225,7 @@ def blocks(source: Shape, target: Shape) -> list[tuple[range, range]]:
 
 
 def fill_unlabelled(plane: Tensor, other: Tensor) -> Tensor:
-    """``plane`` with its unlabelled elements taken from ``other``."""
+    """Return ``plane`` with its unlabelled elements taken from ``other``."""
     if not (plane == NO_LABEL).any():
         return plane
     return other.where(plane == NO_LABEL, plane)

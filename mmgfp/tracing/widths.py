@@ -1,8 +1,8 @@
-"""Module attributes that repeat a number of channels which their code relies on.
+"""Module attributes that hold a number of channels on which the module's code relies.
 
 A RoI extractor, for one, allocates ``out_channels`` channels for its output, but owns
-no tensor from which a pruned model could tell how many are left. What such an
-attribute counts is read off the trace: the channels that the module reads or gives.
+no tensor from which a pruned model could tell how many remain. Which channels such an
+attribute counts is read off the trace: those that the module reads or returns.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Outputs = list[tuple[Any, int]]
 
 
 def width_attributes(module: nn.Module) -> dict[str, int]:
-    """Attributes of ``module`` that count channels, with their values."""
+    """Return the attributes of ``module`` that count channels, with their values."""
     values = {name: getattr(module, name, None) for name in WIDTH_ATTRIBUTES}
     return {n: v for n, v in values.items() if type(v) is int}
 
@@ -41,9 +41,12 @@ def watch_widths(
 
     Args:
         model: The module that is about to be traced.
-        skip: Says which modules can tell their attributes from their own tensors.
+        skip: Says which modules are not watched, as their own tensors tell the widths.
+
+    Yields:
+        dict: Tensors by name of the attribute, filled while the model runs.
     """
-    found: dict[str, Outputs] = {}
+    counted: dict[str, Outputs] = {}
 
     def watch(name: str, sides: Sequence[str]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -56,7 +59,7 @@ def watch_widths(
                 ]
                 attributes = [a for a, s in WIDTH_ATTRIBUTES.items() if s == side]
                 for attribute in attributes:
-                    found.setdefault(f'{name}.{attribute}', []).extend(nodes)
+                    counted.setdefault(f'{name}.{attribute}', []).extend(nodes)
 
         return hook
 
@@ -67,7 +70,7 @@ def watch_widths(
             hook = watch(name, sides)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
     try:
-        yield found
+        yield counted
     finally:
         for handle in handles:
             handle.remove()
@@ -78,31 +81,32 @@ def width_labels(
     widths: Mapping[str, Outputs],
     values: Mapping[Any, Sequence[Value]],
 ) -> dict[str, list[Tensor]]:
-    """Labels of the channels that each attribute counts, (C,) for each tensor.
+    """Return the labels of the channels that each attribute counts, (C,) per tensor.
 
     Args:
         model: The traced module.
-        widths: What `watch_widths` collected.
-        values: What tracing knows of the nodes that the loss depends on.
+        widths: The tensors that `watch_widths` collected.
+        values: The outputs of each node, with their labels.
 
     Returns:
         dict: By name of the attribute; left out are those whose channels have no
         labels, which pruning does not change.
     """
-    found = {}
+    counted = {}
     for name, outputs in widths.items():
         module, _, attribute = name.rpartition('.')
         size = getattr(model.get_submodule(module), attribute)
         labels = [_labels(values[n][i], size) for n, i in outputs if n in values]
         if labels and all(labels):
-            found[name] = [vector for vectors in labels for vector in vectors]
-    return found
+            counted[name] = [vector for vectors in labels for vector in vectors]
+    return counted
 
 
 def _labels(value: Value, size: int) -> list[Tensor]:
-    """Labels of the dimension of ``size``, all that differ along the others."""
+    """Return the distinct label vectors along the dimension of ``size``, (size,)."""
     for plane in value.planes:
-        for dim in sorted(varying(plane), key=lambda d: d != 1):  # (N, C, ...)
+        # Of several dimensions of that size, channels are the second: (N, C, ...).
+        for dim in sorted(varying(plane), key=lambda d: d != 1):
             if plane.shape[dim] == size:
                 rows = plane.movedim(dim, -1).reshape(-1, size)
                 return list(rows.unique(dim=0))

@@ -148,12 +148,12 @@ def test_heads_of_an_unknown_module_stay():
     reasons = {f.layer: f.reason for f in grouping.frozen}
     assert grouping.groups == ()
     assert reasons['attn.qkv'] == (
-        'in heads, for whose count in UncountedAttention there is no HeadKind, '
+        'in attention heads of UncountedAttention, which has no AttentionSpec, '
         'multiplied with an activation by ScaledDotProductFlashAttentionForCpu'
     )
 
 
-def test_a_kind_can_be_added(monkeypatch):
+def test_a_spec_can_be_added(monkeypatch):
     class Renamed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -166,8 +166,9 @@ def test_a_kind_can_be_added(monkeypatch):
             return self.proj(x.flatten(2))
 
     assert grouped(net_of(Renamed)).groups == ()
-    kind = AttentionSpec(('to_qkv', 'proj'), 'size', ('num_heads',))
-    monkeypatch.setattr('mmgfp.tracing.attention.HEAD_KINDS', [*ATTENTION_SPECS, kind])
+    spec = AttentionSpec(('to_qkv', 'proj'), 'size', ('num_heads',))
+    specs = [*ATTENTION_SPECS, spec]
+    monkeypatch.setattr('mmgfp.tracing.attention.ATTENTION_SPECS', specs)
     net = net_of(Renamed)
     (group,) = grouped(net).groups
     assert group.units == HEADS
@@ -175,7 +176,7 @@ def test_a_kind_can_be_added(monkeypatch):
     assert disagreement(net, [group], kept, lambda net: net(images())) is None
 
 
-def test_code_that_does_not_cope_is_found_by_the_proof():
+def test_code_that_does_not_cope_is_found_by_verification():
     torch.manual_seed(0)
     parts = {'good': Attention(fused), 'bad': ShapeBoundAttention(fused)}
     net = Net(
@@ -304,7 +305,7 @@ def test_heads_stay_where_code_reads_the_width_off_its_input(module):
     if module == 'BEiTAttention':
         cfg.model.pop('neck')
     found = traced(cfg, 64 if module == 'WindowMSA' else 32)
-    assert f'for whose count in {module} there is no HeadKind' in found.reason(layer)
+    assert f'heads of {module}, which has no AttentionSpec' in found.reason(layer)
 
 
 @pytest.mark.parametrize('eager', [True, False])

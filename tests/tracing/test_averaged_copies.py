@@ -38,11 +38,11 @@ AVERAGED = pytest.mark.parametrize('averaged', [momentum, AveragedModel])
 
 @AVERAGED
 def test_copies_are_found_with_their_originals(averaged):
-    twins = averaged_copy_tensors(Contrast(averaged))
-    assert twins['net.conv1.weight'] == ['copy.module.0.conv1.weight']
-    assert twins['net.bn.running_mean'] == ['copy.module.0.bn.running_mean']
-    assert twins['neck.bias'] == ['copy.module.1.bias']
-    assert len(twins) == len(ConvPair().state_dict()) + 2
+    copies = averaged_copy_tensors(Contrast(averaged))
+    assert copies['net.conv1.weight'] == ['copy.module.0.conv1.weight']
+    assert copies['net.bn.running_mean'] == ['copy.module.0.bn.running_mean']
+    assert copies['neck.bias'] == ['copy.module.1.bias']
+    assert len(copies) == len(ConvPair().state_dict()) + 2
 
 
 def loss(model):

@@ -7,8 +7,8 @@ from torch import nn
 
 from mmgfp import GroupFisherPruner
 from mmgfp.criteria.mask_gradients import MaskGradientTap
-from mmgfp.tracing import judge_rows, register_row_rule, watch_rows
-from mmgfp.tracing.row_rules import Lost, Rows
+from mmgfp.tracing import judge_rows, watch_rows
+from mmgfp.tracing.row_values import Lost, Rows
 from mmgfp.tracing.rows import rows_of
 
 IMAGES = 3
@@ -172,11 +172,6 @@ def test_pooling_that_hides_its_rois_is_lost(x):
     torchvision = pytest.importorskip('torchvision')
     features = torchvision.ops.roi_align(x, boxes(ROIS[:3]), 1)  # as many as images
     assert 'does not show' in rows_of(features).reason
-
-
-def test_two_rules_for_one_op_are_refused():
-    with pytest.raises(KeyError, match="'Index' has a row rule already"):
-        register_row_rule('Index')(lambda ctx, operands: None)
 
 
 # -- in a network ------------------------------------------------------------

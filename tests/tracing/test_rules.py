@@ -22,7 +22,7 @@ from mmgfp.discovery.verify import (
     masked_and_compact,
     random_units,
 )
-from mmgfp.tracing import RULES, register_rule
+from mmgfp.tracing import LABEL_RULES, ROW_RULES
 from mmgfp.tracing.value import op_name
 
 aten = torch.ops.aten
@@ -592,10 +592,12 @@ def test_channels_freeze(op, words, run):
 
 def test_every_rule_is_tested():
     tested = {c.op for c in CASES} | {op for op, _, _ in FROZEN}
-    assert set(RULES) - tested == set(), 'add a line to CASES or FROZEN above'
+    assert set(LABEL_RULES) - tested == set(), 'add a line to CASES or FROZEN above'
 
 
-def test_a_second_rule_for_an_op_is_refused():
-    with pytest.raises(KeyError, match="op 'Relu' has the rule elementwise already"):
-        register_rule('Relu')(lambda ctx, operands: None)
-    assert RULES['Relu'].__name__ == 'elementwise'
+@pytest.mark.parametrize(('rules', 'op'), [(LABEL_RULES, 'Relu'), (ROW_RULES, 'Flip')])
+def test_a_second_rule_for_an_op_is_refused(rules, op):
+    kind, name = ('label', 'elementwise') if op == 'Relu' else ('row', 'pick')
+    with pytest.raises(KeyError, match=f'op {op!r} has the {kind} rule {name} already'):
+        rules.register(op)(lambda ctx, operands: None)
+    assert rules[op].__name__ == name

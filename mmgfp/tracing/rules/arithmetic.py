@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from mmgfp.tracing.labels import varying
-from mmgfp.tracing.rules.registry import Operands, register_rule
-from mmgfp.tracing.value import Context, Value, fill_unlabelled
+from mmgfp.tracing.registry import Operands, register_rule
+from mmgfp.tracing.value import Context, Value, fill_unlabelled, planes_of
 
-
-def _first(operands: Operands) -> Value | None:
-    return next((v for v in operands if v is not None), None)
+#: Ops that pool RoIs from features, of mmcv and of torchvision.
+ROI_POOL_OPS = (
+    'RoIAlignFunction', 'RoIPoolFunction', 'ROIAlignFunction', 'ROIPoolFunction',
+)  # fmt: skip
+#: Batch norms of torch, and mmcv's synchronised one.
+BATCH_NORM_OPS = (
+    'NativeBatchNorm', 'CudnnBatchNorm', 'MiopenBatchNorm', 'SyncBatchNorm',
+    'SyncBatchNormFunction',
+)  # fmt: skip
 
 
 def _align(plane: Tensor, rank: int) -> Tensor:
@@ -32,9 +38,10 @@ def _align(plane: Tensor, rank: int) -> Tensor:
     'Fill', 'Expm1', 'Tan',
 )  # fmt: skip
 def elementwise(ctx: Context, operands: Operands) -> Value:
-    """Results live where all operands live: equate operands, broadcast together."""
+    """Equate operands, broadcast together: a channel goes from all or from none."""
     values = [v for v in operands if v is not None]
     merged = _merge_planes(ctx, values)
+    # A tensor without labels keeps its width, and would not fit to fewer channels.
     for plane in merged:
         for value in values:
             if _holds_without_labels(value, plane):
@@ -48,6 +55,7 @@ def elementwise(ctx: Context, operands: Operands) -> Value:
 def _merge_planes(ctx: Context, values: Sequence[Value]) -> list[Tensor]:
     """Equate planes of different operands that label the same dimensions."""
     merged: list[Tensor] = []
+    # Planes of one value are of different dimensions, as those of a weight.
     for value in values:
         for raw in value.planes:
             plane = _align(raw, len(ctx.shape))
@@ -66,11 +74,11 @@ def _merge_planes(ctx: Context, values: Sequence[Value]) -> list[Tensor]:
 
 
 def _holds_without_labels(value: Value, plane: Tensor) -> bool:
-    """Whether ``value`` has elements along the plane's dimensions but no labels."""
+    """Return whether ``value`` has elements, but no labels, along the plane's."""
     shape = (1,) * (plane.dim() - len(value.shape)) + value.shape
     dims = {d for d in varying(plane) if shape[d] > 1}
-    own = [varying(_align(p, plane.dim())) for p in value.planes]
-    return bool(dims) and not any(dims & o for o in own)
+    labelled = [varying(_align(p, plane.dim())) for p in value.planes]
+    return bool(dims) and not any(dims & other for other in labelled)
 
 
 @register_rule(
@@ -83,36 +91,24 @@ def _holds_without_labels(value: Value, plane: Tensor) -> bool:
 )  # fmt: skip
 def resample(ctx: Context, operands: Operands) -> Value:
     """Channels pass; dimensions behind them are mixed."""
-    return _resampled(ctx, operands[0], mixed_from=2)
+    return _resampled(ctx, operands[0])
 
 
-@register_rule(
-    'RoIAlignFunction', 'RoIPoolFunction',  # mmcv
-    'ROIAlignFunction', 'ROIPoolFunction',  # torchvision
-)  # fmt: skip
+@register_rule(*ROI_POOL_OPS)
 def roi_pool(ctx: Context, operands: Operands) -> Value:
     """Channels pass; images become RoIs."""
-    return _resampled(ctx, operands[0], mixed_from=2, mixed_batch=True)
+    return _resampled(ctx, operands[0], mixed_batch=True)
 
 
-def _resampled(
-    ctx: Context, value: Value | None, mixed_from: int, mixed_batch: bool = False
-) -> Value:
+def _resampled(ctx: Context, value: Value | None, mixed_batch: bool = False) -> Value:
     if value is None:
         return Value(ctx.shape)
-    mixed = frozenset(range(mixed_from, len(value.shape)))
-    if mixed_batch:
-        mixed |= {0}
-    what = 'positions are mixed by'
-    return ctx.value(
-        [p for p in value.planes if not ctx.mixed(p, mixed, what)], like=value
-    )
+    mixed = [*range(2, len(value.shape)), *([0] if mixed_batch else [])]
+    planes = ctx.unmixed(value.planes, mixed, 'positions are mixed by')
+    return ctx.value(planes, like=value)
 
 
-@register_rule(
-    'NativeBatchNorm', 'CudnnBatchNorm', 'MiopenBatchNorm',
-    'SyncBatchNorm', 'SyncBatchNormFunction',  # torch, mmcv
-)  # fmt: skip
+@register_rule(*BATCH_NORM_OPS)
 def batch_norm(ctx: Context, operands: Operands) -> Value:
     """Channels pass and take weight, bias and running statistics with them."""
     return _normalised(ctx, operands, groups=None)
@@ -120,7 +116,7 @@ def batch_norm(ctx: Context, operands: Operands) -> Value:
 
 @register_rule('NativeGroupNorm')
 def group_norm(ctx: Context, operands: Operands) -> Value:
-    """The channels of one norm group live and die together."""
+    """The channels of one norm group go together."""
     return _normalised(ctx, operands, groups=ctx.saved('group'))
 
 
@@ -128,14 +124,12 @@ def _normalised(ctx: Context, operands: Operands, groups: int | None) -> Value:
     value, *affine = operands
     shape = value.shape if value else ctx.shape
     vectors = _norm_vectors(ctx, affine, shape[1])
-    planes = []
-    for plane in value.planes if value else ():
-        if ctx.mixed(plane, varying(plane) - {1}, 'positions are mixed by'):
-            continue
-        planes.append(plane)
+    others = set(range(len(shape))) - {1}
+    planes = ctx.unmixed(planes_of(value), others, 'positions are mixed by')
+    for plane in planes:
         labels = plane.reshape(-1)  # (C,)
         if groups:
-            _equate_rows(ctx, labels.reshape(groups, -1))
+            ctx.table.merge(labels.reshape(groups, -1), 1)
         for vector in vectors:
             ctx.table.equate(labels, vector)
     if not planes:
@@ -144,14 +138,9 @@ def _normalised(ctx: Context, operands: Operands, groups: int | None) -> Value:
     return ctx.value(planes, like=Value(ctx.shape))
 
 
-def _equate_rows(ctx: Context, labels: Tensor) -> None:
-    """Equate all elements inside each row of ``labels``, shape (G, K)."""
-    ctx.table.merge(labels, 1)
-
-
 def _norm_vectors(ctx: Context, affine: Operands, channels: int) -> list[Tensor]:
-    """Labels of a norm layer's weight, bias and buffers, each of shape (C,)."""
-    vectors = [p.reshape(-1) for v in affine if v is not None for p in v.planes]
+    """Return the labels of a norm layer's weight, bias and buffers, (C,) each."""
+    vectors = [plane.reshape(-1) for value in affine for plane in planes_of(value)]
     # Synchronised norms do not save their buffers, which stand beside the weight.
     module = ctx.table.owners(vectors[0])[0].rpartition('.')[0] if vectors else ''
     for name in ('running_mean', 'running_var'):

@@ -8,42 +8,42 @@ import torch
 from torch import Tensor
 
 from mmgfp.tracing.labels import varying
-from mmgfp.tracing.rules.registry import Operands, register_rule
+from mmgfp.tracing.registry import Operands, register_rule
 from mmgfp.tracing.value import Context, Value
 
 
 @register_rule('Gather')
 def gather(ctx: Context, operands: Operands) -> Value:
-    """Picks along one dimension; along the others it may cut off an end."""
+    """Pick along one dimension; along the others an end may be cut off."""
     value = operands[0]
     if value is None:
         return Value(ctx.shape)
     (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(value.shape))
     planes = []
-    for plane in value.planes:
-        if not ctx.mixed(plane, frozenset({dim}), 'picked from by'):
-            for d in varying(plane):
-                plane = plane.narrow(d, 0, ctx.shape[d])
-            planes.append(plane)
+    for plane in ctx.unmixed(value.planes, {dim}, 'picked from by'):
+        # The index may be shorter than the tensor, which cuts off what lies behind it.
+        for d in varying(plane):
+            plane = plane.narrow(d, 0, ctx.shape[d])
+        planes.append(plane)
     return ctx.value(planes, like=value)
 
 
 @register_rule('Roll')
 def roll(ctx: Context, operands: Operands) -> Value:
-    """Shift elements around; without dimensions, those of the flattened tensor."""
+    """Shift elements around."""
     value = operands[0]
     if value is None:
         return Value(ctx.shape)
+    # Without dimensions, torch shifts through the whole tensor, element by element.
     dims = ctx.saved('dims') or range(len(ctx.shape))
-    moved = frozenset(ctx.signed_dims(dims, len(ctx.shape)))
-    what = 'shifted along the channels by'
-    planes = [p for p in value.planes if not ctx.mixed(p, moved, what)]
+    moved = ctx.signed_dims(dims, len(ctx.shape))
+    planes = ctx.unmixed(value.planes, moved, 'shifted along the channels by')
     return ctx.value(planes, like=value)
 
 
 @register_rule('CopyBackwards')
 def copy(ctx: Context, operands: Operands) -> Value:
-    """``x.copy_(y)``: what was there is overwritten."""
+    """Overwrite all of a tensor, ``x.copy_(y)``."""
     value = operands[-1]
     if value is None:
         return Value(ctx.shape)
@@ -52,7 +52,7 @@ def copy(ctx: Context, operands: Operands) -> Value:
 
 @register_rule('CopySlices')
 def copy_slices(ctx: Context, operands: Operands) -> Value:
-    """``x[part] = y``: the graph does not say which part was overwritten.
+    """Overwrite a part of a tensor, ``x[part] = y``; the graph does not say which.
 
     Where ``y`` has as many channels as ``x``, they are the same ones; elsewhere
     both stay as they are.
@@ -79,18 +79,14 @@ def copy_slices(ctx: Context, operands: Operands) -> Value:
 
 
 def _placed(ctx: Context, value: Value) -> Value:
-    """Labels of ``value`` in a tensor of this op's shape, aligned at the end."""
-    rank, planes = len(ctx.shape), []
+    """Return ``value`` in a tensor of this op's shape, aligned at the end."""
+    planes = []
     for plane in value.planes:
-        missing = rank - plane.dim()
-        wide = (
-            plane.reshape((1,) * missing + tuple(plane.shape)) if missing >= 0 else None
-        )
-        fits = wide is not None and all(
-            ctx.shape[d] == wide.shape[d] for d in varying(wide)
-        )
-        if wide is not None and fits:
-            planes.append(wide)
+        missing = len(ctx.shape) - plane.dim()
+        if missing >= 0:
+            plane = plane.reshape((1,) * missing + tuple(plane.shape))
+        if missing >= 0 and all(ctx.shape[d] == plane.shape[d] for d in varying(plane)):
+            planes.append(plane)
         else:
             ctx.freeze(plane, 'put at positions that the graph does not show by')
     return ctx.value(planes, like=Value(ctx.shape))
@@ -98,38 +94,41 @@ def _placed(ctx: Context, value: Value) -> Value:
 
 @register_rule('Im2Col')
 def im2col(ctx: Context, operands: Operands) -> Value:
-    """(N, C, H, W) to (N, C k², L): each channel becomes the k² of its window."""
+    """Turn (N, C, H, W) into (N, C k², L): a channel becomes the k² of its window."""
     return _windows(ctx, operands[0], math.prod(ctx.saved('kernel_size')))
 
 
 @register_rule('PixelUnshuffle')
 def pixel_unshuffle(ctx: Context, operands: Operands) -> Value:
-    """(N, C, H r, W r) to (N, C r², H, W)."""
+    """Turn (N, C, H r, W r) into (N, C r², H, W)."""
     return _windows(ctx, operands[0], ctx.saved('downscale_factor') ** 2)
 
 
 def _windows(ctx: Context, value: Value | None, area: int) -> Value:
-    planes = []
-    for plane in value.planes if value else ():
-        if not ctx.mixed(plane, varying(plane) - {1}, 'positions are mixed by'):
-            labels = plane.reshape(-1).repeat_interleave(area)  # (C k²,)
-            planes.append(_channels(labels, len(ctx.shape)))
+    if value is None:
+        return Value(ctx.shape)
+    others, planes = set(range(len(value.shape))) - {1}, []
+    for plane in ctx.unmixed(value.planes, others, 'positions are mixed by'):
+        labels = plane.reshape(-1).repeat_interleave(area)  # (C k²,)
+        planes.append(_channels(labels, len(ctx.shape)))
     return ctx.value(planes, like=Value(ctx.shape))
 
 
 @register_rule('Col2Im')
 def col2im(ctx: Context, operands: Operands) -> Value:
-    """(N, C k², L) to (N, C, H, W): the k² of a window make one channel."""
+    """Turn (N, C k², L) into (N, C, H, W): the k² of a window make one channel."""
     value, area = operands[0], math.prod(ctx.saved('kernel_size'))
-    planes = []
-    for plane in value.planes if value else ():
-        if not ctx.mixed(plane, varying(plane) - {1}, 'positions are mixed by'):
-            rows = ctx.table.merge(plane.reshape(-1, area), 1)  # (C, 1)
-            planes.append(_channels(rows, len(ctx.shape)))
+    if value is None:
+        return Value(ctx.shape)
+    others, planes = set(range(len(value.shape))) - {1}, []
+    for plane in ctx.unmixed(value.planes, others, 'positions are mixed by'):
+        rows = ctx.table.merge(plane.reshape(-1, area), 1)  # (C, 1)
+        planes.append(_channels(rows, len(ctx.shape)))
     return ctx.value(planes, like=Value(ctx.shape))
 
 
 def _channels(labels: Tensor, rank: int) -> Tensor:
+    """Return labels of channels as a plane of ``rank`` dimensions, (1, C, 1, ...)."""
     return torch.reshape(labels, (1, -1) + (1,) * (rank - 2))
 
 
@@ -139,9 +138,8 @@ def ordered(ctx: Context, operands: Operands) -> list[Value]:
     value = operands[0]
     if value is None:
         return [Value(shape) for shape in ctx.out_shapes]
-    dim = frozenset(ctx.signed_dims((ctx.saved('dim'),), len(value.shape)))
-    what = 'channels are ordered by'
-    planes = [p for p in value.planes if not ctx.mixed(p, dim, what)]
+    dims = ctx.signed_dims((ctx.saved('dim'),), len(value.shape))
+    planes = ctx.unmixed(value.planes, dims, 'channels are ordered by')
     return [ctx.value(planes, value, shape) for shape in ctx.out_shapes]
 
 

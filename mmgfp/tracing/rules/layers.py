@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from mmgfp.tracing.labels import NO_LABEL, varying
-from mmgfp.tracing.rules.registry import Operands, register_rule
-from mmgfp.tracing.value import Context, LayerCall, Value
+from mmgfp.tracing.registry import Operands, register_rule
+from mmgfp.tracing.value import Context, LayerCall, Value, planes_of
 
-#: Ops through which a parameter makes a layer, and where their factors stand.
+#: Ops that contract an activation with a weight, and the operands that are factors.
 LAYER_OPS: dict[str, tuple[int, ...]] = {
     'Convolution': (0, 1),
     'Addmm': (1, 2),
@@ -20,11 +20,13 @@ LAYER_OPS: dict[str, tuple[int, ...]] = {
 #: Buffers beside a weight that scale and shift its output channels, as mmcv's
 #: `ConvAWS2d` has them.
 SCALES = ('weight_gamma', 'weight_beta')
+#: Why the input channels of a layer stay whose weight has no labels for them.
+UNLABELLED_WEIGHT = 'read as the only channel, or with a weight of fixed width, by'
 
 
 @register_rule('Convolution')
 def convolution(ctx: Context, operands: Operands) -> Value:
-    """New labels on the output channels; input channels meet the weight's."""
+    """Issue labels for the output channels; input channels meet the weight's."""
     value, weight, bias = operands
     transposed, groups = ctx.saved('transposed'), ctx.saved('groups')
     return _convolve(ctx, (value, weight, bias), transposed, groups)
@@ -48,7 +50,7 @@ def deform_convolution(ctx: Context, operands: Operands) -> Value:
 
 
 def _torchvision_deform_convolution(ctx: Context, operands: Operands) -> Value:
-    """Its node shows no settings; they follow from the shapes of the operands."""
+    """Replay torchvision's op, whose settings follow from the operands' shapes."""
     value, weight, offset, mask, bias = operands
     groups, parts = 1, 1
     if value is not None and weight is not None:
@@ -63,13 +65,13 @@ def _torchvision_deform_convolution(ctx: Context, operands: Operands) -> Value:
 def _deform(
     ctx: Context, operands: Operands, moved: Operands, groups: int, parts: int
 ) -> Value:
-    """A convolution of ``parts`` parts of its input, each with offsets of its own."""
+    """Convolve ``parts`` equal parts of the input, each with offsets of its own."""
     for offset in moved:
         ctx.freeze_value(offset, 'read as offsets by')
     value = operands[0]
-    if parts > 1 and value is not None:
+    if parts > 1:
         # The parts must stay equally wide.
-        for plane in value.planes:
+        for plane in planes_of(value):
             if varying(plane) == {1}:
                 ctx.merge(plane.reshape(parts, -1), 0)
     return _convolve(ctx, operands, False, groups)
@@ -81,6 +83,7 @@ def _convolve(ctx: Context, operands: Operands, transposed: bool, groups: int) -
         ctx.freeze_value(value, 'read with a fixed weight by')
         return Value(ctx.shape)
     if not weight.from_parameters:
+        # Kernels that another layer computes, whose entries are its output channels.
         for factor in operands:
             ctx.freeze_value(factor, 'multiplied with an activation by')
         return Value(ctx.shape)
@@ -99,9 +102,8 @@ def _convolve(ctx: Context, operands: Operands, transposed: bool, groups: int) -
     _record(ctx, weight, labels, transposed, groups)
     if out is None:
         return Value(ctx.shape)
-    if bias is not None:
-        for plane in bias.planes:
-            ctx.table.equate(out, plane.reshape(-1))
+    for plane in planes_of(bias):
+        ctx.table.equate(out, plane.reshape(-1))
     for vector in _scales(ctx, weight, len(out)):
         ctx.table.equate(out, vector)
     ctx.table.produce(out)
@@ -114,7 +116,7 @@ def _input_channels(weight: Value, in_dim: int, groups: int) -> int:
 
 
 def _vector(weight: Value, dim: int) -> Tensor | None:
-    """The weight's labels along ``dim``, shape (size,), or None if it has none."""
+    """Return the weight's labels along ``dim``, (size,), or None if it has none."""
     for plane in weight.planes:
         if varying(plane) == {dim}:
             return plane.reshape(-1)
@@ -122,24 +124,21 @@ def _vector(weight: Value, dim: int) -> Tensor | None:
 
 
 def _input_vector(ctx: Context, value: Value | None, channels: int) -> Tensor:
-    """One label per input channel, shape (C_in,); what cannot be followed freezes."""
+    """Return one label per input channel, (C_in,); freeze what cannot be followed."""
     labels = torch.full((channels,), NO_LABEL)
-    for plane in value.planes if value else ():
-        if 1 not in varying(plane) or ctx.mixed(
-            plane, varying(plane) - {0, 1}, 'positions are mixed by'
-        ):
+    for plane in planes_of(value):
+        dims, what = varying(plane), 'positions are mixed by'
+        if 1 in dims and ctx.unmixed([plane], dims - {0, 1}, what):
+            labels = ctx.table.merge(plane, 0).reshape(-1)
+        else:
             ctx.freeze(plane, 'read across positions by')
-            continue
-        labels = ctx.table.merge(plane, 0).reshape(-1)
     return labels
 
 
 def _read(ctx: Context, labels: Tensor, vector: Tensor | None) -> None:
     """Let a layer's input dimension follow the channels that it reads."""
     if vector is None:
-        ctx.freeze(
-            labels, 'read as the only channel, or with a weight of fixed width, by'
-        )
+        ctx.freeze(labels, UNLABELLED_WEIGHT)
         return
     ctx.table.equate(labels, vector)
     # A layer may read other channels in another call, which cannot go without these.
@@ -154,9 +153,7 @@ def _tie_groups(
 ) -> Tensor | None:
     """Couple each conv group's inputs with its outputs; the unit is the group."""
     if tied is None:
-        ctx.freeze(
-            labels, 'read as the only channel, or with a weight of fixed width, by'
-        )
+        ctx.freeze(labels, UNLABELLED_WEIGHT)
         return None
     if transposed:
         # (C_in, C_out / G, ...): no parameter dimension holds the outputs alone.
@@ -173,7 +170,7 @@ def _tie_groups(
 
 
 def _scales(ctx: Context, weight: Value, channels: int) -> list[Tensor]:
-    """Labels of the buffers of a standardised weight, which leave no trace."""
+    """Return the labels of a standardised weight's buffers, which are in no graph."""
     module = (_name(ctx, weight) or '').rpartition('.')[0]
     names = [f'{module}.{name}' for name in SCALES]
     buffers = set(ctx.buffers.values())
@@ -192,17 +189,16 @@ def _tie_positions(
 
 
 def _name(ctx: Context, weight: Value) -> str | None:
-    """Name of the parameter that a weight is made from."""
-    owned = [p for p in weight.planes if varying(p)]
-    return ctx.table.owners(owned[0])[0] if owned else None
+    """Return the name of the parameter that a weight is computed from."""
+    labelled = [p for p in weight.planes if varying(p)]
+    return ctx.table.owners(labelled[0])[0] if labelled else None
 
 
 def _record(
     ctx: Context, weight: Value, labels: Tensor, transposed: bool, groups: int
 ) -> None:
-    owned = [p for p in weight.planes if varying(p)]
-    if owned:
-        name = ctx.table.owners(owned[0])[0]
+    name = _name(ctx, weight)
+    if name is not None:
         ctx.calls.append(LayerCall(name, labels, transposed, groups))
 
 
@@ -211,7 +207,7 @@ def addmm(ctx: Context, operands: Operands) -> Value:
     """A fully connected layer with a bias."""
     bias, left, right = operands
     result = _matmul(ctx, left, right)
-    for plane in bias.planes if bias else ():
+    for plane in planes_of(bias):
         for other in result.planes:
             if varying(other) == {1}:
                 ctx.table.equate(other.reshape(-1), plane.reshape(-1))
@@ -225,7 +221,7 @@ def mm(ctx: Context, operands: Operands) -> Value:
 
 
 def _matmul(ctx: Context, left: Value | None, right: Value | None) -> Value:
-    """(A, K) times (K, B): inner dimensions meet, outer ones pass on."""
+    """Multiply (A, K) by (K, B): inner dimensions meet, outer ones pass on."""
     # `inner` is the value's contracted dimension and the weight's free one.
     value, weight, inner = left, right, 1
     if left is not None and left.from_parameters:
@@ -236,7 +232,7 @@ def _matmul(ctx: Context, left: Value | None, right: Value | None) -> Value:
         return Value(ctx.shape)
     labels = torch.full((weight.shape[1 - inner],), NO_LABEL)
     passed = []
-    for plane in value.planes if value else ():
+    for plane in planes_of(value):
         if inner in varying(plane):
             labels = ctx.table.merge(plane, 1 - inner).reshape(-1)
         else:

@@ -1,7 +1,7 @@
 """Products of activations with each other, as in attention.
 
-What is summed over cannot lose a channel here and there. What the batch dimensions
-tell apart can go as a whole: an attention head, if all of its channels are one unit.
+Single channels cannot go from the dimension that is summed over. An index of a batch
+dimension can go as a whole: an attention head, if all of its channels are one unit.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from mmgfp.tracing.labels import varying
-from mmgfp.tracing.rules.registry import Operands, register_rule
-from mmgfp.tracing.value import Context, Value, fill_unlabelled
+from mmgfp.tracing.registry import Operands, register_rule
+from mmgfp.tracing.value import Context, Value, fill_unlabelled, planes_of
 
 
 @register_rule('Bmm')
 def batched_matmul(ctx: Context, operands: Operands) -> Value:
-    """(B, M, K) times (B, K, N): B, M and N pass; what is summed over stays."""
+    """Multiply (B, M, K) by (B, K, N): B, M and N pass; what is summed over stays."""
     left, right = operands
     outer = _outer(ctx, left, 1) + _outer(ctx, right, 2)
     batch = _batch(ctx, operands, frozenset({0}))
@@ -31,8 +31,7 @@ def batched_addmm(ctx: Context, operands: Operands) -> Value:
     summand, left, right = operands
     ctx.freeze_value(summand, 'added to a product by')
     for value in (left, right):  # whose batch the summand may fix
-        for plane in value.planes if value else ():
-            ctx.mixed(plane, frozenset({0}), _reason(ctx, plane))
+        _freeze_along(ctx, value, {0})
     return ctx.value(
         _outer(ctx, left, 1) + _outer(ctx, right, 2), like=Value(ctx.shape)
     )
@@ -47,8 +46,7 @@ def scaled_dot_product(ctx: Context, operands: Operands) -> list[Value]:
     bias = [v for v in operands[3:] if v is not None]
     planes = _batch(ctx, [*operands[:3], *bias], frozenset({0, 1}))
     for value in operands:
-        for plane in value.planes if value else ():
-            ctx.mixed(plane, frozenset({2, 3}), _reason(ctx, plane))
+        _freeze_along(ctx, value, {2, 3})
     like = Value(ctx.shape)
     others = [Value(shape) for shape in ctx.out_shapes[1:]]  # for backward alone
     return [ctx.value(planes, like=like), *others]
@@ -64,10 +62,17 @@ def contract(ctx: Context, operands: Operands) -> list[Value]:
     return [Value(shape) for shape in ctx.out_shapes]
 
 
+def _freeze_along(ctx: Context, value: Value | None, dims: set[int]) -> None:
+    """Freeze the planes of a factor that vary along one of ``dims``."""
+    for plane in planes_of(value):
+        if varying(plane) & dims:
+            ctx.freeze(plane, _reason(ctx, plane))
+
+
 def _outer(ctx: Context, value: Value | None, dim: int) -> list[Tensor]:
-    """Planes along the dimension of a factor that the result keeps."""
+    """Return the planes along the dimension of a factor that the result keeps."""
     passed = []
-    for plane in value.planes if value else ():
+    for plane in planes_of(value):
         if varying(plane) == {dim}:
             passed.append(plane)
         elif varying(plane) != {0}:
@@ -78,19 +83,21 @@ def _outer(ctx: Context, value: Value | None, dim: int) -> list[Tensor]:
 def _batch(
     ctx: Context, values: Sequence[Value | None], dims: frozenset[int]
 ) -> list[Tensor]:
-    """Equate the planes of all factors along the batch dimensions; one stands for all.
+    """Equate the planes of all factors along the batch dimensions; return one for all.
 
-    A factor without such a plane has a batch of fixed size; factors of different ones
-    share theirs in a way that the labels do not show.
+    A factor without such a plane has a batch of fixed size. Factors with batches of
+    different sizes share them in a way that the labels do not show.
     """
-    found = [[p for p in (v.planes if v else ()) if varying(p) <= dims] for v in values]
-    sizes = {(d, p.shape[d]) for own in found for p in own for d in varying(p)}
+    batches = [[p for p in planes_of(v) if varying(p) <= dims] for v in values]
+    every = [plane for planes in batches for plane in planes]
+    sizes = {(d, plane.shape[d]) for plane in every for d in varying(plane)}
     alike = len(sizes) == len({d for d, _ in sizes})
-    if not alike or any(len(planes) != 1 for planes in found):
-        for plane in (p for planes in found for p in planes):
+    if not alike or any(len(planes) != 1 for planes in batches):
+        for plane in every:
             ctx.freeze(plane, 'multiplied with a tensor of fixed width by')
         return []
-    result, *others = (planes[0] for planes in found)
+    # Factors may vary along different batch dimensions, the result along all of them.
+    result, *others = every
     for plane in others:
         ctx.table.equate(result, plane)
         shape = torch.broadcast_shapes(result.shape, plane.shape)
@@ -99,9 +106,11 @@ def _batch(
 
 
 def _reason(ctx: Context, plane: Tensor) -> str:
-    """Why channels stay that are summed over; the op's name follows."""
-    owner = ctx.attention(plane)
+    """Say why channels stay that are summed over; the op's name follows."""
+    owner = ctx.attention_owner(plane)
     what = 'multiplied with an activation by'
-    if owner is None or owner.kind is not None:
+    if owner is None or owner.spec is not None:
         return what
-    return f'in heads, for whose count in {owner.module} there is no HeadKind, {what}'
+    return (
+        f'in attention heads of {owner.class_name}, which has no AttentionSpec, {what}'
+    )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from mmgfp.tracing.rules.registry import Operands, register_rule
-from mmgfp.tracing.value import Context, Value
+from mmgfp.tracing.registry import Operands, register_rule
+from mmgfp.tracing.value import Context, Value, planes_of
 
-
-@register_rule(
+#: Ops that reduce the dimensions that their node saved, or all where it saved none.
+REDUCTION_OPS = (
     'Sum', 'Mean', 'Amax', 'Amin', 'Max', 'Min', 'Std', 'Var', 'LinalgVectorNorm',
     'Norm', 'Logsumexp', 'Prod', 'VarMean', 'StdMean',
 )  # fmt: skip
+
+
+@register_rule(*REDUCTION_OPS)
 def reduce(ctx: Context, operands: Operands) -> list[Value]:
     """Dimensions that carry labels cannot be reduced; the others vanish."""
     value = operands[0]
@@ -23,18 +26,16 @@ def reduce(ctx: Context, operands: Operands) -> list[Value]:
         dims = (dims,)
     if not dims:
         dims = range(rank)  # a full reduction
-    reduced = frozenset(ctx.signed_dims(dims, rank))
+    reduced = ctx.signed_dims(dims, rank)
     keepdim = len(ctx.shape) == rank
     what = 'channels are reduced, before any mask on them, by'
     if value.from_parameters:  # as weight standardisation does
         what = 'read with a weight that is normalised over its input channels by'
     planes = []
-    for plane in value.planes:
-        if ctx.mixed(plane, reduced, what):
-            continue
+    for plane in ctx.unmixed(value.planes, reduced, what):
         if not keepdim:
-            kept = [size for d, size in enumerate(plane.shape) if d not in reduced]
-            plane = plane.reshape(kept)
+            sizes = [size for d, size in enumerate(plane.shape) if d not in reduced]
+            plane = plane.reshape(sizes)
         planes.append(plane)
     return [ctx.value(planes, like=value, shape=shape) for shape in ctx.out_shapes]
 
@@ -45,9 +46,8 @@ def along(ctx: Context, operands: Operands) -> Value:
     value = operands[0]
     if value is None:
         return Value(ctx.shape)
-    dim = ctx.signed_dims((ctx.saved('dim'),), len(value.shape))
-    what = 'channels are normalised together by'
-    planes = [p for p in value.planes if not ctx.mixed(p, frozenset(dim), what)]
+    dims = ctx.signed_dims((ctx.saved('dim'),), len(value.shape))
+    planes = ctx.unmixed(value.planes, dims, 'channels are normalised together by')
     return ctx.value(planes, like=value)
 
 
@@ -56,28 +56,24 @@ def layer_norm(ctx: Context, operands: Operands) -> Value:
     """The mean over channels depends on every one of them."""
     value = operands[0]
     rank = len(ctx.saved('normalized_shape'))
-    mixed = frozenset(range(len(ctx.shape) - rank, len(ctx.shape)))
+    mixed = range(len(ctx.shape) - rank, len(ctx.shape))
     what = 'channels are normalised together by'
+    # Weight and bias cannot lose entries that the normalised tensor keeps.
     for affine in operands[1:]:
         ctx.freeze_value(affine, what)
-    planes = [
-        p for p in (value.planes if value else ()) if not ctx.mixed(p, mixed, what)
-    ]
+    planes = ctx.unmixed(planes_of(value), mixed, what)
     return ctx.value(planes, like=Value(ctx.shape))
 
 
 @register_rule('PixelShuffle')
 def pixel_shuffle(ctx: Context, operands: Operands) -> Value:
-    """(N, C r², H, W) to (N, C, H r, W r): r² input channels make one output."""
+    """Turn (N, C r², H, W) into (N, C, H r, W r): r² input channels make one output."""
     value = operands[0]
     if value is None:
         return Value(ctx.shape)
     area = ctx.saved('upscale_factor') ** 2
-    planes = []
-    for plane in value.planes:
-        others = frozenset(range(plane.dim())) - {1}
-        if not ctx.mixed(plane, others, 'positions are mixed by'):
-            rows = plane.reshape(-1, area)  # (C, r²)
-            merged = ctx.table.merge(rows, 1)
-            planes.append(torch.reshape(merged, (1, -1, 1, 1)))
+    others, planes = set(range(len(value.shape))) - {1}, []
+    for plane in ctx.unmixed(value.planes, others, 'positions are mixed by'):
+        rows = ctx.table.merge(plane.reshape(-1, area), 1)  # (C, 1)
+        planes.append(torch.reshape(rows, (1, -1, 1, 1)))
     return ctx.value(planes, like=value)

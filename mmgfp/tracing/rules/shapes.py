@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmgfp.tracing.labels import NO_LABEL, relax, varying
-from mmgfp.tracing.rules.registry import Operands, register_rule
-from mmgfp.tracing.value import Context, Shape, Value, blocks, reshape_plane
+from mmgfp.tracing.registry import Operands, register_rule
+from mmgfp.tracing.value import Context, Shape, Value, blocks, planes_of, reshape_plane
 
 
 @register_rule('View', 'UnsafeView', 'ReshapeAlias')
@@ -29,27 +29,28 @@ def view(ctx: Context, operands: Operands) -> Value:
 def _keep_rows(ctx: Context, source: Shape, plane: Tensor, result: Tensor) -> Tensor:
     """Keep a split of C into (groups, C / groups) possible with fewer channels.
 
-    The number of groups is fixed, so that one channel of each goes at a time. Where
-    the groups are heads whose number is not fixed, whole heads go.
+    The code fixes the number of groups, so that one channel of each goes at a time.
+    Where the groups are heads and an `AttentionSpec` says how the code counts them,
+    whole heads go.
     """
     for ins, outs in blocks(source, ctx.shape):
         split = [d for d in outs if d in varying(result)]
         if len(split) > len(varying(plane) & set(ins)):
-            kept = outs[-2] if _splits_heads(ctx, result, outs) else split[-1]
+            shrinking = outs[-2] if _splits_heads(ctx, result, outs) else split[-1]
             for dim in split:
-                if dim != kept:
+                if dim != shrinking:
                     result = ctx.merge(result, dim)
     return result
 
 
 def _splits_heads(ctx: Context, plane: Tensor, dims: range) -> bool:
-    """Whether C was split into (..., heads, C / heads) by a module that counts them."""
-    owner = ctx.attention(plane)
+    """Return whether an attention module with a spec split C into (..., heads, K)."""
+    owner = ctx.attention_owner(plane)
     return (
         owner is not None
-        and owner.kind is not None
+        and owner.spec is not None
         and len(dims) > 1
-        and plane.shape[dims[-2]] == owner.heads > 1
+        and plane.shape[dims[-2]] == owner.num_heads > 1
     )
 
 
@@ -120,11 +121,11 @@ def constant_pad(ctx: Context, operands: Operands) -> Value:
     pad = ctx.saved('pad')
     planes = []
     for plane in value.planes:
-        own = list(pad)
+        widths = list(pad)  # before and after, from the last dimension to the first
         for i in range(len(pad) // 2):
             if plane.shape[plane.dim() - 1 - i] == 1:
-                own[2 * i : 2 * i + 2] = [0, 0]
-        planes.append(F.pad(plane, own, value=NO_LABEL))
+                widths[2 * i : 2 * i + 2] = [0, 0]
+        planes.append(F.pad(plane, widths, value=NO_LABEL))
     return ctx.value(planes, like=value)
 
 
@@ -136,7 +137,8 @@ def index(ctx: Context, operands: Operands) -> Value:
     dims = _indexed_dims(indices)
     planes = []
     for plane in value.planes:
-        if not varying(plane) & dims:  # which elements are taken, if any, is no matter
+        if not varying(plane) & dims:
+            # Whichever elements are taken, their labels are those of the first ones.
             planes.append(plane[_first_elements(indices)])
             continue
         # Indexed dimensions are written out, the others stay as they are.
@@ -158,14 +160,13 @@ def index_put(ctx: Context, operands: Operands) -> Value:
     dims = _indexed_dims(indices)
     planes = []
     for plane in values.planes:
-        trailing = varying(plane)
-        # Rank of `values` counts from the back, as for broadcasting.
+        # Dimensions of `values` count from the back, as for broadcasting.
         offset = len(shape) - len(values.shape)
-        own = {d + offset for d in trailing}
-        sizes = [n if d in dims or d in own else 1 for d, n in enumerate(shape)]
+        labelled = {d + offset for d in varying(plane)}
+        sizes = [n if d in dims | labelled else 1 for d, n in enumerate(shape)]
         result = torch.full(sizes, NO_LABEL)
-        for other in base.planes if base else ():
-            if varying(other) & own:
+        for other in planes_of(base):
+            if varying(other) & labelled:
                 result = torch.broadcast_to(other, sizes).clone()
         result[indices] = plane
         planes.append(result)
@@ -182,17 +183,18 @@ def cat(ctx: Context, operands: Operands) -> Value:
         return Value(ctx.shape)
     (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(ctx.shape))
     if all(dim not in varying(p) for v in values for p in v.planes):
-        labels_elsewhere = [v.planes for v in values]
-        return _joined(ctx, labels_elsewhere, values)
+        return _joined(ctx, [v.planes for v in values], values)
     parts, others = [], []
     for value in values:
-        own = [p for p in value.planes if dim in varying(p)]
+        along = [p for p in value.planes if dim in varying(p)]
         others.append([p for p in value.planes if dim not in varying(p)])
-        parts.append(own[0] if own else torch.full((1,) * len(ctx.shape), NO_LABEL))
-        for plane in own[1:]:
+        parts.append(along[0] if along else torch.full((1,) * len(ctx.shape), NO_LABEL))
+        for plane in along[1:]:
             ctx.freeze(plane, 'joined unevenly by')
-    beside = _joined(ctx, others, values).planes  # heads of tokens, for one
-    sizes = list(torch.broadcast_shapes(*(_with(p, dim, 1).shape for p in parts)))
+    # Attention joins tokens, beside which the labels of heads lie on a dimension
+    # of their own.
+    beside = _joined(ctx, others, values).planes
+    sizes = list(torch.broadcast_shapes(*(p.narrow(dim, 0, 1).shape for p in parts)))
     expanded = []
     for part, value in zip(parts, values, strict=True):
         sizes[dim] = value.shape[dim]
@@ -215,8 +217,8 @@ def stack(ctx: Context, operands: Operands) -> Value:
 def _joined(
     ctx: Context, planes: Sequence[Sequence[Tensor]], values: Sequence[Value]
 ) -> Value:
-    """Join along a dimension without labels: what lies behind each other is equated."""
-    planes = [sorted(own, key=lambda p: sorted(varying(p))) for own in planes]
+    """Join along a dimension without labels: elements at one place are equated."""
+    planes = [sorted(some, key=lambda p: sorted(varying(p))) for some in planes]
     most = max(planes, key=len)
     for others in planes:
         pairs = list(zip(most, others, strict=False))
@@ -230,10 +232,11 @@ def _joined(
 
 
 def _cat_values(ctx: Context, operands: Operands) -> list[Value] | None:
-    """Operands of a concatenation; the size of a single unknown one is inferred."""
+    """Return the operands of a concatenation; the size of one unknown is inferred."""
     (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(ctx.shape))
     known = sum(v.shape[dim] for v in operands if v is not None)
     unknown = [v for v in operands if v is None]
+    # Of several constants the graph does not show which is how wide.
     if len(unknown) > 1:
         for value in operands:
             ctx.freeze_value(value, 'joined with several constants by')
@@ -243,16 +246,13 @@ def _cat_values(ctx: Context, operands: Operands) -> list[Value] | None:
     return [Value(tuple(shape)) if v is None else v for v in operands]
 
 
-def _with(plane: Tensor, dim: int, size: int) -> Tensor:
-    return plane.narrow(dim, 0, size)
-
-
 def _cpu_indices(ctx: Context) -> tuple[Tensor | slice, ...]:
+    """Return the node's indices; labels are on the CPU wherever the model is."""
     return tuple(slice(None) if i is None else i.cpu() for i in ctx.node._saved_indices)
 
 
 def _first_elements(indices: Sequence[Tensor | slice]) -> tuple[Tensor | slice, ...]:
-    """Indices of the same rank that take one element."""
+    """Return indices of the same ranks that take one element each."""
     first: list[Tensor | slice] = []
     for i in indices:
         if isinstance(i, slice):
@@ -265,7 +265,7 @@ def _first_elements(indices: Sequence[Tensor | slice]) -> tuple[Tensor | slice, 
 
 
 def _indexed_dims(indices: tuple[Tensor | slice, ...]) -> set[int]:
-    """Dimensions that advanced indices address; a boolean one addresses several."""
+    """Return the dimensions that advanced indices address; a mask may have several."""
     dims: set[int] = set()
     d = 0
     for i in indices:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmgfp.tracing.labels import varying
-from mmgfp.tracing.rules.registry import Operands, register_rule
+from mmgfp.tracing.registry import Operands, register_rule
 from mmgfp.tracing.value import Context, Value
 
 
@@ -18,6 +18,7 @@ def slice_(ctx: Context, operands: Operands) -> Value:
     # The largest integer stands for an open end.
     window = slice(ctx.saved('start'), min(ctx.saved('end'), size), ctx.saved('step'))
     index = torch.arange(size)[window]
+    # Chunks that code computes with slices, such as x[:, : c // 2], are halves as well.
     if size and 2 * len(index) == size and int(index[-1] - index[0]) == len(index) - 1:
         _keep_halves(ctx, value, dim)
     return ctx.value([_take(p, dim, index) for p in value.planes], like=value)
@@ -48,10 +49,11 @@ def split(ctx: Context, operands: Operands) -> list[Value]:
     sizes = [shape[dim] for shape in ctx.out_shapes]
     parts: list[list[Tensor]] = [[] for _ in sizes]
     for plane in value.planes:
-        own = [_take(plane, dim, i) for i in torch.arange(sum(sizes)).split(sizes)]
+        indices = torch.arange(sum(sizes)).split(sizes)
+        cut = [_take(plane, dim, index) for index in indices]
         if dim in varying(plane) and len(set(sizes)) == 1:
-            ctx.merge(torch.stack(own), 0)
-        for planes, part in zip(parts, own, strict=True):
+            ctx.merge(torch.stack(cut), 0)
+        for planes, part in zip(parts, cut, strict=True):
             planes.append(part)
     return [
         ctx.value(planes, like=value, shape=shape)
@@ -83,5 +85,5 @@ def index_select(ctx: Context, operands: Operands) -> Value:
 
 
 def _take(plane: Tensor, dim: int, index: Tensor) -> Tensor:
-    """Index one dimension, unless the labels do not depend on it."""
+    """Take elements along one dimension, unless the labels do not depend on it."""
     return plane if plane.shape[dim] == 1 else plane.index_select(dim, index)
