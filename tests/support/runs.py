@@ -21,7 +21,7 @@ from mmengine.runner.loops import _InfiniteDataloaderIterator
 from support.tooling import load_tool
 
 FORKS = multiprocessing.get_context('forkserver')
-LIBRARIES = ['mmgfp.engine.hooks.pruning', 'mmdet.models', 'mmdet.datasets']
+LIBRARIES = ['mmgfp.engine.hooks.pruning', 'mmgfp.demo.digits', 'mmdet.models']
 FORKS.set_forkserver_preload([*LIBRARIES, 'mmpretrain.models'])
 
 #: Whether MMEngine goes on at a later batch without loading, and drawing flips for,
