@@ -29,19 +29,15 @@ def weights(model):
 
 def pruned_columns(runner, model):
     """The columns of ``model`` that read pruned units, by weight and dimension."""
-    groups, parameters = (
-        pruner_of(runner).units.grouping.groups,
-        dict(model.named_parameters()),
-    )
+    groups, parameters = pruner_of(runner).units.grouping.groups, model.state_dict()
     kept = np.split(pruner_of(runner).units.kept, np.cumsum([g.units for g in groups]))
-    return {
-        (m.name, m.dim): parameters[m.name].index_select(
-            m.dim, torch.from_numpy(m.index[~own].reshape(-1))
-        )
-        for group, own in zip(groups, kept, strict=False)
-        for m in group.members
-        if m.role == 'in'
-    }
+    columns = {}
+    for group, group_kept in zip(groups, kept, strict=False):
+        for m in group.members:
+            if m.role == 'in':
+                index = torch.from_numpy(m.index[~group_kept].reshape(-1))
+                columns[m.name, m.dim] = parameters[m.name].index_select(m.dim, index)
+    return columns
 
 
 def cut(state, structure):
@@ -60,41 +56,28 @@ def run(tmp_path_factory):
     ``sources`` are the weights after each iteration, ``validated`` the masked columns
     of the model while it was validated, with its weights and the averaged ones before.
     """
-    folder, seen = tmp_path_factory.mktemp('ema'), {'sources': [], 'validated': []}
+    folder = tmp_path_factory.mktemp('ema')
+    seen = {'sources': [], 'columns': [], 'validated': []}
     before = {}
 
     def after_iteration(runner):
         seen['sources'].append(weights(runner.model))
-        columns = pruned_columns(runner, averaged(runner))
-        seen.setdefault('columns', []).append(
-            (
-                sum(c.numel() for c in columns.values()),
-                *(c.any() for c in columns.values()),
-            )
-        )
+        seen['columns'].append(pruned_columns(runner, averaged(runner)))
         before.update(average=weights(averaged(runner)))
 
     def while_validating(runner):
-        seen['validated'].append(
-            (
-                pruned_columns(runner, runner.model),
-                weights(runner.model),
-                before['average'],
-            )
-        )
+        columns = pruned_columns(runner, runner.model)
+        seen['validated'].append((columns, weights(runner.model), before['average']))
 
-    loader = toy_loader(4, count=4)
+    watch = Call(after_train_iter=after_iteration, before_val_iter=while_validating)
     runner = toy_runner(
         folder,
         iters=40,
         hook=HOOK,
-        hooks=[
-            EMA,
-            Call(after_train_iter=after_iteration, before_val_iter=while_validating),
-        ],
+        hooks=[EMA, watch],
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=40, val_interval=3),
         val_cfg=dict(type='ValLoop'),
-        val_dataloader=loader,
+        val_dataloader=toy_loader(4, count=4),
         val_evaluator=dict(type='NoMetric'),
     )
     first = weights(runner.model)
@@ -124,15 +107,11 @@ def test_artifact_holds_the_averaged_weights_cut(run):
 
 
 def test_artifact_works_like_the_masked_average(run):
-    config = dict(
-        type='PrunedModel',
-        architecture=dict(type='ToyDetector'),
-        structure=str(run['artifact']),
-    )
-    small = MODELS.build(config)
-    checkpoint = torch.load(run['artifact'], weights_only=True)
+    toy, file = dict(type='ToyDetector'), str(run['artifact'])
+    small = MODELS.build(dict(type='PrunedModel', architecture=toy, structure=file))
+    checkpoint = torch.load(file, weights_only=True)
     small.load_state_dict(checkpoint['state_dict'])
-    masked = MODELS.build(config['architecture'])
+    masked = MODELS.build(toy)
     state = dict(run['sources'][-1])
     structure = PruneStructure.from_dict(checkpoint['prune_structure'])
     for name, tensor in checkpoint['state_dict'].items():  # put back where it was
@@ -150,9 +129,9 @@ def test_artifact_works_like_the_masked_average(run):
 
 
 def test_masked_columns_of_the_average_are_zero(run):
-    counts = [columns[0] for columns in run['columns']]
+    counts = [sum(c.numel() for c in columns.values()) for columns in run['columns']]
     assert counts[0] == 0 < counts[2] < counts[-1]
-    assert not any(any(columns[1:]) for columns in run['columns'])
+    assert not any(c.any() for columns in run['columns'] for c in columns.values())
 
 
 def test_validation_sees_the_masked_average(run):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.hooks import EMAHook
-from mmengine.registry import MODELS
+from mmengine.registry import MODEL_WRAPPERS, MODELS
 from mmengine.runner import Runner
 from support.configs import FASTER, slim, small_prune_config
 from support.roundtrip import seeded_loss, traced
@@ -258,8 +258,6 @@ def test_other_wrappers_are_refused(tmp_path):
         def __init__(self, module):
             super().__init__()
             self.module = module
-
-    from mmengine.registry import MODEL_WRAPPERS
 
     MODEL_WRAPPERS.register_module(module=Wrapper, force=True)
     try:

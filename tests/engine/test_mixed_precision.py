@@ -97,7 +97,7 @@ def test_scaling_by_65536_changes_no_statistics(detector, growth):
 
 
 def decisions(folder, **options):
-    """Units left and the scale of the loss, by iteration."""
+    """Remaining units and the scale of the loss, by iteration."""
     kept, scales = [], []
     runner = toy_runner(
         folder,

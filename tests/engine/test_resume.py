@@ -212,7 +212,7 @@ def test_run_whose_disk_is_full_says_so_and_can_be_resumed(whole, tmp_path):
     error = logged(config).splitlines()[-1]
     assert error.startswith(f'error: {config.work_dir}/iter_4.pth: expected to be ')
     assert 'got No space left on device; what was there before is untouched' in error
-    left = {p.name for p in Path(config.work_dir).iterdir() if 'iter' in p.name}
-    assert left == {'iter_2.pth'}
+    saved = {p.name for p in Path(config.work_dir).iterdir() if 'iter' in p.name}
+    assert saved == {'iter_2.pth'}
     assert train(config, resume=True) == [0]
     assert_same_end(config, whole)

@@ -123,9 +123,9 @@ def test_the_compact_detector(retinanet):
     assert small.backbone.conv1.weight.shape == (32, 3, 7, 7)
     assert small.neck.fpn_convs[0].out_channels == 128
     assert small.bbox_head.retina_cls.weight.shape == (720, 128, 3, 3)
-    full, left = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    full, pruned = (sum(p.numel() for p in m.parameters()) for m in (model, small))
     assert full / 1e6 == pytest.approx(37.97, abs=0.005)  # as the paper counts it
-    assert left / full == pytest.approx(0.25, abs=0.02)
+    assert pruned / full == pytest.approx(0.25, abs=0.02)
     calls.loss(small.train()).backward()
     assert all(p.grad is not None for p in small.parameters())
 

@@ -282,8 +282,8 @@ def test_first_batch_without_boxes_freezes_what_the_mask_head_reads(mask_rcnn):
     pruner.criterion.tap.attach()
     grouping = other.prepare(steady(empty), calls.forward, 2)
     names = [g.name for g in pruner.units.grouping.groups]
-    left = [n for n in names if n not in [g.name for g in grouping.groups]]
-    assert left == ['neck.fpn_convs.0.conv']
+    fixed = [n for n in names if n not in [g.name for g in grouping.groups]]
+    assert fixed == ['neck.fpn_convs.0.conv']
     [reason] = {f.reason for f in grouping.frozen if 'fpn_convs' in f.layer}
     assert reason.startswith('masked and compact disagree')
 

@@ -21,14 +21,8 @@ from mmengine.runner.loops import _InfiniteDataloaderIterator
 from support.tooling import load_tool
 
 FORKS = multiprocessing.get_context('forkserver')
-FORKS.set_forkserver_preload(
-    [
-        'mmgfp.engine.hooks.pruning',
-        'mmdet.models',
-        'mmdet.datasets',
-        'mmpretrain.models',
-    ]
-)
+LIBRARIES = ['mmgfp.engine.hooks.pruning', 'mmgfp.demo.digits', 'mmdet.models']
+FORKS.set_forkserver_preload([*LIBRARIES, 'mmpretrain.models'])
 
 #: Whether MMEngine goes on at a later batch without loading, and drawing flips for,
 #: those before it; 0.10.7 does not.
