@@ -16,7 +16,6 @@ from mmgfp.criteria.base import Criterion, Reduce, ScoringContext
 from mmgfp.criteria.checks import ScoreChecks
 from mmgfp.criteria.fisher import Fisher
 from mmgfp.discovery.discover import Discovery, discover
-from mmgfp.discovery.profile import Forward, LossFunction, copy_module
 from mmgfp.groups import Grouping
 from mmgfp.selection.costs import LayerProfile, Totals
 from mmgfp.selection.greedy import Limits, select_units
@@ -25,6 +24,7 @@ from mmgfp.selection.targets import Target
 from mmgfp.surgery.compact import compact
 from mmgfp.units import UnitState
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.trial_runs import Forward, LossFunction, copy_module
 from mmgfp.utils.validation import check_not_compiled
 
 

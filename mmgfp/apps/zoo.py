@@ -21,13 +21,13 @@ from torch import nn
 
 from mmgfp.apps.analysis import coverage
 from mmgfp.discovery.discover import DISPROVED
-from mmgfp.discovery.profile import undisturbed
 from mmgfp.discovery.verify import disagreement, random_units
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import build_model, demo_batch, init_weights
 from mmgfp.groups import Grouping
 from mmgfp.pruner import GroupFisherPruner
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.trial_runs import undisturbed
 
 LIBRARIES = ('mmdet', 'mmpretrain')
 #: What can become of a config; see `examine`.

@@ -10,15 +10,7 @@ import torch
 from torch import nn
 
 from mmgfp.discovery.grouping import build_groups
-from mmgfp.discovery.profile import (
-    Forward,
-    LossFunction,
-    all_parameters_require_grad,
-    profile_layers,
-    undisturbed,
-    watch_outputs,
-    without_checkpointing,
-)
+from mmgfp.discovery.profile import profile_layers
 from mmgfp.discovery.verify import Disagreement, find_disagreements
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.selection.costs import LayerProfile
@@ -32,6 +24,14 @@ from mmgfp.tracing import (
     watch_widths,
 )
 from mmgfp.utils.errors import TraceError
+from mmgfp.utils.trial_runs import (
+    Forward,
+    LossFunction,
+    all_parameters_require_grad,
+    undisturbed,
+    watch_outputs,
+    without_checkpointing,
+)
 
 logger = logging.getLogger('mmgfp')
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmgfp.discovery.profile import Forward, copy_module, undisturbed
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.masking import ColumnMask
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.precision import InDouble
-from mmgfp.utils.tree import tensors_in
+from mmgfp.utils.tree import tree_tensors
+from mmgfp.utils.trial_runs import Forward, copy_module, undisturbed
 
 #: Largest difference, relative to the largest output, that still counts as equal.
 TOLERANCE = 1e-4
@@ -72,7 +72,7 @@ def difference(a: Any, b: Any) -> float:
         finite.
     """
     worst = 0.0
-    pairs = list(zip(tensors_in(a), tensors_in(b), strict=True))
+    pairs = list(zip(tree_tensors(a), tree_tensors(b), strict=True))
     for x, y in pairs:
         if x.shape != y.shape or not (x.isfinite().all() and y.isfinite().all()):
             return float('inf')

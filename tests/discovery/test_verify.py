@@ -29,7 +29,6 @@ from mmgfp.discovery.verify import (
     find_disagreements,
     masked_and_compact,
     random_units,
-    tensors_in,
 )
 from mmgfp.groups import Grouping
 from mmgfp.utils.errors import TraceError
@@ -82,13 +81,6 @@ def test_what_cannot_be_compared_differs(a, b):
 def test_another_number_of_outputs():
     with pytest.raises(ValueError, match='zip'):
         difference([torch.ones(1)], [torch.ones(1)] * 2)
-
-
-def test_tensors_of_data_elements_are_found():
-    from mmengine.structures import InstanceData
-
-    scores = InstanceData(scores=torch.ones(2), labels=torch.ones(2, dtype=torch.int))
-    assert [t.tolist() for t in tensors_in([{'a': scores}, 'b'])] == [[1, 1]]
 
 
 # -- random units --

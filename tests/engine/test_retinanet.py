@@ -10,7 +10,6 @@ from mmengine.hub import get_config
 from support.toys import widths
 
 from mmgfp.discovery.grouping import build_groups
-from mmgfp.discovery.profile import all_parameters_require_grad, undisturbed
 from mmgfp.discovery.verify import difference, disagreement, random_units
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import build_model, demo_batch
@@ -18,6 +17,7 @@ from mmgfp.pruner import GroupFisherPruner
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.tracing import trace_loss
+from mmgfp.utils.trial_runs import all_parameters_require_grad, undisturbed
 
 
 @pytest.fixture(scope='module')

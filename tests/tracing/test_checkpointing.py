@@ -9,9 +9,9 @@ from support.toys import Net, conv, images, square_loss
 from torch.utils.checkpoint import checkpoint
 
 from mmgfp import GroupFisherPruner
-from mmgfp.discovery.profile import without_checkpointing
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import build_model, demo_batch
+from mmgfp.utils.trial_runs import without_checkpointing
 
 pytestmark = pytest.mark.filterwarnings('ignore:torch.utils.checkpoint')
 

@@ -21,9 +21,9 @@ from support.toys import (
 from torch import nn
 from torch.autograd import Function
 
-from mmgfp.discovery.profile import undisturbed
 from mmgfp.tracing import NO_LABEL, trace_loss
 from mmgfp.utils.errors import TraceError
+from mmgfp.utils.trial_runs import undisturbed
 
 
 class Mystery(Function):
