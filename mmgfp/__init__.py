@@ -7,11 +7,11 @@ factory and the demo dataset. Without MMEngine, `GroupFisherPruner` works on its
 import importlib.util
 
 from mmgfp.pruner import GroupFisherPruner
-from mmgfp.surgery.compact import compact
+from mmgfp.surgery.compact import compact, compact_
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.version import __version__
 
-__all__ = ['GroupFisherPruner', 'PruneStructure', '__version__', 'compact']
+__all__ = ['GroupFisherPruner', 'PruneStructure', '__version__', 'compact', 'compact_']
 
 if importlib.util.find_spec('mmengine') is not None:
     from mmgfp.engine import PRUNERS, FisherPruningHook, PrunedModel

@@ -19,7 +19,7 @@ from support.toys import (
 
 from mmgfp import GroupFisherPruner
 from mmgfp.engine.export import deploy, recorded_shape
-from mmgfp.surgery.compact import compact
+from mmgfp.surgery.compact import compact_
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.errors import ConfigError, StructureError
 
@@ -276,7 +276,7 @@ def test_structure_whose_tensors_disagree_is_refused(toy, tensor, kept, words):
             raw['tensors']['mid.bias']['kept']['0'] = kept
     net = toy()
     with pytest.raises(StructureError, match=words) as caught:
-        compact(net, PruneStructure.from_dict(raw))
+        compact_(net, PruneStructure.from_dict(raw))
     assert '\n' not in str(caught.value)
     assert {n: t.shape for n, t in net.state_dict().items()} == {
         n: t.shape for n, t in toy().state_dict().items()
@@ -306,7 +306,7 @@ def test_tied_weights_keep_what_their_first_name_says():
 
     raw = structure_of(Tied())
     assert {'a.weight', 'a.bias', 'b.bias'} <= set(raw['tensors'])
-    small = compact(Tied(), PruneStructure.from_dict(raw))
+    small = compact_(Tied(), PruneStructure.from_dict(raw))
     assert small.a.weight is small.b.weight and len(small.b.bias) == 2
 
 

@@ -14,7 +14,7 @@ from mmgfp.discovery.profile import profile_layers
 from mmgfp.discovery.verify import Disagreement, find_disagreements
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.selection.costs import LayerProfile
-from mmgfp.surgery.compact import has_attribute_rule
+from mmgfp.surgery.attributes import has_attribute_rule
 from mmgfp.tracing import (
     RowUse,
     Trace,

@@ -16,11 +16,11 @@ from mmgfp.groups import (
     Grouping,
     Member,
     Role,
-    is_layer,
     module_of,
 )
 from mmgfp.tracing import NO_LABEL, Trace
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.layers import is_layer
 
 
 def matches(layer: str, pattern: str) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmgfp.groups import is_layer
 from mmgfp.selection.costs import LayerProfile
+from mmgfp.utils.layers import is_layer, output_dim
 from mmgfp.utils.trial_runs import Forward, undisturbed
 
 
@@ -46,7 +46,7 @@ def profile_layers(
 
     def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         name = names[module]
-        out_dim = int(getattr(module, 'transposed', False))
+        out_dim = output_dim(module)
         out_positions = output.numel() / module.weight.shape[out_dim]
         macs_positions = out_positions
         if out_dim:  # a transposed convolution uses each weight at each input position

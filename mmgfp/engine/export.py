@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmgfp.engine.artifact import save_artifact
 from mmgfp.engine.demo_batch import build_model
 from mmgfp.surgery.compact import compact
+from mmgfp.surgery.fit import check_fits
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
 from mmgfp.utils.errors import ConfigError, StructureError
 from mmgfp.utils.io import atomic_write, load_weights_only
@@ -79,8 +80,8 @@ def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
             'saved at its target',
         )
     original = build_model(Config({**cfg.to_dict(), 'model': architecture}))
-    structure.check_fits(original, str(checkpoint))
-    model = compact(copy.deepcopy(original), structure)
+    check_fits(structure, original, str(checkpoint))
+    model = compact(original, structure)
     _load_strictly(model, raw['state_dict'], checkpoint)
     for built in (original, model):
         built.eval()  # returns nothing where distillation overrides it

@@ -10,17 +10,17 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmgfp.surgery.compact import compact
+from mmgfp.surgery.compact import compact_
+from mmgfp.surgery.fit import check_fits, check_widths
 from mmgfp.surgery.structure import PruneStructure
-from mmgfp.utils.errors import StructureError
 
 
 @MODELS.register_module()
 def PrunedModel(architecture: dict, structure: str, **overrides: Any) -> nn.Module:  # noqa: N802
-    """Build ``architecture`` and cut it down to ``structure``.
+    """Build ``architecture`` and shrink it to ``structure``.
 
-    What comes back is an object of the architecture's own class with fewer channels,
-    so that checkpoints keep their keys and every tool works on it.
+    The result is an object of the architecture's class with fewer channels, so that
+    checkpoints keep their keys and every tool works on it.
 
     Args:
         architecture: The model's config as it was before pruning.
@@ -30,24 +30,24 @@ def PrunedModel(architecture: dict, structure: str, **overrides: Any) -> nn.Modu
             are not looked for, and `mmdet.apis.init_detector` reads that field.
 
     Raises:
-        StructureError: The file is damaged, or does not belong to the architecture.
+        StructureError: If the file is damaged, or does not belong to the architecture.
     """
     loaded = PruneStructure.load(structure)
     config = Config(copy.deepcopy(dict(architecture)))
     config.merge_from_dict(overrides)
     model = MODELS.build(config._cfg_dict)
-    loaded.check_fits(model, structure)
+    check_fits(loaded, model, structure)
     _forget_pretrained(model)
-    compact(model, loaded)
+    compact_(model, loaded)
     model.register_load_state_dict_pre_hook(WidthGuard(loaded))
     return model
 
 
 class WidthGuard:
-    """Refuses weights of other widths, which loading would skip with a warning.
+    """Refuse weights of other widths whenever a model loads weights.
 
     Args:
-        structure: What the model was cut down to.
+        structure: The structure that the model was shrunk to.
     """
 
     def __init__(self, structure: PruneStructure) -> None:
@@ -59,17 +59,14 @@ class WidthGuard:
         """Check the weights that are about to be loaded.
 
         Raises:
-            StructureError: A tensor has another shape than the structure says.
+            StructureError: If a tensor has another shape than the structure says.
         """
-        for name, shape in self.shapes.items():
-            tensor = state_dict.get(prefix + name)
-            if tensor is not None and list(tensor.shape) != shape:
-                raise StructureError(
-                    f'checkpoint: {name}',
-                    f'shape {shape} as model.structure says',
-                    str(list(tensor.shape)),
-                    'give the checkpoint that was saved with this structure',
-                )
+        check_widths(
+            {n: state_dict.get(prefix + n) for n in self.shapes},
+            self.shapes,
+            'as model.structure says',
+            'give the checkpoint that was saved with this structure',
+        )
 
 
 def _forget_pretrained(model: nn.Module) -> None:

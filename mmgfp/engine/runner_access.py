@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from mmengine.hooks import CheckpointHook, EMAHook, Hook
@@ -12,7 +11,7 @@ from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from mmgfp.surgery.compact import fix_attributes
+from mmgfp.surgery.attributes import fix_attributes
 from mmgfp.utils.errors import ConfigError
 
 
@@ -31,23 +30,6 @@ def saves_now(hook: Hook, runner: Runner) -> bool:
 def averaged_models(runner: Runner) -> list[Any]:
     """The averaged models of all `EMAHook`, each with its copy in ``module``."""
     return [h.ema_model for h in runner.hooks if isinstance(h, EMAHook)]
-
-
-def check_widths(model: Any, weights: Mapping[str, Any]) -> None:
-    """Refuse weights of other widths, which loading would skip with a warning.
-
-    Raises:
-        ConfigError: A tensor has another shape than the model's.
-    """
-    for name, own in model.state_dict().items():
-        shape = getattr(weights.get(name), 'shape', own.shape)
-        if shape != own.shape:
-            raise ConfigError(
-                f'checkpoint: {name}',
-                f'shape {list(own.shape)} as in the model that is pruned',
-                str(list(shape)),
-                'give a checkpoint of that model, not one that was cut down',
-            )
 
 
 def loss_scale(wrapper: Any) -> float:

@@ -9,7 +9,7 @@ from support.configs import FASTER, MASK, PRUNE_CONFIG, slim
 from support.roundtrip import traced
 from support.tooling import ROOT
 
-from mmgfp import PruneStructure, compact
+from mmgfp import PruneStructure, compact_
 from mmgfp.apps.cli import load_config
 from mmgfp.discovery.verify import random_units
 from mmgfp.engine.artifact import save_artifact
@@ -107,7 +107,7 @@ def test_deploy_times_two_stages_on_proposals_of_their_own(run_tool, tmp_path, n
     groups = found.grouping.groups
     kept = random_units(groups, 0.3, np.random.default_rng(0))
     structure = PruneStructure.of(groups, kept, shapes_of(found.model))
-    small = compact(found.model, structure)
+    small = compact_(found.model, structure)
     save_artifact(
         tmp_path / 'small.pth', small, structure, {'input_shape': (3, 64, 96)}
     )

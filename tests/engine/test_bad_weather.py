@@ -14,7 +14,7 @@ from support.toys import ConvPair, TinyDetector, images, square_loss
 
 from mmgfp import FisherPruningHook, GroupFisherPruner
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.utils.errors import ConfigError, StatisticsError
+from mmgfp.utils.errors import ConfigError, StatisticsError, StructureError
 
 
 class Factors(Hook):
@@ -290,7 +290,7 @@ def test_compact_weights_are_not_loaded_into_the_full_model(tmp_path, trained, r
         r'pruned, got \[.*\]; give a checkpoint of that model, not one that was cut'
     )
     runner = toy_runner(tmp_path, load_from=str(trained[1]), resume=resume)
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(StructureError, match=words) as caught:
         runner.train()
     assert '\n' not in str(caught.value)
 

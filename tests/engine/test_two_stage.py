@@ -35,6 +35,7 @@ from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import build_model, demo_batch
 from mmgfp.engine.two_stage import fixed_proposals, rois_per_image
 from mmgfp.selection.costs import CostTable
+from mmgfp.surgery.fit import check_fits
 from mmgfp.surgery.structure import shapes_of
 from mmgfp.utils.errors import StructureError
 
@@ -436,7 +437,7 @@ def test_wrong_attributes_are_refused(mask_rcnn, pruned, name, width, words):
     raw = json.loads(json.dumps(pruned.to_dict()))
     raw['attributes'] = {name: width}
     with pytest.raises(StructureError, match=words):
-        PruneStructure.from_dict(raw).check_fits(mask_rcnn[0])
+        check_fits(PruneStructure.from_dict(raw), mask_rcnn[0])
 
 
 def test_structures_without_attributes_are_read(pruned):

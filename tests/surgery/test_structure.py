@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.toys import ConvPair, FlattenLinear, ResidualPair, Shuffle, grouped
 
-from mmgfp.surgery.compact import compact
+from mmgfp.surgery.compact import compact_
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure, shapes_of
 from mmgfp.utils.errors import StructureError
 from mmgfp.utils.io import save_checkpoint
@@ -61,7 +61,7 @@ def test_nothing_pruned_is_an_empty_structure():
     structure = structure_of(net, [])
     assert structure == PruneStructure()
     before = copy.deepcopy(net.state_dict())
-    compact(net, structure)
+    compact_(net, structure)
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
 
 
@@ -78,12 +78,12 @@ def test_json_round_trip(structure, tmp_path):
 
 def test_checkpoint_round_trip(structure, tmp_path):
     path = tmp_path / 'model.pth'
-    net = compact(ConvPair(), structure)
+    net = compact_(ConvPair(), structure)
     checkpoint = {'state_dict': net.state_dict(), STRUCTURE_KEY: structure.to_dict()}
     save_checkpoint(checkpoint, path)
     found = PruneStructure.load(path)
     assert found == structure
-    again = compact(ConvPair(), found)
+    again = compact_(ConvPair(), found)
     weights = torch.load(path, weights_only=True)['state_dict']
     again.load_state_dict(weights, strict=True)
 
@@ -197,7 +197,7 @@ def test_wrong_attributes(width):
 def test_another_architecture(structure):
     words = r'conv1\.weight: expected shape \[6, 3, 3, 3\], got \[5, 6, 3, 3\]; use it'
     with pytest.raises(StructureError, match=words):
-        compact(ResidualPair(), structure_with(structure, 'conv1.weight'))
+        compact_(ResidualPair(), structure_with(structure, 'conv1.weight'))
 
 
 def structure_with(structure, name):
@@ -208,20 +208,20 @@ def structure_with(structure, name):
 def test_a_missing_tensor(structure):
     words = r'bn\.bias: expected shape \[6\], got no such tensor'
     with pytest.raises(StructureError, match=words):
-        compact(ResidualPair(), structure_with(structure, 'bn.bias'))
+        compact_(ResidualPair(), structure_with(structure, 'bn.bias'))
 
 
 def test_a_model_that_is_compact_already(structure):
-    net = compact(ConvPair(), structure)
+    net = compact_(ConvPair(), structure)
     with pytest.raises(StructureError, match=r'expected shape \[6.*got \[4'):
-        compact(net, structure)
+        compact_(net, structure)
 
 
 def test_a_refused_structure_changes_nothing(structure):
     net = ResidualPair()
     before = {n: t.shape for n, t in net.state_dict().items()}
     with pytest.raises(StructureError):
-        compact(net, structure)
+        compact_(net, structure)
     assert {n: t.shape for n, t in net.state_dict().items()} == before
 
 
@@ -232,7 +232,7 @@ def test_a_crafted_structure_allocates_no_more_than_the_model_has(structure):
     entry['shape'][0] = 10**12
     entry['kept']['0'] = [0, 10**12 - 1]
     with pytest.raises(StructureError, match=r'expected shape \[1000000000000'):
-        compact(ConvPair(), PruneStructure.from_dict(raw))
+        compact_(ConvPair(), PruneStructure.from_dict(raw))
 
 
 @pytest.mark.parametrize('name', ['conv1.groups', 'conv9.out_channels', 'training', 1])
@@ -240,4 +240,4 @@ def test_a_crafted_attribute_is_no_larger_than_the_models(name):
     raw = {'version': 1, 'tensors': {}, 'attributes': {name: 2}}
     structure = PruneStructure.from_dict(raw)
     with pytest.raises(StructureError, match='expected a number of at least 2, got'):
-        compact(ConvPair(), structure)
+        compact_(ConvPair(), structure)

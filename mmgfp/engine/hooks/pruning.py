@@ -34,7 +34,6 @@ from mmgfp.engine.random_state import random_state, set_random_state
 from mmgfp.engine.registry import PRUNERS
 from mmgfp.engine.runner_access import (
     averaged_models,
-    check_widths,
     check_wrapper,
     loss_scale,
     optimizer_of,
@@ -44,6 +43,7 @@ from mmgfp.engine.runner_access import (
 )
 from mmgfp.pruner import GroupFisherPruner, PruneStep
 from mmgfp.selection.targets import Target
+from mmgfp.surgery.fit import check_widths
 from mmgfp.surgery.live import check_optimizer
 from mmgfp.surgery.structure import STRUCTURE_KEY
 from mmgfp.utils.errors import ConfigError
@@ -334,8 +334,8 @@ class FisherPruningHook(Hook):
         """Go on with the state of an interrupted run, before its weights are loaded.
 
         Raises:
-            ConfigError: The checkpoint to resume from is not of a pruning run, or the
-                weights are of another width.
+            ConfigError: If the checkpoint to resume from is not of a pruning run.
+            StructureError: If the weights are of another width.
         """
         state = checkpoint.get(STATE_KEY) if runner._resume else None
         if state is not None:
@@ -345,7 +345,13 @@ class FisherPruningHook(Hook):
                 rewrap_model(runner)
             self._resumed = pruner, state['random']
         if runner._resume or STRUCTURE_KEY in checkpoint:
-            check_widths(unwrapped(runner.model), checkpoint.get('state_dict', {}))
+            model = unwrapped(runner.model)
+            check_widths(
+                checkpoint.get('state_dict', {}),
+                {name: tensor.shape for name, tensor in model.state_dict().items()},
+                'as in the model that is pruned',
+                'give a checkpoint of that model, not one that was cut down',
+            )
         if runner._resume and state is None:
             raise ConfigError(
                 'checkpoint',
