@@ -36,7 +36,7 @@ from mmgfp.utils.trial_runs import (
 logger = logging.getLogger('mmgfp')
 
 #: Why a group is frozen that failed verification; the difference follows.
-DISPROVED = 'masked and compact disagree'
+DISAGREES = 'masked and compact disagree'
 #: Why a group is frozen under ``coupled=False``.
 SHARED = 'its channels are shared by several layers, and coupled=False'
 
@@ -161,7 +161,7 @@ def discover(
         if not failures:
             break
         _report(failures, strict)
-        frozen += [(f.group, f'{DISPROVED}: {f.reason}') for f in failures]
+        frozen += [(f.group, f'{DISAGREES}: {f.reason}') for f in failures]
     if not grouping.groups:
         reasons = dict.fromkeys(f.reason for f in grouping.frozen)
         raise TraceError(
@@ -181,7 +181,7 @@ def _report(failures: Sequence[Disagreement], strict: bool) -> None:
         logger.warning(
             'group %s is left alone, since %s (%s); its members: %s',
             failure.group.name,
-            DISPROVED,
+            DISAGREES,
             failure.reason,
             members,
         )

@@ -28,7 +28,7 @@ class StructureError(MMGFPError, ValueError):
 
 
 class TraceError(MMGFPError, RuntimeError):
-    """The model's channels cannot be followed, or its pruning cannot be proved."""
+    """The model's channels cannot be followed, or verification fails."""
 
 
 class StatisticsError(MMGFPError, RuntimeError):

@@ -372,7 +372,7 @@ def test_a_zero_padded_shortcut(pad, stem, alone):
     assert second.members[0].index.ravel().tolist() == (alone or [4, 5, 6, 7])
 
 
-def test_constants_as_wide_as_the_channels_fail_the_proof():
+def test_constants_as_wide_as_the_channels_fail_the_verification():
     """What is no operand in the graph shows when the compact network runs."""
     net = normed(torchvision.ops.FrozenBatchNorm2d(6))
     (wrong,) = find_disagreements(net, grouped(net), lambda net: net(images()))

@@ -37,7 +37,7 @@ def forward(model):
 
 
 def assert_prunes(specification, seed, folder):
-    """Groups hold without the proof's help, cut at random, and survive a file."""
+    """Groups hold without verification's help, cut at random, and survive a file."""
     torch.manual_seed(seed)
     net = RandomNet(*specification)
     grouping = grouped(net)

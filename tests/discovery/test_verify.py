@@ -1,4 +1,4 @@
-"""The proof finds wrong groups, tells them from right ones, and disturbs nothing."""
+"""Verification finds wrong groups, tells them from right ones, and disturbs nothing."""
 
 import copy
 import dataclasses
@@ -103,7 +103,7 @@ def test_random_units_follow_the_seed():
     assert (one != other).any()
 
 
-# -- the proof --
+# -- verification --
 
 
 @pytest.mark.parametrize('toy', TOYS)
@@ -244,7 +244,7 @@ def test_random_ops_draw_alike():
     assert find_disagreements(net, grouped(net), forward) == []
 
 
-def test_nothing_to_prove():
+def test_nothing_to_verify():
     assert find_disagreements(ConvPair(), Grouping((), (), {}), forward) == []
 
 
@@ -254,7 +254,7 @@ def test_an_error_of_the_model_itself_is_raised():
         find_disagreements(net, grouped(net), lambda net: 1 / 0)
 
 
-def test_the_proof_leaves_the_model_alone():
+def test_verification_leaves_the_model_alone():
     net = ResidualPair()
     before = {n: t.clone() for n, t in net.state_dict().items()}
     grouping, state = grouped(net), torch.get_rng_state()
@@ -309,7 +309,7 @@ def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
     assert [g.name for g in grouping.groups] == ['stem', 'tower']
 
 
-def test_the_proof_is_repeated_until_it_holds(monkeypatch):
+def test_verification_is_repeated_until_it_holds(monkeypatch):
     answers = [1, 1, None]
 
     def find(model, grouping, forward):

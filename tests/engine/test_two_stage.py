@@ -1,4 +1,4 @@
-"""Two-stage detectors: statistics of RoIs, true widths, steady proof, costs."""
+"""Two-stage detectors: statistics of RoIs, true widths, steady verification, costs."""
 
 import copy
 import json
@@ -274,7 +274,7 @@ def test_pyramid_levels_without_rois(mask_rcnn, sides):
 
 
 def test_first_batch_without_boxes_freezes_what_the_mask_head_reads(mask_rcnn):
-    """It pools no RoI, so that no graph ties it to the pyramid; the proof finds out."""
+    """It pools no RoI, so no graph ties it to the pyramid; verification finds out."""
     model, calls, pruner = mask_rcnn
     empty = without_boxes(calls, 0, 1)
     pruner.criterion.tap.detach()
@@ -335,7 +335,7 @@ def test_masked_equals_compact(name):
     assert disagreement(model, groups, kept, calls.steady_loss) is None
 
 
-def test_proof_does_not_hang_on_the_order_of_proposals():
+def test_verification_does_not_hang_on_the_order_of_proposals():
     """In a flat image all scores of a RPN tie, so that rounding decides."""
     torch.manual_seed(0)
     config = slim(FASTER)
