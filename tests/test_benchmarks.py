@@ -99,7 +99,7 @@ def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         command.parse_args(['--only', 'step,speed'])
     expected = ', '.join(command.PARTS)
-    assert f"expected some of {expected}: ['speed']" in capsys.readouterr().err
+    assert f"must be some of {expected} (got ['speed'])" in capsys.readouterr().err
 
 
 def test_parts_have_models_of_their_own(capsys):

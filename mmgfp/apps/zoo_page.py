@@ -18,7 +18,7 @@ KINDS = {
     'missing package': r'not installed|[Pp]lease (first )?install|No module named',
     'no CPU operator': r'device cpu not found|not implemented for .CPU|CUDA|NVIDIA',
     'network': r'huggingface|[Cc]onnect|URLError|resolve host|offline|Errno -[23]\b',
-    'data of another kind': r'data_preprocessor: expected|lines_array',
+    'data of another kind': r'data_preprocessor must be|lines_array',
     'too large for this machine': r'no end after|ended with -9',
 }
 OTHER = 'the config itself'

@@ -165,10 +165,8 @@ def discover(
     if not grouping.groups:
         reasons = dict.fromkeys(f.reason for f in grouping.frozen)
         raise TraceError(
-            'model',
-            'at least one group of channels that can be pruned',
-            'none',
-            f'every layer is left alone because: {"; ".join(reasons)}',
+            'model must have at least one group of channels that can be pruned '
+            f'(got none); every layer is left alone because: {"; ".join(reasons)}'
         )
     if profiles is None:
         profiles = profile_layers(model, forward, images)
@@ -186,9 +184,9 @@ def _report(failures: Sequence[Disagreement], strict: bool) -> None:
             members,
         )
     if strict:
+        names = ', '.join(f.group.name for f in failures)
         raise TraceError(
-            f'groups {", ".join(f.group.name for f in failures)}',
-            'equal outputs of the masked and the compact model',
-            failures[0].reason,
-            'name these layers in keep, or leave strict off to freeze them',
+            f'groups {names} must have equal outputs in the masked and the compact '
+            f'model (got {failures[0].reason}); name these layers in keep, or leave '
+            'strict off to freeze them'
         )

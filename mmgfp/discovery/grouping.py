@@ -99,7 +99,7 @@ def _kept_layers(model: nn.Module, trace: Trace, keep: Iterable[str]) -> dict[st
         if not found:
             raise ConfigError(
                 'keep',
-                'the name or a pattern of Conv/FC layers of the model',
+                'names or patterns of Conv/FC layers of the model',
                 repr(pattern),
                 'see the layer names that tools/analyze.py lists',
             )

@@ -32,7 +32,7 @@ def build_model(cfg: Config) -> nn.Module:
         ConfigError: The config has no model.
     """
     if 'model' not in cfg:
-        raise ConfigError('config', 'a model', 'none', 'give a model config')
+        raise ConfigError('config', 'one with a model', 'none', 'give a model config')
     init_default_scope(_scope(cfg) or 'mmengine')
     model_cfg = copy.deepcopy(cfg.model)
     if 'data_preprocessor' in cfg:  # as the runner does

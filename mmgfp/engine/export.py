@@ -64,7 +64,7 @@ def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
         named = PruneStructure.load(architecture['structure'])
         if structure is not None and structure != named:
             raise StructureError(
-                f'{checkpoint}: structure',
+                f'the structure in {checkpoint}',
                 f'that of model.structure={architecture["structure"]}',
                 'another one',
                 REMEDY,
@@ -73,11 +73,9 @@ def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
         architecture = architecture['architecture']
     if structure is None:
         raise StructureError(
-            str(checkpoint),
-            f'a checkpoint with the key {STRUCTURE_KEY!r}, or a PrunedModel config',
-            'neither',
-            'give the config of the fine-tuning run, or a checkpoint that pruning '
-            'saved at its target',
+            f'{checkpoint} must hold the key {STRUCTURE_KEY!r}, or come with a '
+            'PrunedModel config (got neither); give the config of the fine-tuning run, '
+            'or a checkpoint that pruning saved at its target'
         )
     original = build_model(Config({**cfg.to_dict(), 'model': architecture}))
     check_fits(structure, original, str(checkpoint))
@@ -182,10 +180,10 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: Path) -> 
     except RuntimeError as error:
         reason = ' '.join(str(error).split())[:300]
         raise StructureError(
-            str(source), 'the weights of this structure', reason, REMEDY
+            f'{source} must hold the weights of this structure (got {reason}); {REMEDY}'
         ) from None
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise StructureError(
-                f'{source}: {name}', 'finite weights', 'NaN or infinity', REMEDY
+                f'{source}: {name}', 'finite', 'NaN or infinity', REMEDY
             )

@@ -86,7 +86,7 @@ def check_wrapper(runner: Runner) -> None:
     if is_model_wrapper(model) and not isinstance(model, DistributedDataParallel):
         raise ConfigError(
             'model_wrapper_cfg.type',
-            'MMDistributedDataParallel, or no compact_interval',
+            'MMDistributedDataParallel where compact_interval is set',
             type(model).__name__,
             'leave compact_interval off; units stay masked until the end',
         )

@@ -49,7 +49,7 @@ def check_fits(
         got = list(tensors[name].shape) if name in tensors else 'no such tensor'
         if got != shape:
             raise StructureError(
-                f'{source}: {name}', f'shape {shape}', str(got), remedy
+                f'{source}: {name}', f'of shape {shape}', str(got), remedy
             )
     kept = {id(tensors[name]): dims for name, dims in structure.kept.items()}
     for name, module in model.named_modules():
@@ -82,7 +82,7 @@ def check_widths(
         if got is not None and list(got) != list(shape):
             raise StructureError(
                 f'checkpoint: {name}',
-                f'shape {list(shape)} {reference}',
+                f'of shape {list(shape)} {reference}',
                 str(list(got)),
                 remedy,
             )
@@ -111,18 +111,19 @@ def _check_module(name: str, module: nn.Module, kept: Kept) -> None:
         tensor = getattr(module, key, None)
         entries = kept.get(id(tensor), {}).get(0)
         if isinstance(tensor, Tensor) and entries != outputs:
+            got = f'{len(entries)} others' if entries else 'all'
             raise StructureError(
-                f'{name}.{key}',
-                "the channels that the module's weight keeps",
-                f'{len(entries)} others' if entries else 'all',
-                remedy,
+                f"{name}.{key} must keep the channels that the module's weight keeps "
+                f'(got {got}); {remedy}'
             )
     if is_layer(module) and outputs and groups > 1:
         group_of = np.array(outputs) // (len(weight) // groups)
         counts = np.unique(group_of, return_counts=True)[1].tolist()
         if len(set(counts)) > 1:
-            expected = 'as many outputs in each group of the convolution'
-            raise StructureError(f'{name}.weight', expected, str(counts), remedy)
+            raise StructureError(
+                f'{name}.weight must keep as many outputs in each group of the '
+                f'convolution as in the others (got {counts}); {remedy}'
+            )
 
 
 def _attribute(model: nn.Module, name: str) -> int | None:

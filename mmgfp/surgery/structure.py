@@ -125,7 +125,7 @@ class PruneStructure:
                 structure.attributes[str(name)] = width
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise StructureError(
-                source, 'tensors with shape and kept', repr(e), REMEDY
+                source, 'a dict of tensors with shape and kept', repr(e), REMEDY
             ) from None
         _validate(structure, source)
         return structure

@@ -91,7 +91,7 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
         reason = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
         raise SavingError(
             str(path),
-            'to be written whole',
+            'written whole',
             reason,
             'what was there before is untouched; make room and run it again, with '
             '--resume if it is a training',
@@ -135,6 +135,7 @@ def load_weights_only(path: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(checkpoint, dict):
         raise StructureError(
-            str(path), 'a dict', type(checkpoint).__name__, 'give a checkpoint file'
+            f'{path} must hold a dict (got {type(checkpoint).__name__}); '
+            'give a checkpoint file'
         )
     return checkpoint

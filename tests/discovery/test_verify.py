@@ -293,7 +293,7 @@ def test_a_group_that_fails_is_frozen_and_reported(caplog):
 
 def test_a_group_that_fails_is_an_error_under_strict():
     pruner = GroupFisherPruner(fixed_width(), strict=True)
-    words = r'groups a: expected equal outputs of the masked and the compact model'
+    words = r'groups a must have equal outputs in the masked and the compact model'
     with pytest.raises(TraceError, match=words):
         pruner.prepare(loss, forward, 2)
 

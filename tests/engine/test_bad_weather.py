@@ -70,8 +70,8 @@ def test_a_run_of_bad_iterations_stops(tmp_path, where):
         hook=option if where == 'hook' else dict(pruner=option),
     )
     words = (
-        'gradients: expected finite ones, got NaN or infinity in the last 3 '
-        'iterations; look at the loss, lower the learning rate or clip gradients; '
+        'gradients must be finite ones (got NaN or infinity in the last 3 '
+        'iterations); look at the loss, lower the learning rate or clip gradients; '
         'max_nonfinite sets how many are tolerated'
     )
     with pytest.raises(StatisticsError) as caught:
@@ -100,7 +100,7 @@ def test_bad_iterations_are_as_if_they_had_not_been():
 
 @pytest.mark.parametrize('value', [0, -1, 2.5, True])
 def test_max_dropped_must_be_a_number(value):
-    words = f'max_nonfinite: expected a whole number of at least 1, got {value}'
+    words = rf'max_nonfinite must be a whole number of at least 1 \(got {value}'
     with pytest.raises(ConfigError, match=words):
         GroupFisherPruner(ConvPair(), max_nonfinite=value)
 
@@ -286,8 +286,8 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize('resume', [False, True])
 def test_compact_weights_are_not_loaded_into_the_full_model(tmp_path, trained, resume):
     words = (
-        r'checkpoint: net\.\w+\.\w+: expected shape \[.*\] as in the model that is '
-        r'pruned, got \[.*\]; give a checkpoint of that model, not one that was cut'
+        r'checkpoint: net\.\w+\.\w+ must be of shape \[.*\] as in the model that is '
+        r'pruned \(got \[.*\]\); give a checkpoint of that model, not one that was cut'
     )
     runner = toy_runner(tmp_path, load_from=str(trained[1]), resume=resume)
     with pytest.raises(StructureError, match=words) as caught:
@@ -306,7 +306,7 @@ def resumed_with(tmp_path, path, change):
 
 def test_state_of_another_version_is_refused(tmp_path, trained):
     words = (
-        'checkpoint: expected a pruning state of version 2, got version 99; start '
+        'checkpoint must be a pruning state of version 2 (got version 99); start '
         'pruning anew from the weights, with load_from'
     )
     with pytest.raises(ConfigError) as caught:
@@ -320,9 +320,9 @@ def test_state_of_another_structure_is_refused(tmp_path, trained):
         group['members'][0]['name'] = 'backbone.conv1.weight'
 
     words = (
-        'checkpoint: expected the groups of coupled channels of this model, got '
-        "KeyError: 'backbone.conv1.weight'; resume with the configuration that the run "
-        'was started with'
+        'checkpoint must be the groups of coupled channels of this model (got '
+        "KeyError: 'backbone.conv1.weight'); resume with the configuration that the "
+        'run was started with'
     )
     with pytest.raises(ConfigError) as caught:
         resumed_with(tmp_path, trained[0], change)

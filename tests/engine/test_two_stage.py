@@ -425,12 +425,12 @@ def test_reload_by_config(mask_rcnn, pruned, tmp_path):
 @pytest.mark.parametrize(
     'name, width, words',
     [
-        ('neck.out_channels', 9, 'neck.out_channels: expected a number of at least 9'),
-        ('neck.no_such', 4, 'neck.no_such: expected a number of at least 4, got None'),
-        ('nothing.out_channels', 4, 'nothing.out_channels: expected a number'),
-        ('neck.out_channels', 0, 'neck.out_channels: expected a number of channels'),
-        ('neck.out_channels', '6', "expected a number of channels, got '6'"),
-        ('neck.out_channels', True, 'expected a number of channels, got True'),
+        ('neck.out_channels', 9, 'neck.out_channels must be a number of at least 9'),
+        ('neck.no_such', 4, r'neck.no_such must be a number of at least 4 \(got None'),
+        ('nothing.out_channels', 4, 'nothing.out_channels must be a number'),
+        ('neck.out_channels', 0, 'neck.out_channels must be a number of channels'),
+        ('neck.out_channels', '6', r"must be a number of channels \(got '6'"),
+        ('neck.out_channels', True, r'must be a number of channels \(got True'),
     ],
 )
 def test_wrong_attributes_are_refused(mask_rcnn, pruned, name, width, words):

@@ -94,7 +94,7 @@ def test_attributes_round_trip():
 
 
 def test_missing_file(tmp_path):
-    words = r'nowhere\.json: expected a readable JSON file.*check the path'
+    words = r'nowhere\.json must be a readable JSON file.*check the path'
     with pytest.raises(StructureError, match=words):
         PruneStructure.load(tmp_path / 'nowhere.json')
 
@@ -103,7 +103,7 @@ def test_missing_file(tmp_path):
 def test_damaged_json(text, tmp_path):
     path = tmp_path / 'cut.json'
     path.write_text(text)
-    with pytest.raises(StructureError, match=r'cut\.json: expected'):
+    with pytest.raises(StructureError, match=r'cut\.json must be'):
         PruneStructure.load(path)
 
 
@@ -111,7 +111,7 @@ def test_truncated_checkpoint(structure, tmp_path):
     path = tmp_path / 'cut.pth'
     save_checkpoint({STRUCTURE_KEY: structure.to_dict()}, path)
     path.write_bytes(path.read_bytes()[:-100])
-    words = r'cut\.pth: expected a checkpoint that loads.*cut short'
+    words = r'cut\.pth must be a checkpoint that loads.*cut short'
     with pytest.raises(StructureError, match=words):
         PruneStructure.load(path)
 
@@ -119,7 +119,7 @@ def test_truncated_checkpoint(structure, tmp_path):
 def test_checkpoint_without_a_structure(tmp_path):
     path = tmp_path / 'plain.pth'
     save_checkpoint({'state_dict': {}}, path)
-    words = r"plain\.pth: expected a checkpoint with the key 'prune_structure'"
+    words = r"plain\.pth must be a checkpoint with the key 'prune_structure'"
     with pytest.raises(StructureError, match=words):
         PruneStructure.load(path)
 
@@ -137,7 +137,7 @@ def test_checkpoint_without_a_structure(tmp_path):
     ],
 )
 def test_other_versions(raw, got):
-    words = f'expected a structure of version 1, {got}; use the file that a mmgfp'
+    words = rf'must be a structure of version 1 \({got}\); use the file that a mmgfp'
     with pytest.raises(StructureError, match=words):
         PruneStructure.from_dict(raw)
 
@@ -157,7 +157,7 @@ def test_other_versions(raw, got):
     ],
 )
 def test_malformed_tensors(tensors):
-    words = 'my file: expected tensors with shape and kept, got'
+    words = r'my file must be a dict of tensors with shape and kept \(got'
     with pytest.raises(StructureError, match=words):
         PruneStructure.from_dict({'version': 1, 'tensors': tensors}, 'my file')
 
@@ -178,7 +178,7 @@ def test_malformed_tensors(tensors):
 )
 def test_wrong_indices(kept, below):
     raw = {'version': 1, 'tensors': {'conv1.weight': {'shape': [6, 3], 'kept': kept}}}
-    words = rf'conv1\.weight dimension -?\d: expected ascending indices below {below}'
+    words = rf'conv1\.weight dimension -?\d must be ascending indices below {below}'
     with pytest.raises(StructureError, match=words):
         PruneStructure.from_dict(raw)
 
@@ -186,7 +186,7 @@ def test_wrong_indices(kept, below):
 @pytest.mark.parametrize('width', [0, -3, 2.5, True, '4', None])
 def test_wrong_attributes(width):
     raw = {'version': 1, 'tensors': {}, 'attributes': {'extractor.out_channels': width}}
-    words = r'extractor\.out_channels: expected a number of channels, got'
+    words = r'extractor\.out_channels must be a number of channels'
     with pytest.raises(StructureError, match=words):
         PruneStructure.from_dict(raw)
 
@@ -195,7 +195,7 @@ def test_wrong_attributes(width):
 
 
 def test_another_architecture(structure):
-    words = r'conv1\.weight: expected shape \[6, 3, 3, 3\], got \[5, 6, 3, 3\]; use it'
+    words = r'conv1\.weight must .* shape \[6, 3, 3, 3\] \(got \[5, 6, 3, 3\]\); use it'
     with pytest.raises(StructureError, match=words):
         compact_(ResidualPair(), structure_with(structure, 'conv1.weight'))
 
@@ -206,14 +206,14 @@ def structure_with(structure, name):
 
 
 def test_a_missing_tensor(structure):
-    words = r'bn\.bias: expected shape \[6\], got no such tensor'
+    words = r'bn\.bias must be of shape \[6\] \(got no such tensor'
     with pytest.raises(StructureError, match=words):
         compact_(ResidualPair(), structure_with(structure, 'bn.bias'))
 
 
 def test_a_model_that_is_compact_already(structure):
     net = compact_(ConvPair(), structure)
-    with pytest.raises(StructureError, match=r'expected shape \[6.*got \[4'):
+    with pytest.raises(StructureError, match=r'must be of shape \[6.*got \[4'):
         compact_(net, structure)
 
 
@@ -231,7 +231,7 @@ def test_a_crafted_structure_allocates_no_more_than_the_model_has(structure):
     entry = raw['tensors']['conv1.weight']
     entry['shape'][0] = 10**12
     entry['kept']['0'] = [0, 10**12 - 1]
-    with pytest.raises(StructureError, match=r'expected shape \[1000000000000'):
+    with pytest.raises(StructureError, match=r'must be of shape \[1000000000000'):
         compact_(ConvPair(), PruneStructure.from_dict(raw))
 
 
@@ -239,5 +239,5 @@ def test_a_crafted_structure_allocates_no_more_than_the_model_has(structure):
 def test_a_crafted_attribute_is_no_larger_than_the_models(name):
     raw = {'version': 1, 'tensors': {}, 'attributes': {name: 2}}
     structure = PruneStructure.from_dict(raw)
-    with pytest.raises(StructureError, match='expected a number of at least 2, got'):
+    with pytest.raises(StructureError, match=r'must be a number of at least 2 \(got'):
         compact_(ConvPair(), structure)

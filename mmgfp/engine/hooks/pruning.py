@@ -162,7 +162,7 @@ class FisherPruningHook(Hook):
         if runner.cfg.get('compile'):
             raise ConfigError(
                 'compile',
-                'no torch.compile while pruning, which looks into every layer',
+                'off while pruning, which looks into every layer',
                 repr(runner.cfg.compile),
                 'remove it; the compact model can be compiled for fine-tuning',
             )
@@ -355,8 +355,8 @@ class FisherPruningHook(Hook):
         if runner._resume and state is None:
             raise ConfigError(
                 'checkpoint',
-                'the state of a pruning run to resume',
-                'a checkpoint without one',
+                'one of a pruning run',
+                'one without its state',
                 'to prune these weights, name them in load_from and do not resume',
             )
 
