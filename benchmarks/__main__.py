@@ -111,7 +111,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         names = getattr(args, field).split(',')
         unknown = [n for n in names if n not in known]
         if unknown:
-            parser.error(f'--{field}: expected some of {", ".join(known)}: {unknown}')
+            expected = ', '.join(known)
+            parser.error(f'--{field} must be some of {expected} (got {unknown})')
         setattr(args, field, names)
     args.only = [n for n in args.only if {*PARTS[n].subjects} & {*args.models}]
     if not args.only:

@@ -1,4 +1,4 @@
-"""How long it takes to find the coupled channels, with and without the proof."""
+"""How long it takes to find the coupled channels, with and without verification."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmgfp.discovery.grouping import build_groups
 
 
 def unverified(model: nn.Module, calls: Any) -> Discovery:
-    """What `discover` finds, for parts in which the time of the proof is no matter."""
+    """Return the result of `discover` without the time that verification takes."""
     seen = trace_model(model, calls.loss)
     unscorable = Fisher().unscorable(model, seen.weights, seen.rows)
     grouping = build_groups(model, seen.trace, unscorable=unscorable)
@@ -25,7 +25,7 @@ def unverified(model: nn.Module, calls: Any) -> Discovery:
 def measure_discovery(
     model: nn.Module, calls: Any, repeats: int, device: str
 ) -> dict[str, Any]:
-    """Seconds of the loss, of trace and groups after it, and of all with the proof.
+    """Seconds of the loss, of trace and groups after it, and of all with verification.
 
     Args:
         model: The model in training mode.
@@ -64,7 +64,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     """Rows for a page, by the label of what was measured."""
     names = list(next(iter(results.values()))['seconds'])
     heads = [f'{name} (s)' for name in names[:-1]]
-    rows = [['model', 'groups', 'units', *heads, 'all, with proof (s)']]
+    rows = [['model', 'groups', 'units', *heads, 'all, with verification (s)']]
     for label, found in results.items():
         times = (found['seconds'][n]['wall']['median'] for n in names)
         counts = (str(found['groups']), str(found['units']))

@@ -36,7 +36,7 @@ def measure_growth(
 
 def table(results: dict[str, Any]) -> list[list[str]]:
     """Rows for a page, by the label of what was measured."""
-    heads = ['trace and groups (s)', 'with proof (s)', 'one unit (ms)']
+    heads = ['trace and groups (s)', 'with verification (s)', 'one unit (ms)']
     heads += ['ten units (ms)', 'auto (ms)']
     rows = [['model', 'units', 'plain (s)', 'pruning', *heads]]
     for label, found in results.items():

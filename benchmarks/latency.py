@@ -20,7 +20,7 @@ from benchmarks.models import seeded, sgd, train_step
 from benchmarks.timing import ratio_text, ratios, spread, take_turns
 from mmgfp import GroupFisherPruner
 from mmgfp.discovery.discover import Discovery
-from mmgfp.discovery.profile import copy_module
+from mmgfp.utils.trial_runs import copy_module
 
 VARIANTS: dict[str, dict[str, Any]] = {
     '-M': {'normalize': 'memory'},

@@ -20,7 +20,7 @@ from benchmarks.timing import (
 )
 from mmgfp import GroupFisherPruner
 from mmgfp.discovery.discover import Discovery
-from mmgfp.discovery.profile import copy_module
+from mmgfp.utils.trial_runs import copy_module
 
 TARGET = {'flops': 0.5}
 #: Iterations of the runs that take turns, and from one decision to the next (the

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmgfp.config import PruningConfig
 from mmgfp.pruner import ChannelPruner, GroupFisherPruner
-from mmgfp.surgery.compact import compact
+from mmgfp.surgery.compact import compact, compact_
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.version import __version__
 
@@ -22,6 +22,7 @@ __all__ = [
     'PruningConfig',
     '__version__',
     'compact',
+    'compact_',
 ]
 
 if importlib.util.find_spec('mmengine') is not None:

@@ -19,13 +19,13 @@ from mmgfp.groups import (
     Grouping,
     Member,
     Role,
-    is_layer,
 )
 from mmgfp.selection.costs import LayerProfile
 from mmgfp.selection.targets import Target
 from mmgfp.surgery.structure import shapes_of
 from mmgfp.tracing import RowUse
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.layers import is_layer
 from mmgfp.utils.modules import weight_owners
 
 #: Version of the entries that `RunState.to_dict` gives.

@@ -1,41 +1,20 @@
-"""Groups of coupled channels, and what is left of them when some are cut out."""
+"""Groups of coupled channels, and those that remain when some units are removed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from torch import Tensor, nn
 
-#: What a member is to its unit: made by the layer, read by it, or taken along.
-#: A module's attribute that counts the unit among its channels is a member, too.
+#: How a dimension takes part in a unit, see `Member`.
 Role = Literal['out', 'in', 'with', 'attribute']
-
-#: Modules that count as layers (paper section 3.1: "only Conv/FC layers matter").
-LAYER_TYPES = (nn.modules.conv._ConvNd, nn.Linear)
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module counts as a layer (paper section 3.1: Conv and FC layers).
-
-    Deformable convolutions of mmcv and torchvision are known by their weight, since
-    they have no base class in common with the others.
-    """
-    if isinstance(module, LAYER_TYPES):
-        return True
-    weight: Any = getattr(module, 'weight', None)
-    names = ('out_channels', 'in_channels', 'groups', 'kernel_size')
-    if not isinstance(weight, Tensor) or not all(hasattr(module, n) for n in names):
-        return False
-    conv: Any = module
-    return weight.shape[:2] == (conv.out_channels, conv.in_channels // conv.groups)
 
 
 @dataclass(frozen=True)
 class Member:
-    """One dimension of one tensor that loses a slice with every unit.
+    """A dimension of a tensor that loses a slice with every removed unit.
 
     Attributes:
         name: Name of the parameter or buffer, or of a module's attribute.
@@ -86,7 +65,7 @@ class ChannelGroup:
         return len(self.layers('out')) == len(self.layers('in')) == 1
 
     def layers(self, role: Role) -> list[str]:
-        """Names of the layers in which the units have ``role``."""
+        """Return the names of the layers in which the units have ``role``."""
         return [module_of(m.name) for m in self.members if m.role == role]
 
 
@@ -107,7 +86,7 @@ class FrozenLayer:
 
 @dataclass(frozen=True)
 class Grouping:
-    """The groups of a model, and what is left out.
+    """All groups of a model, and the layers that are left out.
 
     Attributes:
         groups: Groups in the order in which data meets them.
@@ -132,58 +111,72 @@ class Grouping:
         return np.repeat(np.arange(len(sizes)), sizes)
 
     def remaining(self, kept: np.ndarray) -> Grouping:
-        """The groups of the model that is cut down to the units ``kept``, (U,).
+        """Return the groups of a model that keeps only the units ``kept``, (U,).
 
         Units are numbered anew; groups stay in order and keep some units each.
         """
-        gone = gone_entries(self.groups, kept)
+        removed = removed_entries(self.groups, kept)
         parts = np.split(kept, np.cumsum([g.units for g in self.groups])[:-1])
         groups = [
             ChannelGroup(
-                group.name, tuple(_moved(m, gone, some) for m in group.members)
+                group.name, tuple(_remaining(m, removed, part) for m in group.members)
             )
-            for group, some in zip(self.groups, parts, strict=True)
+            for group, part in zip(self.groups, parts, strict=True)
         ]
-        number = np.append(np.cumsum(kept) - 1, -1)  # the last one is for no unit
+        # The last entry is for -1: an input channel of no unit stays one.
+        number = np.append(np.cumsum(kept) - 1, -1)
         stays = np.append(kept, True)
         inputs = {n: number[index[stays[index]]] for n, index in self.inputs.items()}
         return Grouping(tuple(groups), self.frozen, inputs)
 
 
-def gone_entries(
+def removed_entries(
     groups: Sequence[ChannelGroup], kept: np.ndarray
 ) -> dict[tuple[str, int], np.ndarray]:
-    """Which entries of each tensor's dimensions are those of units that went.
+    """Return the entries of each tensor's dimensions that belong to removed units.
 
     Args:
-        groups: The groups of the units.
-        kept: Units that stay, (U,).
+        groups: All groups of the model.
+        kept: Units that are not removed, (U,).
 
     Returns:
         dict: Ascending entries by name and dimension, where there are any.
+
+    Examples:
+        >>> import numpy as np
+        >>> pairs = Member('fc.weight', 1, np.array([[0, 1], [2, 3], [4, 5]]), 'in')
+        >>> group = ChannelGroup('conv', (pairs,))
+        >>> removed_entries([group], np.array([True, False, True]))
+        {('fc.weight', 1): array([2, 3])}
     """
-    gone: dict[tuple[str, int], list[np.ndarray]] = {}
+    removed: dict[tuple[str, int], list[np.ndarray]] = {}
     start = 0
     for group in groups:
-        went = ~kept[start : start + group.units]
+        units = ~kept[start : start + group.units]
         start += group.units
-        for member in group.members if went.any() else ():
-            parts = gone.setdefault((member.name, member.dim), [])
-            parts.append(member.index[went].reshape(-1))
-    return {key: np.unique(np.concatenate(parts)) for key, parts in gone.items()}
+        for member in group.members if units.any() else ():
+            parts = removed.setdefault((member.name, member.dim), [])
+            parts.append(member.index[units].reshape(-1))
+    return {key: np.unique(np.concatenate(parts)) for key, parts in removed.items()}
 
 
-def _moved(
-    member: Member, gone: Mapping[tuple[str, int], np.ndarray], kept: np.ndarray
+def _remaining(
+    member: Member, removed: Mapping[tuple[str, int], np.ndarray], kept: np.ndarray
 ) -> Member:
-    """A member of the units ``kept`` alone, where entries before it are ``gone``."""
+    """Return a member with the units ``kept`` of its group only.
+
+    Args:
+        member: The member.
+        removed: What `removed_entries` gives for all groups.
+        kept: Units of its group that are kept, (units,).
+    """
     index = member.index[kept]
-    before = gone.get((member.name, member.dim))
-    if before is not None:
+    before = removed.get((member.name, member.dim))
+    if before is not None:  # each entry moves up by the removed ones before it
         index = index - np.searchsorted(before, index)
     return replace(member, index=index)
 
 
 def module_of(tensor: str) -> str:
-    """Name of the module that owns the tensor called ``tensor``."""
+    """Return the name of the module that owns the tensor called ``tensor``."""
     return tensor.rpartition('.')[0]

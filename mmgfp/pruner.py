@@ -16,15 +16,15 @@ from mmgfp.criteria.base import Criterion, Reduce, ScoringContext
 from mmgfp.criteria.checks import ScoreChecks
 from mmgfp.criteria.fisher import Fisher
 from mmgfp.discovery.discover import Discovery, discover
-from mmgfp.discovery.profile import Forward, LossFunction, copy_module
 from mmgfp.groups import Grouping
 from mmgfp.selection.costs import LayerProfile, Totals
 from mmgfp.selection.greedy import Limits, select_units
 from mmgfp.selection.schedules import DecisionPoint
 from mmgfp.selection.targets import Target
-from mmgfp.surgery.compact import compact
+from mmgfp.surgery.compact import compact_
 from mmgfp.units import UnitState
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.trial_runs import Forward, LossFunction, copy_module
 from mmgfp.utils.validation import check_not_compiled
 
 
@@ -246,7 +246,7 @@ class ChannelPruner:
             small = copy_module(self.model if copied is None else copied)
         finally:
             self.criterion.attach(self._context)  # type: ignore[arg-type]
-        return compact(small, units.remaining_structure(units.kept))
+        return compact_(small, units.remaining_structure(units.kept))
 
     def compact_(self, optimizers: Sequence[Optimizer] = ()) -> bool:
         """Cut the pruned units out of the model while it goes on training.

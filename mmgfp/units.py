@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from mmgfp.groups import Grouping
 from mmgfp.selection.costs import CostTable, LayerProfile, Totals
-from mmgfp.surgery.live import cut_live, units_to_keep_in_model
+from mmgfp.surgery.live import compact_training_, units_to_keep_in_model
 from mmgfp.surgery.masking import ColumnMask
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 
@@ -139,7 +139,7 @@ class UnitState:
         if np.array_equal(stay, self.in_model):
             return False
         structure = self.remaining_structure(stay)
-        cut_live(self.model, structure, optimizers, self._copies)
+        compact_training_(self.model, structure, optimizers, self._copies)
         self.close()  # the masks hold on to parameters that are gone
         self.in_model = stay.copy()
         self.remaining = self.grouping.remaining(stay)

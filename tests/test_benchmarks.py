@@ -99,7 +99,7 @@ def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         command.parse_args(['--only', 'step,speed'])
     expected = ', '.join(command.PARTS)
-    assert f"expected some of {expected}: ['speed']" in capsys.readouterr().err
+    assert f"must be some of {expected} (got ['speed'])" in capsys.readouterr().err
 
 
 def test_parts_have_models_of_their_own(capsys):
@@ -127,11 +127,11 @@ def test_branches_begin_with_a_scale():
     assert not model.bn2.bias.any()  # a bias may be zero
 
 
-def test_unproven_groups_are_those_of_discover():
+def test_unverified_groups_are_those_of_discover():
     model, calls = ToySubject().build('cpu')
     found = unverified(model, calls)
-    proven = discover(model, calls.loss, calls.check, calls.images)
-    assert repr(found.to_dict()) == repr(proven.to_dict())
+    verified = discover(model, calls.loss, calls.check, calls.images)
+    assert repr(found.to_dict()) == repr(verified.to_dict())
 
 
 def test_decisions_all_begin_alike():

@@ -75,11 +75,11 @@ def variants_of(args: argparse.Namespace) -> dict[str, list[str]]:
     for name, *settings in args.variant:
         settings = settings or PAPER.get(name, [])
         if not settings or name in variants:
+            got = 'the name twice' if settings else 'none'
             raise ConfigError(
-                f'--variant {name}',
-                'settings of FisherPruningHook, under a name of its own',
-                'none' if not settings else 'the name twice',
-                f'give NAME KEY=VALUE, or one of {", ".join(PAPER)}',
+                f'--variant {name} must have settings of FisherPruningHook and a name '
+                f'of its own (got {got}); give NAME KEY=VALUE, or one of '
+                f'{", ".join(PAPER)}'
             )
         variants[name] = settings
     return variants

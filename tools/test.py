@@ -69,10 +69,8 @@ def show_results(cfg: Config, args: argparse.Namespace) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise ConfigError(
-            '--show',
-            'default_hooks.visualization in the config',
-            'none',
-            'add the visualization hook of your library',
+            '--show must have default_hooks.visualization in the config (got none); '
+            'add the visualization hook of your library'
         )
     # MMDetection's hook calls the switch `draw`, MMPreTrain's `enable`.
     pretrain = hook.type == 'VisualizationHook'

@@ -61,10 +61,8 @@ def enable_amp(cfg: Config) -> None:
     kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise ConfigError(
-            '--amp',
-            "optim_wrapper.type 'OptimWrapper'",
-            repr(kind),
-            'choose an AMP wrapper in the config instead',
+            f"--amp must replace an optim_wrapper.type 'OptimWrapper' (got {kind!r}); "
+            'choose an AMP wrapper in the config instead'
         )
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -78,10 +76,8 @@ def enable_auto_scale_lr(cfg: Config) -> None:
     """
     if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
         raise ConfigError(
-            '--auto-scale-lr',
-            'auto_scale_lr.base_batch_size in the config',
-            'none',
-            'add auto_scale_lr=dict(base_batch_size=16)',
+            '--auto-scale-lr must have auto_scale_lr.base_batch_size in the config '
+            '(got none); add auto_scale_lr=dict(base_batch_size=16)'
         )
     cfg.auto_scale_lr.enable = True
 

@@ -1,4 +1,4 @@
-"""Prune every config of the installed libraries at random and prove the result.
+"""Prune every config of the installed libraries at random and verify the result.
 
 Each config is built without pretrained weights, its loss is run on a made-up batch on
 the CPU, 30 % of the units go at random, and the masked model is compared with the

@@ -90,8 +90,8 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
             if '://' not in path and not os.path.exists(path):
                 raise ConfigError(
                     f'{split}_dataloader.dataset',
-                    f'data at {path}',
-                    'nothing there',
+                    f'present at {path}',
+                    'nothing',
                     'put or link it there, or pass --cfg-options data_root=DIR',
                 )
 

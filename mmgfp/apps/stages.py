@@ -80,10 +80,8 @@ class Pipeline:
         code = run_logged([*program, *command[1:]], log)
         if code:
             raise StageError(
-                stage,
-                'exit status 0',
-                str(code),
-                f'see {log}; the same command goes on from here',
+                f'{stage} must exit with status 0 (got {code}); see {log}; '
+                'the same command goes on from here'
             )
         note = {'command': command, 'seconds': time.perf_counter() - began}
         write_json(done, note)
@@ -196,7 +194,8 @@ def last_checkpoint(folder: Path) -> str:
     found = find_latest_checkpoint(str(folder))
     if found is None or not Path(found).is_file():
         raise StageError(
-            str(folder), 'a checkpoint', str(found), 'delete the folder and run again'
+            f'{folder} must hold a checkpoint (got {found}); '
+            'delete the folder and run again'
         )
     return str(found)
 
@@ -207,11 +206,9 @@ def pruned_checkpoint(folder: Path, config: str) -> str:
     reached = [path for path in found if not path.stem.endswith('_unfinished')]
     if not reached:
         raise StageError(
-            str(folder),
-            'a checkpoint of the reached target',
-            'none',
+            f'{folder} must hold a checkpoint of the reached target (got none); '
             'raise max_iters or units_per_step, delete the folder and '
-            f'{folder.parent / "done" / folder.name}.json',
+            f'{folder.parent / "done" / folder.name}.json'
         )
     return str(max(reached, key=lambda path: path.stat().st_mtime))
 
@@ -245,10 +242,8 @@ def find_hook(cfg: Config) -> tuple[int, Mapping[str, Any]]:
         if is_named(hook.get('type'), 'FisherPruningHook') and 'input_shape' in hook:
             return place, hook
     raise ConfigError(
-        str(cfg.filename),
-        'a FisherPruningHook with input_shape in custom_hooks',
-        'none',
-        'add input_shape=(3, H, W) to it',
+        f'{cfg.filename} must have a FisherPruningHook with input_shape in '
+        'custom_hooks (got none); add input_shape=(3, H, W) to it'
     )
 
 

@@ -1,4 +1,4 @@
-"""Every config of the installed libraries: is it pruned, how much, and proven?"""
+"""Every config of the installed libraries: can it be pruned, how much, and rightly?"""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from mmengine.logging import MessageHub
 from torch import nn
 
 from mmgfp.apps.analysis import coverage
-from mmgfp.discovery.discover import DISPROVED
-from mmgfp.discovery.profile import undisturbed
+from mmgfp.discovery.discover import DISAGREES
 from mmgfp.discovery.verify import disagreement, random_units
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
@@ -29,6 +28,7 @@ from mmgfp.engine.model_building import build_model, init_weights
 from mmgfp.groups import Grouping
 from mmgfp.pruner import GroupFisherPruner
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.trial_runs import undisturbed
 
 LIBRARIES = ('mmdet', 'mmpretrain')
 #: What can become of a config; see `examine`.
@@ -214,7 +214,7 @@ def _unpad(model: Any) -> None:
 
 
 def _prune(model: Any, calls: BatchCalls) -> dict[str, Any]:
-    """Prune; prepared groups are proven on outputs, here the loss is compared, too."""
+    """Prune; groups have been verified on outputs, here the loss is compared, too."""
     pruner = GroupFisherPruner(model)
     profiles = calls.profile(model)
     start = time.perf_counter()
@@ -243,10 +243,10 @@ def _prune(model: Any, calls: BatchCalls) -> dict[str, Any]:
 
 
 def _frozen(grouping: Grouping) -> dict[str, Any]:
-    """Frozen layers by reason, and those that the proof froze, by name."""
-    disproved = {f.layer: f.reason for f in grouping.frozen if DISPROVED in f.reason}
+    """Frozen layers by reason, and those that the verification froze, by name."""
+    disagreeing = {f.layer: f.reason for f in grouping.frozen if DISAGREES in f.reason}
     reasons = Counter(r for f in grouping.frozen for r in f.reason.split('; '))
-    return {'disproved': disproved, 'frozen': dict(reasons.most_common())}
+    return {'disagreeing': disagreeing, 'frozen': dict(reasons.most_common())}
 
 
 def _one_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmgfp.apps.tables import machine_facts
 from mmgfp.apps.zoo import LIBRARIES, family_of
-from mmgfp.discovery.discover import DISPROVED
+from mmgfp.discovery.discover import DISAGREES
 
 #: Share of a model's MACs that a convolutional detector is expected to reach.
 REACHED = 0.95
@@ -18,7 +18,7 @@ KINDS = {
     'missing package': r'not installed|[Pp]lease (first )?install|No module named',
     'no CPU operator': r'device cpu not found|not implemented for .CPU|CUDA|NVIDIA',
     'network': r'huggingface|[Cc]onnect|URLError|resolve host|offline|Errno -[23]\b',
-    'data of another kind': r'data_preprocessor: expected|lines_array',
+    'data of another kind': r'data_preprocessor must be|lines_array',
     'too large for this machine': r'no end after|ended with -9',
 }
 OTHER = 'the config itself'
@@ -48,10 +48,10 @@ def render(
         if good:
             lines += ['', f'## {library}: pruned, masked equals compact', '']
             lines += _agreements(good)
-    disproved = [r for r in results if r.get('disproved')]
-    if disproved:
-        lines += ['', '## Frozen by the proof', '', PROOF, '']
-        lines += _table(('config', 'layers', 'why'), map(_disproved_row, disproved))
+    disagreeing = [r for r in results if r.get('disagreeing')]
+    if disagreeing:
+        lines += ['', '## Frozen by the verification', '', DISAGREEING, '']
+        lines += _table(('config', 'layers', 'why'), map(_disagreeing_row, disagreeing))
     for status, title in TITLES.items():
         chosen = [r for r in results if r['status'] == status]
         if chosen:
@@ -112,8 +112,8 @@ def _frozen_cell(reasons: Mapping[str, int], most: int = 3) -> str:
 
 def brief(reason: str) -> str:
     """What a reason says of all models: no layer's name, no number, no place."""
-    if reason.startswith(DISPROVED):
-        return 'frozen by the proof'
+    if reason.startswith(DISAGREES):
+        return 'frozen by the verification'
     reason = READER.sub('', tidy(reason))
     reason = re.sub(r'\d+ images, not \d+', 'other images than the batch has', reason)
     return OUTPUT if reason.startswith('an output:') else reason
@@ -129,13 +129,13 @@ def kind_of(reason: str) -> str:
     return next((k for k, words in KINDS.items() if re.search(words, reason)), OTHER)
 
 
-def _disproved_row(result: Mapping[str, Any]) -> tuple[Any, ...]:
+def _disagreeing_row(result: Mapping[str, Any]) -> tuple[Any, ...]:
     whys = Counter(
-        re.sub(r'\d+', 'N', tidy(why).removeprefix(f'{DISPROVED}: '))
-        for why in result['disproved'].values()
+        re.sub(r'\d+', 'N', tidy(why).removeprefix(f'{DISAGREES}: '))
+        for why in result['disagreeing'].values()
     )
-    name = f'`{_short_name(result)}`'
-    return name, len(result['disproved']), '; '.join(w for w, _ in whys.most_common(2))
+    most_frequent = '; '.join(w for w, _ in whys.most_common(2))
+    return f'`{_short_name(result)}`', len(result['disagreeing']), most_frequent
 
 
 def _reasons(results: Sequence[Mapping[str, Any]], kinds: bool) -> list[str]:
@@ -176,7 +176,7 @@ TITLES = {
 }
 INTRODUCTION = """\
 Each model is built from its config without pretrained weights; its loss runs on a
-made-up batch on the CPU; the coupled channels are discovered and proven; then 30 % of
+made-up batch on the CPU; the coupled channels are discovered and verified; then 30 % of
 the units go at random, and the masked and the compact model must agree to 1e-4 in
 double precision.
 
@@ -189,6 +189,6 @@ double precision.
   next one of the folder stands for it.
 
 `python tools/zoo.py --families --page docs/zoo.md` writes this page."""
-PROOF = """\
+DISAGREEING = """\
 These channels seemed to be removable, but a compact model without them computes
 something else, or nothing. They stay; the rest of the model is pruned."""

@@ -73,10 +73,8 @@ def _is_written(root: Path, spec: DigitsSpec) -> bool:
     found = json.loads(note.read_text()) if note.is_file() else 'other files'
     if found != asdict(spec):
         raise ConfigError(
-            'data_root',
-            f'the digits of {asdict(spec)} in {root}',
-            str(found),
-            'delete the folder or name another one',
+            f'data_root {root} must be empty or hold the digits of {asdict(spec)} '
+            f'(got {found}); delete the folder or name another one'
         )
     return True
 
@@ -118,10 +116,8 @@ def source_digits(split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """
     if importlib.util.find_spec('sklearn') is None:
         raise ConfigError(
-            'DigitsDetection',
-            'scikit-learn, which brings the digits',
-            'no such module',
-            'pip install scikit-learn',
+            'DigitsDetection must have scikit-learn, which contains the digits '
+            '(got no such module); run pip install scikit-learn'
         )
     from sklearn.datasets import load_digits
 

@@ -86,7 +86,7 @@ def convert_akamaster(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not expected <= set(state) or shortcuts:
         raise StructureError(
             'weights',
-            'an akamaster ResNet with shortcuts of option A',
+            'those of an akamaster ResNet with shortcuts of option A',
             f'the keys {", ".join(shortcuts or list(state)[:3])}, ...',
             'give one of its pretrained_models',
         )

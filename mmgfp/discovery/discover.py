@@ -10,19 +10,11 @@ import torch
 from torch import nn
 
 from mmgfp.discovery.grouping import build_groups
-from mmgfp.discovery.profile import (
-    Forward,
-    LossFunction,
-    all_parameters_require_grad,
-    profile_layers,
-    undisturbed,
-    watch_outputs,
-    without_checkpointing,
-)
+from mmgfp.discovery.profile import profile_layers
 from mmgfp.discovery.verify import Disagreement, find_disagreements
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.selection.costs import LayerProfile
-from mmgfp.surgery.compact import has_attribute_rule
+from mmgfp.surgery.attributes import has_attribute_rule
 from mmgfp.tracing import (
     RowUse,
     Trace,
@@ -32,11 +24,19 @@ from mmgfp.tracing import (
     watch_widths,
 )
 from mmgfp.utils.errors import TraceError
+from mmgfp.utils.trial_runs import (
+    Forward,
+    LossFunction,
+    all_parameters_require_grad,
+    undisturbed,
+    watch_outputs,
+    without_checkpointing,
+)
 
 logger = logging.getLogger('mmgfp')
 
 #: Why a group is frozen that failed verification; the difference follows.
-DISPROVED = 'masked and compact disagree'
+DISAGREES = 'masked and compact disagree'
 #: Why a group is frozen under ``coupled=False``.
 SHARED = 'its channels are shared by several layers, and coupled=False'
 
@@ -161,14 +161,12 @@ def discover(
         if not failures:
             break
         _report(failures, strict)
-        frozen += [(f.group, f'{DISPROVED}: {f.reason}') for f in failures]
+        frozen += [(f.group, f'{DISAGREES}: {f.reason}') for f in failures]
     if not grouping.groups:
         reasons = dict.fromkeys(f.reason for f in grouping.frozen)
         raise TraceError(
-            'model',
-            'at least one group of channels that can be pruned',
-            'none',
-            f'every layer is left alone because: {"; ".join(reasons)}',
+            'model must have at least one group of channels that can be pruned '
+            f'(got none); every layer is left alone because: {"; ".join(reasons)}'
         )
     if profiles is None:
         profiles = profile_layers(model, forward, images)
@@ -181,14 +179,14 @@ def _report(failures: Sequence[Disagreement], strict: bool) -> None:
         logger.warning(
             'group %s is left alone, since %s (%s); its members: %s',
             failure.group.name,
-            DISPROVED,
+            DISAGREES,
             failure.reason,
             members,
         )
     if strict:
+        names = ', '.join(f.group.name for f in failures)
         raise TraceError(
-            f'groups {", ".join(f.group.name for f in failures)}',
-            'equal outputs of the masked and the compact model',
-            failures[0].reason,
-            'name these layers in keep, or leave strict off to freeze them',
+            f'groups {names} must have equal outputs in the masked and the compact '
+            f'model (got {failures[0].reason}); name these layers in keep, or leave '
+            'strict off to freeze them'
         )

@@ -22,11 +22,11 @@ from mmgfp.groups import (
     Grouping,
     Member,
     Role,
-    is_layer,
     module_of,
 )
 from mmgfp.tracing import Trace
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.layers import is_layer
 from mmgfp.utils.modules import weight_owners
 
 #: A tensor's name and one of its dimensions.
@@ -137,7 +137,7 @@ def _kept_layers(traced_names: Mapping[str, str], keep: Iterable[str]) -> set[st
         if not matching:
             raise ConfigError(
                 'keep',
-                'the name or a pattern of Conv/FC layers of the model',
+                'names or patterns of Conv/FC layers of the model',
                 repr(pattern),
                 'see the layer names that tools/analyze.py lists',
             )

@@ -1,4 +1,4 @@
-"""The numeric proof that removing units equals masking them."""
+"""Numerical verification that removing units equals masking them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmgfp.discovery.profile import Forward, copy_module, undisturbed
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.masking import ColumnMask
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.precision import InDouble
-from mmgfp.utils.tree import tensors_in
+from mmgfp.utils.tree import tree_tensors
+from mmgfp.utils.trial_runs import Forward, copy_module, undisturbed
 
 #: Largest difference, relative to the largest output, that still counts as equal.
 TOLERANCE = 1e-4
@@ -41,15 +41,21 @@ def random_units(
     share: float | np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Keep all but a random ``share`` of each group's units, (U,); one always stays.
+    """Draw the units to keep: all but a random ``share`` of each group, (U,).
 
-    The share is one number, or one for each group, (G,).
+    Each group keeps at least one unit and, unless it has no other, loses one.
+
+    Args:
+        groups: The groups.
+        share: One share for all groups, or one for each, (G,).
+        rng: The generator to draw with.
     """
     parts = []
-    for group, own in zip(groups, np.broadcast_to(share, len(groups)), strict=True):
+    shares = np.broadcast_to(share, len(groups))
+    for group, group_share in zip(groups, shares, strict=True):
         kept = np.ones(group.units, dtype=bool)
-        gone = min(max(round(own * group.units), 1), group.units - 1)
-        kept[rng.permutation(group.units)[:gone]] = False
+        count = min(max(round(group_share * group.units), 1), group.units - 1)
+        kept[rng.permutation(group.units)[:count]] = False
         parts.append(kept)
     return np.concatenate([np.ones(0, dtype=bool), *parts])
 
@@ -57,22 +63,31 @@ def random_units(
 def masked_and_compact(
     model: nn.Module, groups: Sequence[ChannelGroup], kept: np.ndarray
 ) -> tuple[nn.Module, nn.Module]:
-    """Two copies of ``model``: one masked, one cut down to the units ``kept``."""
-    masked, small = copy_module(model), copy_module(model)
+    """Return a masked and a compact copy of ``model``, both of the units ``kept``."""
+    masked = copy_module(model)
     ColumnMask(masked, groups).update(kept)
     structure = PruneStructure.of(groups, kept, shapes_of(model))
-    return masked, compact(small, structure)
+    return masked, compact(model, structure)
 
 
 def difference(a: Any, b: Any) -> float:
-    """Largest difference between two nests of tensors, relative to their scale.
+    """Return the largest difference between two trees of tensors.
+
+    It is relative to the largest value of the tensor in the first tree.
 
     Returns:
-        float: 0 for equal outputs, infinity where shapes differ or a value is not
-        finite.
+        float: 0 for equal trees, infinity where shapes differ or a value is not finite.
+
+    Raises:
+        ValueError: If the trees hold different numbers of tensors.
+
+    Examples:
+        >>> import torch
+        >>> difference(torch.tensor([1.0, -4.0]), torch.tensor([1.0, -3.0]))
+        0.25
     """
     worst = 0.0
-    pairs = list(zip(tensors_in(a), tensors_in(b), strict=True))
+    pairs = list(zip(tree_tensors(a), tree_tensors(b), strict=True))
     for x, y in pairs:
         if x.shape != y.shape or not (x.isfinite().all() and y.isfinite().all()):
             return float('inf')
@@ -89,24 +104,27 @@ def disagreement(
     kept: np.ndarray,
     forward: Forward,
 ) -> str | None:
-    """Why the masked and the compact copy of ``model`` disagree; None if they agree.
+    """Compare a masked and a compact copy of ``model``.
 
     Both run in double precision and in eval mode, with norms and biases set at random
     so that no layer is blind to its inputs.
 
+    Returns:
+        str | None: Why they disagree; None if they agree.
+
     Raises:
-        Exception: What ``forward`` raises for the masked copy, which is no fault of
-            the groups.
+        Exception: If ``forward`` fails for the masked copy, which is no fault of the
+            groups.
     """
     probe = copy_module(model).double()
     probe.eval()  # returns nothing where distillation overrides it
     _randomize_norms(probe)
     masked, small = masked_and_compact(probe, groups, kept)
-    # First, as the whole model shows what can be called.
+    # The masked copy runs first: its errors are those of the model or of the call.
     expected = _outputs(masked, forward)
     try:
         outputs = _outputs(small, forward)
-    except Exception as error:  # whatever the model raises is the answer
+    except Exception as error:  # any error here means that the groups are wrong
         return f'{type(error).__name__}: {str(error)}'.splitlines()[0]
     try:
         worst = difference(expected, outputs)
@@ -126,10 +144,10 @@ def _outputs(model: nn.Module, forward: Forward) -> Any:
 def find_disagreements(
     model: nn.Module, grouping: Grouping, forward: Forward, seed: int = 0
 ) -> list[Disagreement]:
-    """Drop random units of all groups; if that fails, look for the culprits.
+    """Remove random units of all groups; where that fails, find the wrong groups.
 
-    A culprit is found by halving. With it fall the groups of the same layers in other
-    blocks, since code that fails in one block fails in the next.
+    A wrong group is found by halving. The groups of the same layers in other blocks
+    are rejected with it, since code that fails in one block fails in the next.
 
     Args:
         model: The traced model, not masked yet.
@@ -139,8 +157,8 @@ def find_disagreements(
     """
     groups = grouping.groups
     rng = np.random.default_rng(seed)
-    # Unequal shares, most of all of neighbours: a split in halves must not go well
-    # because both happen to lose as many channels.
+    # Neighbours lose very different shares: a split in halves must not go well because
+    # both happen to lose as many channels.
     shares = np.resize([0.1, 0.5], len(groups)) + rng.uniform(0, 0.2, len(groups))
     drawn = random_units(groups, shares, rng)
     group_of = grouping.group_of
@@ -149,40 +167,45 @@ def find_disagreements(
         kept = drawn | ~np.isin(group_of, members)
         return disagreement(model, groups, kept, forward)
 
-    doubted = np.arange(len(groups))
-    found: list[Disagreement] = []
-    while len(doubted) and (reason := trial(doubted)):
-        culprits, reason = _narrow(doubted, reason, trial)
-        kinds = {_kind(groups[c]) for c in culprits}
-        fallen = np.array([_kind(groups[g]) in kinds for g in doubted])
-        found += [Disagreement(groups[g], reason) for g in doubted[fallen]]
-        doubted = doubted[~fallen]
-    return found
+    candidates = np.arange(len(groups))
+    disagreements: list[Disagreement] = []
+    while len(candidates) and (reason := trial(candidates)):
+        wrong, reason = _narrow(candidates, reason, trial)
+        patterns = {_pattern(groups[g]) for g in wrong}
+        rejected = np.array([_pattern(groups[g]) in patterns for g in candidates])
+        disagreements += [Disagreement(groups[g], reason) for g in candidates[rejected]]
+        candidates = candidates[~rejected]
+    return disagreements
 
 
 def _narrow(
     members: np.ndarray, reason: str, trial: Callable[[np.ndarray], str | None]
 ) -> tuple[np.ndarray, str]:
-    """One group that fails on its own, or several that only do so together."""
+    """Return one group that fails on its own, or several that only do so together."""
     while len(members) > 1:
         half = len(members) // 2
         for part in (members[:half], members[half:]):
-            if found := trial(part):
-                members, reason = part, found
+            if part_reason := trial(part):
+                members, reason = part, part_reason
                 break
         else:
             break
     return members, reason
 
 
-def _kind(group: ChannelGroup) -> frozenset[tuple[str, int, str]]:
-    """What a group has in common with its like in other blocks of a model."""
+def _pattern(group: ChannelGroup) -> frozenset[tuple[str, int, str]]:
+    """Return what a group shares with the groups of the same layers in other blocks."""
     return frozenset(
         (re.sub(r'\b\d+\b', '*', m.name), m.dim, m.role) for m in group.members
     )
 
 
 def _randomize_norms(model: nn.Module) -> None:
+    """Set biases, norms and their statistics at random.
+
+    A norm that starts at zero, as at the end of a residual branch, would hide what
+    comes before it.
+    """
     generator = torch.Generator().manual_seed(0)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.dim() != 1 or not tensor.is_floating_point():

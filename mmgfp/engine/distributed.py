@@ -132,7 +132,7 @@ def check_agreement(kept: np.ndarray) -> None:
     if len(set(hashes)) > 1:
         raise StatisticsError(
             'structure',
-            'the same one in all processes',
+            'the same in all processes',
             f'hashes {", ".join(hashes)}',
             'resume from the last checkpoint; report it if it happens again',
         )

@@ -16,6 +16,7 @@ from mmgfp.engine.artifact import save_artifact
 from mmgfp.engine.model_building import build_model
 from mmgfp.engine.registry import is_named
 from mmgfp.surgery.compact import compact
+from mmgfp.surgery.fit import check_fits
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
 from mmgfp.utils.errors import ConfigError, StructureError
 from mmgfp.utils.io import atomic_write, load_weights_only
@@ -64,7 +65,7 @@ def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
         named = PruneStructure.load(architecture['structure'])
         if structure is not None and structure != named:
             raise StructureError(
-                f'{checkpoint}: structure',
+                f'the structure in {checkpoint}',
                 f'that of model.structure={architecture["structure"]}',
                 'another one',
                 REMEDY,
@@ -73,15 +74,13 @@ def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
         architecture = architecture['architecture']
     if structure is None:
         raise StructureError(
-            str(checkpoint),
-            f'a checkpoint with the key {STRUCTURE_KEY!r}, or a PrunedModel config',
-            'neither',
-            'give the config of the fine-tuning run, or a checkpoint that pruning '
-            'saved at its target',
+            f'{checkpoint} must hold the key {STRUCTURE_KEY!r}, or come with a '
+            'PrunedModel config (got neither); give the config of the fine-tuning run, '
+            'or a checkpoint that pruning saved at its target'
         )
     original = build_model(Config({**cfg.to_dict(), 'model': architecture}))
-    structure.check_fits(original, str(checkpoint))
-    model = compact(copy.deepcopy(original), structure)
+    check_fits(structure, original, str(checkpoint))
+    model = compact(original, structure)
     _load_strictly(model, raw['state_dict'], checkpoint)
     for built in (original, model):
         # Not chained: eval() returns nothing where distillation overrides train().
@@ -189,10 +188,10 @@ def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: Path) -> 
     except RuntimeError as error:
         reason = ' '.join(str(error).split())[:300]
         raise StructureError(
-            str(source), 'the weights of this structure', reason, REMEDY
+            f'{source} must hold the weights of this structure (got {reason}); {REMEDY}'
         ) from None
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise StructureError(
-                f'{source}: {name}', 'finite weights', 'NaN or infinity', REMEDY
+                f'{source}: {name}', 'finite', 'NaN or infinity', REMEDY
             )

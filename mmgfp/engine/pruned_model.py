@@ -11,14 +11,14 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
 from mmgfp.engine.registry import MODELS
-from mmgfp.surgery.compact import compact
+from mmgfp.surgery.compact import compact_
+from mmgfp.surgery.fit import check_fits, check_widths
 from mmgfp.surgery.structure import PruneStructure
-from mmgfp.utils.errors import StructureError
 
 
 @MODELS.register_module()
 def PrunedModel(architecture: dict, structure: str, **overrides: Any) -> nn.Module:  # noqa: N802
-    """Build ``architecture`` and cut it down to ``structure``.
+    """Build ``architecture`` and shrink it to ``structure``.
 
     The model is of the architecture's own class, with fewer channels: checkpoints keep
     their keys and every tool works on it.
@@ -37,18 +37,18 @@ def PrunedModel(architecture: dict, structure: str, **overrides: Any) -> nn.Modu
     config = Config(copy.deepcopy(dict(architecture)))
     config.merge_from_dict(overrides)
     model = MMENGINE_MODELS.build(config._cfg_dict)
-    loaded.check_fits(model, structure)
+    check_fits(loaded, model, structure)
     _forget_pretrained(model)
-    compact(model, loaded)
+    compact_(model, loaded)
     model.register_load_state_dict_pre_hook(WidthGuard(loaded))
     return model
 
 
 class WidthGuard:
-    """Refuses weights of other widths, which loading would skip with a warning.
+    """Refuse weights of other widths whenever a model loads weights.
 
     Args:
-        structure: The structure that the model was cut down to.
+        structure: The structure that the model was shrunk to.
     """
 
     def __init__(self, structure: PruneStructure) -> None:
@@ -62,15 +62,12 @@ class WidthGuard:
         Raises:
             StructureError: If a tensor has another shape than the structure says.
         """
-        for name, shape in self.shapes.items():
-            tensor = state_dict.get(prefix + name)
-            if tensor is not None and list(tensor.shape) != shape:
-                raise StructureError(
-                    f'checkpoint: {name}',
-                    f'shape {shape} as model.structure says',
-                    str(list(tensor.shape)),
-                    'give the checkpoint that was saved with this structure',
-                )
+        check_widths(
+            {n: state_dict.get(prefix + n) for n in self.shapes},
+            self.shapes,
+            'as model.structure says',
+            'give the checkpoint that was saved with this structure',
+        )
 
 
 def _forget_pretrained(model: nn.Module) -> None:

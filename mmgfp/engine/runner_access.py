@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from mmengine.hooks import EMAHook
@@ -12,30 +11,13 @@ from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from mmgfp.surgery.compact import fix_attributes
+from mmgfp.surgery.attributes import fix_attributes
 from mmgfp.utils.errors import ConfigError
 
 
 def averaged_models(runner: Runner) -> list[Any]:
     """Return the averaged model of each `EMAHook`; its ``module`` is the copy."""
     return [h.ema_model for h in runner.hooks if isinstance(h, EMAHook)]
-
-
-def check_weight_shapes(model: Any, weights: Mapping[str, Any]) -> None:
-    """Refuse weights of other shapes, which loading would skip with a warning.
-
-    Raises:
-        ConfigError: If a tensor has another shape than the model's.
-    """
-    for name, tensor in model.state_dict().items():
-        shape = getattr(weights.get(name), 'shape', tensor.shape)
-        if shape != tensor.shape:
-            raise ConfigError(
-                f'checkpoint: {name}',
-                f'shape {list(tensor.shape)} as in the model that is pruned',
-                str(list(shape)),
-                'give a checkpoint of that model, not one that was cut down',
-            )
 
 
 def loss_scale(wrapper: Any) -> float:
@@ -98,7 +80,7 @@ def check_model_wrapper(runner: Runner) -> None:
     if is_model_wrapper(model) and not isinstance(model, DistributedDataParallel):
         raise ConfigError(
             'model_wrapper_cfg.type',
-            'MMDistributedDataParallel, or no compact_interval',
+            'MMDistributedDataParallel where compact_interval is set',
             type(model).__name__,
             'leave compact_interval off; units stay masked until the end',
         )

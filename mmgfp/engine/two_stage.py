@@ -16,7 +16,7 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmgfp.utils.tree import tensors_in
+from mmgfp.utils.tree import tree_tensors
 
 #: RoIs per image of box heads, where the model samples none: the number of the paper
 #: and of MMDetection's configs.
@@ -57,7 +57,7 @@ def _propose(
 ) -> list[InstanceData]:
     """Stand in for the ``predict_by_feat`` of a RPN."""
     outputs.append(raw)
-    like = next(tensors_in(raw))
+    like = next(tree_tensors(raw))
     proposals = []
     for image, meta in enumerate(batch_img_metas):
         boxes = _boxes(count, meta['img_shape'], image).to(like)

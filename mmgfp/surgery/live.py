@@ -1,7 +1,7 @@
-"""Live compaction: a model that trains is cut, and what hangs on its tensors follows.
+"""Live compaction: a model shrinks while it trains, with all that holds its tensors.
 
-Parameters are replaced by smaller ones, since autograd and its hooks remember the shape
-of those that they have seen.
+Parameters are replaced by smaller ones instead of being resized, since autograd and its
+hooks remember the shape of those that they have seen.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmgfp.surgery.compact import Cut, cut
+from mmgfp.surgery.compact import Replacement, compact_, replace_tensors_
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.errors import ConfigError
 
-#: Most channels that a large group keeps a multiple of while it is cut.
+#: The multiple of channels at which large groups stay while the model trains.
 MULTIPLE = 8
 REMEDY = 'leave compact_interval off, or use SGD, Adam, AdamW or their like'
 
@@ -26,26 +26,35 @@ REMEDY = 'leave compact_interval off, or use SGD, Adam, AdamW or their like'
 def units_to_keep_in_model(
     kept: np.ndarray, in_model: np.ndarray, group_of: np.ndarray, widths: np.ndarray
 ) -> np.ndarray:
-    """Units that a cut leaves in the model, (U,), some masked ones among them.
+    """Return the units that stay in a model that trains, (U,), some masked ones too.
 
-    Kernels are slow with odd numbers of channels, and each new number costs the making
-    of new ones. So masked units stay until enough have gone: large groups keep a
-    multiple of `MULTIPLE` channels, smaller ones of 4 or 2, and none more than an
-    eighth above what it needs.
+    Kernels are slow with odd numbers of channels, and for each new number other kernels
+    must be prepared. So masked units stay until enough of them are pruned: large groups
+    keep a multiple of `MULTIPLE` channels, smaller ones of 4 or 2, and none more than
+    an eighth above what it needs.
 
     Args:
-        kept: Units that were not pruned, (U,).
-        in_model: Units that are in the model, (U,).
+        kept: Units that are not pruned, (U,).
+        in_model: Units that are in the model now, (U,).
         group_of: Group of each unit, ascending, (U,).
         widths: Channels of one unit of each group, (G,).
+
+    Examples:
+        >>> import numpy as np
+        >>> kept = np.arange(128) < 100
+        >>> in_model, group_of = np.ones(128, bool), np.zeros(128, int)
+        >>> int(units_to_keep_in_model(kept, in_model, group_of, np.array([1])).sum())
+        104
     """
     need, have = (
         np.bincount(group_of[u], minlength=len(widths)) for u in (kept, in_model)
     )
     eighth = np.maximum(need * widths // 8, 1)
     multiple = np.minimum(2 ** np.log2(eighth).astype(int), MULTIPLE)
+    # Units of several channels may make a multiple with fewer units.
     step = multiple // np.gcd(widths, multiple)
     extra = np.minimum(-(-need // step) * step, have) - need  # (G,)
+    # The first masked units of each group are those that stay.
     spare = in_model & ~kept
     before = np.cumsum(np.bincount(group_of[spare], minlength=len(widths)))
     first = np.append(0, before[:-1])  # (G,)
@@ -54,85 +63,92 @@ def units_to_keep_in_model(
 
 
 @torch.no_grad()
-def cut_live(
+def compact_training_(
     model: nn.Module,
     structure: PruneStructure,
     optimizers: Sequence[Optimizer] = (),
     copies: Iterable[nn.Module] = (),
 ) -> None:
-    """Shrink a model that trains, with its gradients and all that goes with it.
+    """Shrink a model while it trains, in place, with gradients, optimizers and copies.
 
-    What is refused is refused before anything is changed.
+    All optimizers are checked before anything is changed.
 
     Args:
-        model: The model, shrunk in place.
-        structure: What it is cut down to.
-        optimizers: Those that train its parameters.
+        model: The model.
+        structure: The structure to shrink it to.
+        optimizers: The optimizers of its parameters.
         copies: Further models with tensors of the same names and shapes, such as an
             averaged one.
 
     Raises:
-        ConfigError: An optimizer holds what nobody can tell how to cut.
-        StructureError: The structure does not belong to the model.
+        ConfigError: If an optimizer keeps state of a kind that cannot shrink.
+        StructureError: If the structure does not belong to the model.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shrinking = [parameters[n] for n in structure.kept if n in parameters]
     for optimizer in optimizers:
         check_optimizer(optimizer, shrinking)
-    cuts = cut(model, structure)
-    for made in cuts:
-        if made.old.grad is not None:
-            made.new.grad = made.of(made.old.grad)
+    replacements = replace_tensors_(model, structure)
+    for replacement in replacements:
+        if replacement.old.grad is not None:
+            replacement.new.grad = replacement.select(replacement.old.grad)
     for optimizer in optimizers:
-        cut_optimizer(optimizer, cuts)
+        compact_optimizer_(optimizer, replacements)
     for copied in copies:
-        cut(copied, structure)
+        compact_(copied, structure)
 
 
 def check_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor] = ()) -> None:
-    """Refuse an optimizer whose state cannot follow.
+    """Refuse an optimizer whose state cannot shrink with its parameters.
 
     Args:
-        optimizer: Of any kind that keeps its state by parameter.
-        parameters: Those that are to shrink.
+        optimizer: Any optimizer that keeps its state by parameter.
+        parameters: The parameters that are going to shrink.
 
     Raises:
-        ConfigError: It keeps something that is neither a number nor has an entry for
-            each one of its parameter, or only a share of all.
+        ConfigError: If it keeps anything but single numbers and tensors of the shapes
+            of its parameters, or only a share of the state of all processes.
     """
     expected = 'one that keeps numbers and tensors of the shapes of its parameters'
     if any(c.__name__ == 'ZeroRedundancyOptimizer' for c in type(optimizer).__mro__):
         raise ConfigError('optimizer', expected, type(optimizer).__name__, REMEDY)
     for parameter in parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
-            fine = not isinstance(value, Tensor | list | tuple | dict)
-            if isinstance(value, Tensor):
-                fine = value.shape == parameter.shape or value.numel() == 1
-            if not fine:
+            if not _can_shrink(value, parameter):
                 shape = list(getattr(value, 'shape', ()))
                 got = f'{key} of {type(optimizer).__name__}, {type(value).__name__}'
                 raise ConfigError('optimizer', expected, f'{got} {shape}', REMEDY)
 
 
-def cut_optimizer(optimizer: Optimizer, cuts: Iterable[Cut]) -> None:
-    """Let an optimizer train the parameters that took the places of its own.
+def _can_shrink(value: Any, parameter: Tensor) -> bool:
+    """Whether an entry of an optimizer's state can follow its parameter."""
+    if isinstance(value, Tensor):
+        return value.shape == parameter.shape or value.numel() == 1
+    return not isinstance(value, list | tuple | dict)
+
+
+def compact_optimizer_(
+    optimizer: Optimizer, replacements: Iterable[Replacement]
+) -> None:
+    """Let an optimizer train the parameters that took the places of its old ones.
 
     Args:
         optimizer: Changed in place: its groups and its state, such as momentum.
-        cuts: What became of the parameters.
+        replacements: The replaced tensors of the model.
     """
-    made = {id(c.old): c for c in cuts}
+    by_old = {id(r.old): r for r in replacements}
     for group in optimizer.param_groups:
         group['params'] = [
-            made[id(p)].new if id(p) in made else p for p in group['params']
+            by_old[id(p)].new if id(p) in by_old else p for p in group['params']
         ]
-    for old in [p for p in optimizer.state if id(p) in made]:
-        state = optimizer.state.pop(old)
-        new = made[id(old)]
-        optimizer.state[new.new] = {k: _followed(v, new) for k, v in state.items()}
+    for old in [p for p in optimizer.state if id(p) in by_old]:
+        state, replacement = optimizer.state.pop(old), by_old[id(old)]
+        optimizer.state[replacement.new] = {
+            key: _shrunk(value, replacement) for key, value in state.items()
+        }
 
 
-def _followed(value: Any, made: Cut) -> Any:
-    """An entry of an optimizer's state for the smaller parameter."""
-    whole = isinstance(value, Tensor) and value.shape == made.old.shape
-    return made.of(value) if whole else value
+def _shrunk(value: Any, replacement: Replacement) -> Any:
+    """Return an entry of an optimizer's state for the smaller parameter."""
+    shrinks = isinstance(value, Tensor) and value.shape == replacement.old.shape
+    return replacement.select(value) if shrinks else value

@@ -1,4 +1,4 @@
-"""Masks as zeroed input columns: what a pruned unit feeds into is read as zero."""
+"""Masks as zeroed input columns: layers that read a pruned unit read it as zero."""
 
 from __future__ import annotations
 
@@ -11,25 +11,36 @@ from torch import Tensor, nn
 
 from mmgfp.groups import ChannelGroup, Member
 
-#: A dimension of a parameter, by its name.
+#: A dimension of a parameter, by the parameter's name.
 Columns = tuple[str, int]
 
 
 class ColumnMask:
-    """Keeps the input columns of pruned units at zero, weights and gradients alike.
+    """Keep the input columns of pruned units at zero, in weights and in gradients.
 
-    Zero columns of every layer that reads a unit are exactly a mask on its inputs
+    Zero columns in every layer that reads a unit are exactly a mask on its inputs
     (paper, section 3.1) and add nothing to the forward pass.
 
     Args:
         model: The model to mask, in place.
         groups: Its groups.
+
+    Examples:
+        >>> import numpy as np
+        >>> from torch import nn
+        >>> from mmgfp.groups import ChannelGroup, Member
+        >>> reader = Member('weight', 1, np.array([[0], [1], [2]]), 'in')
+        >>> layer = nn.Linear(3, 1)
+        >>> mask = ColumnMask(layer, [ChannelGroup('inputs', (reader,))])
+        >>> mask.update(np.array([True, False, True]))
+        >>> (layer.weight == 0).tolist()
+        [[False, True, False]]
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
         self.groups = groups
         self._parameters: dict[str, Tensor] = dict(model.named_parameters())
-        # Groups and what they are to the columns that their units are read from.
+        # Which groups read which columns, looked up from either side.
         self._readers: dict[Columns, list[tuple[int, Member]]] = {}
         self._read: list[list[Columns]] = [[] for _ in groups]  # by group
         for g, group in enumerate(groups):
@@ -46,18 +57,19 @@ class ColumnMask:
     def update(self, kept: np.ndarray) -> None:
         """Mask all units that are not ``kept``, (U,).
 
-        Only what reads units that went or came back is touched.
+        Only the columns of units whose state has changed are touched. Those of units
+        that are kept again stay at zero until they are trained.
         """
-        fresh, gone = self._kept & ~kept, ~kept
+        newly_pruned = self._kept & ~kept
         changed = np.flatnonzero(self._kept != kept)
         self._kept = kept.copy()
         groups = np.unique(np.searchsorted(self._ends, changed, side='right') - 1)
         for columns in dict.fromkeys(c for g in groups for c in self._read[g]):
-            self._set(columns, self._entries(columns, gone))
-            self._zero(columns, self._entries(columns, fresh))
+            self._hold(columns, self._entries(columns, ~kept))
+            self._zero(columns, self._entries(columns, newly_pruned))
 
     def _entries(self, columns: Columns, units: np.ndarray) -> np.ndarray:
-        """Entries of these columns that read some of ``units``, (U,)."""
+        """Return the entries of these columns that read some of ``units``, (U,)."""
         return np.concatenate(
             [
                 member.index[units[self._ends[g] : self._ends[g + 1]]].reshape(-1)
@@ -65,11 +77,11 @@ class ColumnMask:
             ]
         )
 
-    def _set(self, columns: Columns, gone: np.ndarray) -> None:
-        """Keep the entries ``gone`` of these columns at zero, and no others."""
+    def _hold(self, columns: Columns, entries: np.ndarray) -> None:
+        """Keep these entries of the columns at zero from now on, and no others."""
         name, dim = columns
         parameter = self._parameters[name]
-        self._index[columns] = torch.from_numpy(gone).to(parameter.device)
+        self._index[columns] = torch.from_numpy(entries).to(parameter.device)
         if parameter.requires_grad and columns not in self._handles:
 
             def hook(parameter: Tensor) -> None:

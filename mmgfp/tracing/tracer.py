@@ -193,11 +193,9 @@ class _Tracer:
             layers += [layer for layer in owners if layer not in layers]
         if self.strict and planes:
             raise TraceError(
-                f'op {op} after {", ".join(layers)}',
-                'an op with a rule',
-                'none',
+                f'op {op} after {", ".join(layers)} must have a rule (got none); '
                 'register one in mmgfp/tracing/rules (docs/op-rules.md) or trace '
-                'without strict to leave these channels alone',
+                'without strict to leave these channels alone'
             )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmgfp.tracing.labels import varying
 from mmgfp.tracing.value import Value
-from mmgfp.utils.tree import tensors_in
+from mmgfp.utils.tree import tree_tensors
 
 #: Attributes by name, and whose channels they count: what goes in or what comes out.
 WIDTH_ATTRIBUTES: dict[str, Literal['input', 'output']] = {
@@ -54,7 +54,7 @@ def watch_widths(
             for side in sides:
                 nodes = [
                     (t.grad_fn, t.output_nr)
-                    for t in tensors_in(tensors[side])
+                    for t in tree_tensors(tensors[side])
                     if t.grad_fn is not None and t.numel()
                 ]
                 attributes = [a for a, s in WIDTH_ATTRIBUTES.items() if s == side]

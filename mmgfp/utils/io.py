@@ -15,7 +15,7 @@ from mmgfp.utils.errors import SavingError, StructureError
 
 
 class _StandIn(list):
-    """Takes the place of an object of a class that a checkpoint may not name."""
+    """Placeholder for an object of a class that a checkpoint may not name."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -24,17 +24,17 @@ class _StandIn(list):
         return self
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """Forget it."""
+        """Ignore the content of the object."""
 
     def __setstate__(self, state: Any) -> None:
-        """Forget it."""
+        """Ignore the content of the object."""
 
 
 class _Harmless:
-    """A pickle module that knows tensors and containers and nothing else."""
+    """A pickle module that loads tensors and containers and nothing else."""
 
     class Unpickler(pickle.Unpickler):
-        """Resolves the names that weights need; all others to stand-ins."""
+        """Resolve the names that weights need; all others become stand-ins."""
 
         def find_class(self, module: str, name: str) -> Any:
             known = (module, name) in _WEIGHT_NAMES or (
@@ -44,7 +44,7 @@ class _Harmless:
 
     @classmethod
     def load(cls, file: Any, **kwargs: Any) -> Any:
-        """What `pickle.load` does; torch calls it for files of its old format."""
+        """Load as `pickle.load` does; torch calls it for files of its old format."""
         return cls.Unpickler(file, **kwargs).load()
 
 
@@ -58,10 +58,23 @@ _WEIGHT_NAMES = {
 
 
 def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in its place.
+    """Let ``write`` fill a temporary file beside ``path``, then move it to ``path``.
+
+    Args:
+        path: The file to write; its folder is made if there is none.
+        write: Writes to the path that it is given.
 
     Raises:
-        SavingError: The disk is full or fails; what was at ``path`` is as it was.
+        SavingError: If the disk is full or fails. A file that was at ``path`` before
+            is as it was.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> path = Path(tempfile.mkdtemp(), 'notes.txt')
+        >>> atomic_write(path, lambda tmp: tmp.write_text('whole'))
+        >>> path.read_text()
+        'whole'
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,13 +85,13 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
         write(tmp)
         with tmp.open('rb') as file:
             os.fsync(file.fileno())
-        tmp.chmod(0o644)
+        tmp.chmod(0o644)  # temporary files are readable by their owner only
         tmp.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter
         reason = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
         raise SavingError(
             str(path),
-            'to be written whole',
+            'written whole',
             reason,
             'what was there before is untouched; make room and run it again, with '
             '--resume if it is a training',
@@ -88,7 +101,11 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """`torch.save`, whole or not at all."""
+    """Save with `torch.save`, whole or not at all.
+
+    Raises:
+        SavingError: If the disk is full or fails.
+    """
     atomic_write(path, lambda tmp: torch.save(checkpoint, tmp))
 
 
@@ -99,7 +116,7 @@ def load_weights_only(path: str | Path) -> dict[str, Any]:
     objects come back as empty stand-ins.
 
     Raises:
-        StructureError: The file is missing or damaged.
+        StructureError: If the file is missing or damaged, or holds no dict.
     """
     try:
         try:
@@ -108,7 +125,7 @@ def load_weights_only(path: str | Path) -> dict[str, Any]:
             checkpoint = torch.load(
                 path, map_location='cpu', weights_only=False, pickle_module=_Harmless
             )
-    except Exception as error:  # torch raises many kinds; each means the same here
+    except Exception as error:  # torch raises many kinds, all for a bad file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StructureError(
             str(path),
@@ -118,6 +135,7 @@ def load_weights_only(path: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(checkpoint, dict):
         raise StructureError(
-            str(path), 'a dict', type(checkpoint).__name__, 'give a checkpoint file'
+            f'{path} must hold a dict (got {type(checkpoint).__name__}); '
+            'give a checkpoint file'
         )
     return checkpoint

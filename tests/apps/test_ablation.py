@@ -40,7 +40,7 @@ def test_variants_are_the_papers_unless_told():
 @pytest.mark.parametrize(
     ('flags', 'words'),
     [
-        (['--variant', 'slow'], 'variant slow: expected settings'),
+        (['--variant', 'slow'], 'variant slow must have settings'),
         (['--variant', 'M', '--variant', 'M'], 'got the name twice'),
     ],
 )

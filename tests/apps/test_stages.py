@@ -48,7 +48,7 @@ def test_finished_stage_is_not_run_again(fake_tools, tmp_path):
 def test_failed_stage_stops_and_is_run_again(fake_tools, tmp_path):
     stages = Pipeline(tmp_path, tmp_path / 'w', [])
     for _ in range(2):
-        with pytest.raises(StageError, match='one: expected exit status 0'):
+        with pytest.raises(StageError, match='one must exit with status 0'):
             stages.run('one', 'fake', 'fail', options=[])
     assert len(fake_tools()) == 2
 
@@ -98,7 +98,7 @@ def test_options_are_parsed_like_the_other_tools_do():
 
 def test_weights_that_the_user_has_are_not_trained(tmp_path):
     pipeline = Pipeline(tmp_path, tmp_path, [])
-    with pytest.raises(ConfigError, match='--checkpoint: expected a checkpoint file'):
+    with pytest.raises(ConfigError, match='--checkpoint must be a checkpoint file'):
         original(pipeline, 'a.py', str(tmp_path / 'none.pth'))
     path = tmp_path / 'some.pth'
     torch.save({'state_dict': {}}, path)

@@ -9,7 +9,7 @@ from support.configs import FASTER, MASK, PRUNE_CONFIG, slim
 from support.roundtrip import traced
 from support.tooling import ROOT
 
-from mmgfp import PruneStructure, compact
+from mmgfp import PruneStructure, compact_
 from mmgfp.apps.cli import load_config
 from mmgfp.discovery.verify import random_units
 from mmgfp.engine.artifact import save_artifact
@@ -107,7 +107,7 @@ def test_deploy_times_two_stages_on_proposals_of_their_own(run_tool, tmp_path, n
     groups = found.grouping.groups
     kept = random_units(groups, 0.3, np.random.default_rng(0))
     structure = PruneStructure.of(groups, kept, shapes_of(found.model))
-    small = compact(found.model, structure)
+    small = compact_(found.model, structure)
     save_artifact(
         tmp_path / 'small.pth', small, structure, {'input_shape': (3, 64, 96)}
     )
@@ -125,7 +125,7 @@ def test_deploy_refuses_and_writes_nothing(run_tool, pruning_run, tmp_path):
     cut.write_bytes(pruning_run.artifact.read_bytes()[:5000])
     done = run_tool('deploy_pruned.py', PRUNE_CONFIG, cut, '--out', tmp_path / 'out')
     line = error_line(done)
-    assert f'{cut}: expected a checkpoint that loads' in line
+    assert f'{cut} must be a checkpoint that loads' in line
     assert not (tmp_path / 'out').exists()
     done = run_tool(
         'deploy_pruned.py',
@@ -134,17 +134,17 @@ def test_deploy_refuses_and_writes_nothing(run_tool, pruning_run, tmp_path):
         '--out',
         tmp_path / 'out',
     )
-    assert 'expected shape' in error_line(done)
+    assert 'must be of shape' in error_line(done)
     assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize(
     ('arguments', 'words'),
     [
-        (['/nowhere/config.py'], 'config: expected a config file'),
-        (['mmdet::retinanet/no_such.py'], 'config: expected a config file'),
-        ([DEMO, '/nowhere/weights.pth'], 'checkpoint: expected a checkpoint file'),
-        ([DEMO, '--input-shape', 1, 64, 64], 'input_shape: expected (C, H, W)'),
+        (['/nowhere/config.py'], 'config must be a config file'),
+        (['mmdet::retinanet/no_such.py'], 'config must be a config file'),
+        ([DEMO, '/nowhere/weights.pth'], 'checkpoint must be a checkpoint file'),
+        ([DEMO, '--input-shape', 1, 64, 64], 'input_shape must be (C, H, W)'),
     ],
 )
 def test_analyze_says_what_is_wrong_in_one_line(run_tool, arguments, words):
@@ -154,8 +154,8 @@ def test_analyze_says_what_is_wrong_in_one_line(run_tool, arguments, words):
 @pytest.mark.parametrize(
     ('option', 'words'),
     [
-        ('custom_hooks.0.intervall=3', 'FisherPruningHook.intervall: expected a known'),
-        ('custom_hooks.0.target.flops=1.5', 'target.flops: expected a ratio'),
+        ('custom_hooks.0.intervall=3', 'FisherPruningHook.intervall must be a known'),
+        ('custom_hooks.0.target.flops=1.5', 'target.flops must be a ratio'),
     ],
 )
 def test_train_says_what_is_wrong_in_one_line(run_tool, tmp_path, option, words):
@@ -173,13 +173,13 @@ def test_train_says_what_is_wrong_in_one_line(run_tool, tmp_path, option, words)
 def test_train_misses_its_data_in_one_line(run_tool, tmp_path):
     config = ROOT / 'configs/bccd/retinanet_mobilenetv2_fpn_bccd.py'
     done = run_tool('train.py', config, '--cfg-options', f'data_root={tmp_path}/none/')
-    assert f'expected data at {tmp_path}/none/' in error_line(done)
+    assert f'must be present at {tmp_path}/none/' in error_line(done)
 
 
 def test_train_and_test_refuse_a_truncated_checkpoint(run_tool, pruning_run, tmp_path):
     cut = tmp_path / 'cut.pth'
     cut.write_bytes(pruning_run.artifact.read_bytes()[:5000])
-    words = f'{cut}: expected a checkpoint that loads'
+    words = f'{cut} must be a checkpoint that loads'
     done = run_tool('test.py', DEMO, cut, '--work-dir', tmp_path / 'work')
     assert words in error_line(done)
     options = ('--cfg-options', f'load_from={cut}', f'data_root={tmp_path}/digits/')

@@ -38,7 +38,7 @@ def found(config, status, reason='', **more):
 
 def agreement(config, **more):
     numbers = dict(groups=2, units=7, channels=0.5, macs=0.25, compared='loss')
-    numbers |= dict(prepare_seconds=0.5, disproved={}, frozen={})
+    numbers |= dict(prepare_seconds=0.5, disagreeing={}, frozen={})
     return found(config, 'agrees', **numbers | more)
 
 
@@ -182,7 +182,7 @@ def test_the_page_counts_and_lists_what_became_of_each_config():
                 'read by neck.1: rows are moved by Unfold': 1,
                 'read by neck.2: rows are moved by Unfold': 3,
             },
-            disproved={
+            disagreeing={
                 'neck.0': "masked and compact disagree: shape '[2, 8]' is invalid",
                 'neck.3': "masked and compact disagree: shape '[4, 8]' is invalid",
             },
@@ -239,5 +239,5 @@ def test_reasons_of_layers_are_told_alike():
     two = 'read by c.d: its rows cannot be told to images: 77 images, not 2'
     assert brief(one) == brief(two)
     assert brief('masked and compact disagree: outputs differ by 1') == (
-        'frozen by the proof'
+        'frozen by the verification'
     )

@@ -120,7 +120,7 @@ def test_complete_data_is_left_alone(tmp_path):
 
 def test_other_digits_are_not_mixed_up(tmp_path):
     write_small(tmp_path)
-    with pytest.raises(ConfigError, match=r"data_root: expected .*'seed': 1.*delete"):
+    with pytest.raises(ConfigError, match=r"data_root .*'seed': 1.*delete"):
         write_digits(tmp_path, DigitsSpec(4, 3, size=64, max_side=32, seed=1))
 
 

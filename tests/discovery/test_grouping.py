@@ -422,7 +422,7 @@ def test_keep_finds_shared_modules_under_either_name():
 
 
 def test_keep_of_nothing_is_refused():
-    words = r"keep: expected .*pattern of Conv/FC layers.*, got 'level3\.\*'"
+    words = r"keep must be .*patterns of Conv/FC layers.* \(got 'level3\.\*'"
     with pytest.raises(ConfigError, match=words):
         grouped(SharedHead(), keep=['stem', 'level3.*'])
 

@@ -17,7 +17,7 @@ from mmgfp.discovery.verify import (
     masked_and_compact,
     random_units,
 )
-from mmgfp.surgery.compact import compact
+from mmgfp.surgery.compact import compact_
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure, shapes_of
 from mmgfp.utils.io import save_checkpoint
 
@@ -37,7 +37,7 @@ def forward(model):
 
 
 def assert_prunes(specification, seed, folder):
-    """Groups hold without the proof's help, cut at random, and survive a file."""
+    """Groups hold without verification's help, cut at random, and survive a file."""
     torch.manual_seed(seed)
     net = RandomNet(*specification)
     grouping = grouped(net)
@@ -60,7 +60,7 @@ def assert_prunes(specification, seed, folder):
     structure.save(folder / 'small.json')
     found = PruneStructure.load(path)
     assert found == structure == PruneStructure.load(folder / 'small.json')
-    again = compact(RandomNet(*copy.deepcopy(specification)).double(), found)
+    again = compact_(RandomNet(*copy.deepcopy(specification)).double(), found)
     again.load_state_dict(torch.load(path, weights_only=True)['state_dict'])
     with torch.no_grad():
         assert difference(forward(again.eval()), outputs[1]) == 0

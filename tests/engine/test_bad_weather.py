@@ -14,7 +14,7 @@ from support.toys import ConvPair, TinyDetector, images, square_loss
 
 from mmgfp import GroupFisherPruner
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.utils.errors import ConfigError, StatisticsError
+from mmgfp.utils.errors import ConfigError, StatisticsError, StructureError
 
 
 class Factors(Hook):
@@ -64,8 +64,8 @@ def test_a_run_of_bad_iterations_stops(tmp_path):
     hooks, hook = [Factors(1, 1, 1, NAN, 1)], dict(max_nonfinite=3)
     runner = toy_runner(tmp_path, iters=20, hooks=hooks, hook=hook)
     words = (
-        'gradients: expected finite ones, got NaN or infinity in the last 3 '
-        'iterations; look at the loss, lower the learning rate or clip gradients; '
+        'gradients must be finite ones (got NaN or infinity in the last 3 '
+        'iterations); look at the loss, lower the learning rate or clip gradients; '
         'max_nonfinite sets how many are tolerated'
     )
     with pytest.raises(StatisticsError) as caught:
@@ -94,7 +94,7 @@ def test_bad_iterations_are_as_if_they_had_not_been():
 
 @pytest.mark.parametrize('value', [0, -1, 2.5, True])
 def test_max_dropped_must_be_a_number(value):
-    words = f'max_nonfinite: expected a whole number of at least 1, got {value}'
+    words = rf'max_nonfinite must be a whole number of at least 1 \(got {value}'
     with pytest.raises(ConfigError, match=words):
         GroupFisherPruner(ConvPair(), max_nonfinite=value)
 
@@ -274,11 +274,11 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize('resume', [False, True])
 def test_compact_weights_are_not_loaded_into_the_full_model(tmp_path, trained, resume):
     words = (
-        r'checkpoint: net\.\w+\.\w+: expected shape \[.*\] as in the model that is '
-        r'pruned, got \[.*\]; give a checkpoint of that model, not one that was cut'
+        r'checkpoint: net\.\w+\.\w+ must be of shape \[.*\] as in the model that is '
+        r'pruned \(got \[.*\]\); give a checkpoint of that model, not one that was cut'
     )
     runner = toy_runner(tmp_path, load_from=str(trained[1]), resume=resume)
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(StructureError, match=words) as caught:
         runner.train()
     assert '\n' not in str(caught.value)
 
@@ -302,18 +302,18 @@ def rename_a_member(checkpoint):
     [
         (
             lambda c: c['pruner'].update(version=99),
-            'checkpoint: expected a pruning state of version 2, got version 99; '
+            'checkpoint must be a pruning state of version 2 (got version 99); '
             'start pruning anew from the weights, with load_from',
         ),
         (
             rename_a_member,
-            'checkpoint: expected the groups of coupled channels of this model, got '
-            "KeyError: 'backbone.conv1.weight'; resume with the configuration that the "
-            'run was started with',
+            'checkpoint must be the groups of coupled channels of this model (got '
+            "KeyError: 'backbone.conv1.weight'); resume with the configuration that "
+            'the run was started with',
         ),
         (
             lambda c: c['exact_resume'].update(version=99),
-            'checkpoint: exact_resume.version: expected 1, got 99; resume with the '
+            'checkpoint: exact_resume.version must be 1 (got 99); resume with the '
             'version of mmgfp that the run was started with',
         ),
     ],

@@ -52,7 +52,7 @@ def test_anchors_of_a_fixed_size_decide_the_size():
     ],
 )
 def test_other_data_than_images_is_refused_by_name(name, data):
-    words = f'data_preprocessor: expected one for images .* {data}'
+    words = f'data_preprocessor must be one for images .* {data}'
     with pytest.raises(ConfigError, match=words):
         demo_batch(get_config(f'mmdet::{name}.py'))
 

@@ -112,7 +112,7 @@ def test_resumed_run_continues_from_the_saved_masks(tmp_path):
 
 def test_keep_that_matches_nothing_stops_the_run(tmp_path):
     config = small_prune_config(tmp_path, keep=['backbone.layer9'])
-    with pytest.raises(ConfigError, match="keep: expected .* got 'backbone.layer9'"):
+    with pytest.raises(ConfigError, match=r"keep must be .*\(got 'backbone.layer9'"):
         Runner.from_cfg(config).train()
 
 

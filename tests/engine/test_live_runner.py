@@ -264,7 +264,7 @@ def test_other_wrappers_are_refused(tmp_path):
         runner = toy_runner(tmp_path, hook=dict(compact_interval=2))
         check_model_wrapper(runner)
         runner.model = Wrapper(runner.model)
-        with pytest.raises(ConfigError, match='model_wrapper_cfg.type: .* got Wrapper'):
+        with pytest.raises(ConfigError, match=r'wrapper_cfg.type .*\(got Wrapper'):
             runner.train()
     finally:
         MODEL_WRAPPERS.module_dict.pop('Wrapper')

@@ -173,8 +173,8 @@ def test_backward_inside_autocast_still_sums_in_fp32():
 def test_wrappers_that_hide_the_scale_are_refused(kind):
     wrapper = object.__new__(kind)  # their constructors want Apex, or optimizers
     words = (
-        f'optim_wrapper.type: expected one that shows by what it scales the loss, got '
-        f'{kind.__name__}; use OptimWrapper, or AmpOptimWrapper for mixed precision'
+        rf'optim_wrapper.type must be one that shows by what it scales the loss \(got '
+        rf'{kind.__name__}\); use OptimWrapper, or AmpOptimWrapper for mixed precision'
     )
     with pytest.raises(ConfigError, match=words):
         loss_scale(wrapper)

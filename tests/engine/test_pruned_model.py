@@ -75,7 +75,7 @@ def test_weights_of_other_widths_are_refused(pruning_run):
     original = MODELS.build(pruning_run.config.model)
     model = MODELS.build(pruned_config(pruning_run))
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    words = r'checkpoint: .*: expected shape .* as model.structure says, got \['
+    words = r'checkpoint: .* must be of shape .* as model.structure says \(got \['
     with pytest.raises(StructureError, match=words):
         model.load_state_dict(original.state_dict())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
@@ -84,7 +84,7 @@ def test_weights_of_other_widths_are_refused(pruning_run):
 def test_structure_of_another_architecture_is_refused(pruning_run):
     config = pruned_config(pruning_run, backbone=dict(base_channels=16))
     config['architecture']['neck']['in_channels'] = [16, 32, 64, 128]
-    with pytest.raises(StructureError, match='expected shape .* architecture that was'):
+    with pytest.raises(StructureError, match='must be of shape .* the architecture'):
         MODELS.build(config)
 
 
@@ -130,13 +130,13 @@ def test_deploy_refuses_what_does_not_belong_together(pruning_run, tmp_path):
     wider = copy.deepcopy(pruning_run.config)
     wider.model.neck.out_channels = 32
     wider.model.bbox_head.in_channels = 32
-    with pytest.raises(StructureError, match='expected shape'):
+    with pytest.raises(StructureError, match='must be of shape'):
         read_deployable(wider, pruning_run.artifact)
     checkpoint = torch.load(pruning_run.artifact, weights_only=True)
     name = next(iter(checkpoint['prune_structure']['tensors']))
     checkpoint['state_dict'][name] = checkpoint['state_dict'][name][:1]
     torch.save(checkpoint, plain)
-    with pytest.raises(StructureError, match='expected the weights of this structure'):
+    with pytest.raises(StructureError, match='must hold the weights of this'):
         read_deployable(pruning_run.config, plain)
     plain.write_bytes(pruning_run.artifact.read_bytes()[:5000])
     with pytest.raises(StructureError, match='write the file again if it is cut short'):

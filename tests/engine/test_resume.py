@@ -156,8 +156,8 @@ def test_checkpoint_without_a_state_of_pruning_is_refused(whole, tmp_path):
     torch.save(checkpoint, tmp_path / 'plain.pth')
     config.update(resume=True, load_from=str(tmp_path / 'plain.pth'))
     words = (
-        'checkpoint: expected the state of a pruning run to resume, got a checkpoint '
-        'without one; to prune these weights, name them in load_from and do not resume'
+        r'checkpoint must be one of a pruning run \(got one without its state\); '
+        'to prune these weights, name them in load_from and do not resume'
     )
     with pytest.raises(ConfigError, match=words):
         Runner.from_cfg(config).train()
@@ -179,7 +179,7 @@ def test_file_that_does_not_fit_leaves_the_previous_one(tmp_path, small_disk):
     path = tmp_path / 'model.pth'
     save_checkpoint({'weights': torch.ones(3)}, path)
     words = (
-        r'model.pth: expected to be written whole, got .+; what was there before is '
+        r'model.pth must be written whole \(got .+\); what was there before is '
         r'untouched; make room and run it again, with --resume if it is a training$'
     )
     with pytest.raises(SavingError, match=words) as caught:
@@ -210,8 +210,8 @@ def test_run_whose_disk_is_full_says_so_and_can_be_resumed(whole, tmp_path):
     config = tiny_classifier(tmp_path)
     assert train(config, change=fill_disk) == [2]
     error = logged(config).splitlines()[-1]
-    assert error.startswith(f'error: {config.work_dir}/iter_4.pth: expected to be ')
-    assert 'got No space left on device; what was there before is untouched' in error
+    assert error.startswith(f'error: {config.work_dir}/iter_4.pth must be written ')
+    assert 'got No space left on device); what was there before is untouched' in error
     saved = {p.name for p in Path(config.work_dir).iterdir() if 'iter' in p.name}
     assert saved == {'iter_2.pth'}
     assert train(config, resume=True) == [0]

@@ -10,7 +10,6 @@ from mmengine.hub import get_config
 from support.toys import widths
 
 from mmgfp.discovery.grouping import build_groups
-from mmgfp.discovery.profile import all_parameters_require_grad, undisturbed
 from mmgfp.discovery.verify import difference, disagreement, random_units
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
@@ -19,6 +18,7 @@ from mmgfp.pruner import GroupFisherPruner
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.tracing import trace_loss
+from mmgfp.utils.trial_runs import all_parameters_require_grad, undisturbed
 
 
 @pytest.fixture(scope='module')
@@ -117,7 +117,7 @@ def test_the_compact_detector(retinanet):
     model, calls, grouping = retinanet
     kept = random_units(grouping.groups, 0.5, np.random.default_rng(0))
     structure = PruneStructure.of(grouping.groups, kept, shapes_of(model))
-    small = compact(copy.deepcopy(model), structure)
+    small = compact(model, structure)
     assert type(small) is type(model)
     assert list(small.state_dict()) == list(model.state_dict())
     assert small.backbone.conv1.weight.shape == (32, 3, 7, 7)

@@ -1,4 +1,4 @@
-"""Two-stage detectors: statistics of RoIs, true widths, steady proof, costs."""
+"""Two-stage detectors: statistics of RoIs, true widths, steady verification, costs."""
 
 import copy
 import json
@@ -36,6 +36,7 @@ from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model
 from mmgfp.engine.two_stage import fixed_proposals, rois_per_image
 from mmgfp.selection.costs import CostTable
+from mmgfp.surgery.fit import check_fits
 from mmgfp.surgery.structure import shapes_of
 from mmgfp.utils.errors import StructureError
 
@@ -274,7 +275,7 @@ def test_pyramid_levels_without_rois(mask_rcnn, sides):
 
 
 def test_first_batch_without_boxes_freezes_what_the_mask_head_reads(mask_rcnn):
-    """It pools no RoI, so that no graph ties it to the pyramid; the proof finds out."""
+    """It pools no RoI, so no graph ties it to the pyramid; verification finds out."""
     model, calls, pruner = mask_rcnn
     empty = without_boxes(calls, 0, 1)
     pruner.criterion.tap.detach()
@@ -335,7 +336,7 @@ def test_masked_equals_compact(name):
     assert disagreement(model, groups, kept, calls.steady_loss) is None
 
 
-def test_proof_does_not_hang_on_the_order_of_proposals():
+def test_verification_does_not_hang_on_the_order_of_proposals():
     """In a flat image all scores of a RPN tie, so that rounding decides."""
     torch.manual_seed(0)
     config = slim(FASTER)
@@ -425,19 +426,19 @@ def test_reload_by_config(mask_rcnn, pruned, tmp_path):
 @pytest.mark.parametrize(
     'name, width, words',
     [
-        ('neck.out_channels', 9, 'neck.out_channels: expected a number of at least 9'),
-        ('neck.no_such', 4, 'neck.no_such: expected a number of at least 4, got None'),
-        ('nothing.out_channels', 4, 'nothing.out_channels: expected a number'),
-        ('neck.out_channels', 0, 'neck.out_channels: expected a number of channels'),
-        ('neck.out_channels', '6', "expected a number of channels, got '6'"),
-        ('neck.out_channels', True, 'expected a number of channels, got True'),
+        ('neck.out_channels', 9, 'neck.out_channels must be a number of at least 9'),
+        ('neck.no_such', 4, r'neck.no_such must be a number of at least 4 \(got None'),
+        ('nothing.out_channels', 4, 'nothing.out_channels must be a number'),
+        ('neck.out_channels', 0, 'neck.out_channels must be a number of channels'),
+        ('neck.out_channels', '6', r"must be a number of channels \(got '6'"),
+        ('neck.out_channels', True, r'must be a number of channels \(got True'),
     ],
 )
 def test_wrong_attributes_are_refused(mask_rcnn, pruned, name, width, words):
     raw = json.loads(json.dumps(pruned.to_dict()))
     raw['attributes'] = {name: width}
     with pytest.raises(StructureError, match=words):
-        PruneStructure.from_dict(raw).check_fits(mask_rcnn[0])
+        check_fits(PruneStructure.from_dict(raw), mask_rcnn[0])
 
 
 def test_structures_without_attributes_are_read(pruned):

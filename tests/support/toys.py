@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmgfp.discovery.grouping import build_groups
-from mmgfp.discovery.profile import all_parameters_require_grad, undisturbed
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.tracing import Trace, trace_loss
+from mmgfp.utils.trial_runs import all_parameters_require_grad, undisturbed
 
 
 def images(count: int = 2, size: int = 8) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmgfp import GroupFisherPruner
-from mmgfp.discovery.discover import DISPROVED
+from mmgfp.discovery.discover import DISAGREES
 from mmgfp.discovery.verify import disagreement, masked_and_compact
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.tracing import ATTENTION_SPECS, AttentionSpec
@@ -189,7 +189,7 @@ def test_code_that_does_not_cope_is_found_by_verification():
     found = [g.name for g in grouping.groups]
     assert 'good.qkv' in found and 'mlp.0' in found and 'bad.qkv' not in found
     (reason,) = [f.reason for f in grouping.frozen if f.layer == 'bad.qkv']
-    assert DISPROVED in reason
+    assert DISAGREES in reason
 
 
 def forward(model):

@@ -9,10 +9,10 @@ from support.toys import Net, conv, images, square_loss
 from torch.utils.checkpoint import checkpoint
 
 from mmgfp import GroupFisherPruner
-from mmgfp.discovery.profile import without_checkpointing
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model
+from mmgfp.utils.trial_runs import without_checkpointing
 
 pytestmark = pytest.mark.filterwarnings('ignore:torch.utils.checkpoint')
 

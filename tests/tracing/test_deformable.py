@@ -13,8 +13,8 @@ from mmgfp import GroupFisherPruner
 from mmgfp.apps.analysis import coverage
 from mmgfp.discovery.profile import profile_layers
 from mmgfp.discovery.verify import disagreement, random_units
-from mmgfp.groups import is_layer
 from mmgfp.selection.costs import CostTable
+from mmgfp.utils.layers import is_layer
 
 PACKS = {
     False: (mmcv.ops.DeformConv2dPack, mmcv.ops.DeformConv2d),

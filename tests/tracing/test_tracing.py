@@ -21,9 +21,9 @@ from support.toys import (
 from torch import nn
 from torch.autograd import Function
 
-from mmgfp.discovery.profile import undisturbed
 from mmgfp.tracing import NO_LABEL, trace_loss
 from mmgfp.utils.errors import TraceError
+from mmgfp.utils.trial_runs import undisturbed
 
 
 class Mystery(Function):
@@ -69,7 +69,7 @@ def test_an_op_without_a_rule_freezes_all_that_it_reads():
 
 
 def test_strict_names_the_op_its_layers_and_where_rules_go():
-    words = r'op Mystery after a, b: expected an op with a rule.*mmgfp/tracing/rules'
+    words = r'op Mystery after a, b must have a rule.*mmgfp/tracing/rules'
     with pytest.raises(TraceError, match=words):
         traced(two_into_mystery(), strict=True)
 
@@ -91,7 +91,7 @@ def test_an_op_without_a_rule_behind_the_last_layer_is_an_output():
 
 
 def test_a_loss_without_a_graph_is_refused():
-    with pytest.raises(TraceError, match='loss: expected a tensor with an autograd gr'):
+    with pytest.raises(TraceError, match='loss must be a tensor with an autograd gr'):
         trace_loss(ConvPair(), torch.tensor(1.0))
 
 

@@ -25,7 +25,6 @@ from mmgfp.engine.registry import HOOKS
 from mmgfp.engine.runner_access import (
     averaged_models,
     check_model_wrapper,
-    check_weight_shapes,
     loss_scale,
     optimizer_of,
     rewrap_model,
@@ -33,6 +32,7 @@ from mmgfp.engine.runner_access import (
 )
 from mmgfp.pruner import ChannelPruner, PruneStep, require_fisher
 from mmgfp.selection.targets import Target
+from mmgfp.surgery.fit import check_widths
 from mmgfp.surgery.live import check_optimizer
 from mmgfp.surgery.structure import STRUCTURE_KEY
 from mmgfp.utils.errors import ConfigError
@@ -88,7 +88,7 @@ class ChannelPruningHook(Hook):
         if runner.cfg.get('compile'):
             raise ConfigError(
                 'compile',
-                'no torch.compile while pruning, which looks into every layer',
+                'off while pruning, which looks into every layer',
                 repr(runner.cfg.compile),
                 'remove it; the compact model can be compiled for fine-tuning',
             )
@@ -227,8 +227,8 @@ class ChannelPruningHook(Hook):
         """Go on with the state of an interrupted run, before its weights are loaded.
 
         Raises:
-            ConfigError: If the checkpoint to resume from is not of a pruning run, or
-                its weights are of other shapes than the model's.
+            ConfigError: If the checkpoint to resume from is not of a pruning run.
+            StructureError: If the weights are of another width.
         """
         state = checkpoint.get(STATE_KEY) if runner._resume else None
         if state is not None:
@@ -238,13 +238,18 @@ class ChannelPruningHook(Hook):
                 rewrap_model(runner)
             self._resumed = pruner
         if runner._resume or STRUCTURE_KEY in checkpoint:
-            weights = checkpoint.get('state_dict', {})
-            check_weight_shapes(unwrap_model(runner.model), weights)
+            model = unwrap_model(runner.model)
+            check_widths(
+                checkpoint.get('state_dict', {}),
+                {name: tensor.shape for name, tensor in model.state_dict().items()},
+                'as in the model that is pruned',
+                'give a checkpoint of that model, not one that was cut down',
+            )
         if runner._resume and state is None:
             raise ConfigError(
                 'checkpoint',
-                'the state of a pruning run to resume',
-                'a checkpoint without one',
+                'one of a pruning run',
+                'one without its state',
                 'to prune these weights, name them in load_from and do not resume',
             )
 

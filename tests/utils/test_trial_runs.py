@@ -8,7 +8,7 @@ from mmengine.structures import InstanceData
 from support.toys import ConvPair, images
 from torch import nn
 
-from mmgfp.discovery.profile import copy_module
+from mmgfp.utils.trial_runs import copy_module
 
 
 class Keeper(nn.Module):

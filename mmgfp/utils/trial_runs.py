@@ -1,0 +1,146 @@
+"""Running a model for a look at it: nothing of it, or of random states, changes."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from mmgfp.utils.tree import tree_tensors
+
+#: Calls the module it is given and returns its outputs.
+Forward = Callable[[nn.Module], Any]
+#: Computes the training loss, a scalar, of the module it is given.
+LossFunction = Callable[[nn.Module], Tensor]
+
+
+def copy_module(model: nn.Module) -> nn.Module:
+    """Return a deep copy of ``model``.
+
+    Some heads keep raw outputs from one iteration to the next, which `copy.deepcopy`
+    refuses as long as they belong to a graph. The copy gets them without their graph.
+    """
+    kept = (
+        tensor
+        for module in model.modules()
+        for value in vars(module).values()
+        for tensor in tree_tensors(value)
+    )
+    memo: dict[int, Any] = {
+        id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn
+    }
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Restore buffers, training modes and random states that a trial run changes.
+
+    Examples:
+        >>> import torch
+        >>> norm = torch.nn.BatchNorm2d(2)
+        >>> with undisturbed(norm):
+        ...     output = norm(torch.ones(4, 2, 3, 3))
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with _cpu_random_states(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        for name, buffer in model.named_buffers():
+            if name in buffers:
+                buffer.copy_(buffers[name])
+        for module, training in modes:
+            # Not `train()`, which some models override to keep parts in eval mode.
+            module.training = training
+
+
+@contextmanager
+def _cpu_random_states() -> Iterator[None]:
+    """Restore the random states of NumPy and Python."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+@contextmanager
+def watch_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the tensors that modules with parameters return, nested ones too."""
+    outputs: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.extend(tree_tensors(output))
+
+    blocks = [m for m in model.modules() if any(True for _ in m.parameters())]
+    handles = [m.register_forward_hook(hook) for m in blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def all_parameters_require_grad(model: nn.Module) -> Iterator[None]:
+    """Let all parameters require gradients, so that frozen ones don't end the graph."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def without_checkpointing() -> Iterator[None]:
+    """Let checkpointed parts of models leave a graph as all other parts do.
+
+    `torch.utils.checkpoint.checkpoint` saves nothing of what it runs, or runs it again
+    whenever what it saved is read. In this context it simply calls the function.
+    """
+    original = torch.utils.checkpoint.checkpoint
+    # Every module that imported the function holds it, under any name.
+    places = [
+        (names, name)
+        for names in [getattr(m, '__dict__', {}) for m in list(sys.modules.values())]
+        for name, value in list(names.items())
+        if value is original
+    ]
+    for names, name in places:
+        names[name] = _call
+    try:
+        yield
+    finally:
+        for names, name in places:
+            names[name] = original
+
+
+def _call(
+    function: Callable[..., Any],
+    *args: Any,
+    use_reentrant: bool | None = None,
+    preserve_rng_state: bool = True,
+    context_fn: Any = None,
+    determinism_check: str = '',
+    debug: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Take the arguments of `checkpoint` and only call the function."""
+    return function(*args, **kwargs)
