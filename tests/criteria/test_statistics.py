@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmgfp.criteria.mask_gradients import Fisher
+from mmgfp.criteria.fisher import Fisher
 from mmgfp.criteria.statistics import UnitStatistics
 
 #: Units 0 and 1 are of group 0, which a and b read; unit 2 is group 1, which c reads.
