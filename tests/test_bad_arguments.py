@@ -33,7 +33,10 @@ BAD = [
         "exclusive .got iterations=9 and schedule='one_shot'.; keep",
     ),
     (dict(schedule='cubik'), "schedule must be one of .*; did you mean 'cubic'"),
-    (dict(schedule='cubic'), "schedule cubic .*missing .* 'iterations'; see"),
+    (
+        dict(schedule='cubic'),
+        "schedule cubic needs iterations .got 'cubic'.; give dict",
+    ),
     (
         dict(schedule=dict(type='cubic', iteration=9)),
         "schedule cubic.iteration .*; did you mean 'iterations'",

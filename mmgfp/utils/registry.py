@@ -66,7 +66,7 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         self._load()
-        return name in self._aliases
+        return isinstance(name, str) and name in self._aliases
 
     def __getitem__(self, name: str) -> type[T]:
         return self._entries[self.canonical(name)]
@@ -106,14 +106,16 @@ class Registry(Generic[T]):
                 self.kind, 'a name or dict(type=name, ...)', repr(spec), 'name one'
             )
         entry = self[name]
-        check_known(f'{self.kind} {name}', arguments, parameters_of(entry))
-        try:
-            return entry(**arguments)
-        except TypeError as error:  # such as a missing argument
-            expected = f'arguments that {entry.__name__} takes'
+        parameters = inspect.signature(entry).parameters.values()
+        check_known(f'{self.kind} {name}', arguments, [p.name for p in parameters])
+        required = [p.name for p in parameters if p.default is p.empty]
+        missing = [name for name in required if name not in arguments]
+        if missing:
             raise ConfigError(
-                f'{self.kind} {name}', expected, str(error), 'see its docstring'
-            ) from error
+                f'{self.kind} {name} needs {", ".join(missing)} (got {spec!r}); '
+                f'give dict(type={name!r}, {missing[0]}=...)'
+            )
+        return entry(**arguments)
 
     def _load(self) -> None:
         package, self._package = self._package, None
@@ -122,27 +124,17 @@ class Registry(Generic[T]):
                 import_module(f'{package}.{module.name}')
 
 
-def parameters_of(function: Callable[..., Any]) -> list[str] | None:
-    """Return the names of a callable's parameters; None if it takes any."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return None
-    return [p.name for p in parameters]
-
-
-def check_known(owner: str, names: Iterable[str], known: Iterable[str] | None) -> None:
+def check_known(owner: str, names: Iterable[str], known: Iterable[str]) -> None:
     """Refuse a name that is not among those ``known``, and suggest the nearest one.
 
     Args:
         owner: The thing that is given arguments of these names.
         names: The names.
-        known: Names that it knows; None if it takes any.
+        known: Names that it knows.
 
     Raises:
         ConfigError: If a name is unknown.
     """
-    if known is None:
-        return
     known = list(known)
     for name in names:
         if name not in known:

@@ -20,7 +20,7 @@ from mmengine.registry import (
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
-from mmgfp import FisherPruningHook
+from mmgfp import ChannelPruningHook
 from support.toys import TinyDetector, square_loss
 
 _RUNS = itertools.count()  # names must differ
@@ -185,4 +185,4 @@ def pruner_of(runner):
 
 
 def hook_of(runner):
-    return next(h for h in runner.hooks if isinstance(h, FisherPruningHook))
+    return next(h for h in runner.hooks if isinstance(h, ChannelPruningHook))

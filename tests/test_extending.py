@@ -1,0 +1,113 @@
+"""The page on extending: its three files, outside of the package, drive a run."""
+
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from support.configs import small_prune_config
+from support.tooling import ROOT
+from support.toy_runner import hook_of
+from support.toys import Net, conv, images, square_loss
+
+from mmgfp import ChannelPruner
+from mmgfp.criteria.base import CRITERIA
+from mmgfp.selection.costs import COSTS
+from mmgfp.selection.schedules import SCHEDULES
+
+PAGE = (ROOT / 'docs' / 'extending.md').read_text()
+BLOCKS = re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL)
+FILES = {b.split('\n')[0].removeprefix('# '): b for b in BLOCKS if b.startswith('# ')}
+
+
+@pytest.fixture
+def extended(tmp_path, monkeypatch):
+    """The page's files where Python finds them, as a user has them; later forgotten."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for registry, name in (
+        (CRITERIA, 'l1_norm'),
+        (COSTS, 'traffic'),
+        (SCHEDULES, 'halving'),
+    ):
+        if name in registry:
+            registry.remove(name)
+    for name in FILES:
+        sys.modules.pop(Path(name).stem, None)
+
+
+def test_config_with_a_criterion_a_cost_and_a_schedule_of_its_own(extended, capfd):
+    """The hook reads them from a config that is saved and loaded as a file."""
+    assert sorted(FILES) == ['halving.py', 'l1_norm.py', 'traffic.py']
+    config = small_prune_config(extended)
+    (extended / 'mine.py').write_text(BLOCKS[-1])
+    mine = Config.fromfile(extended / 'mine.py', import_custom_modules=True)
+    config.custom_hooks = mine.custom_hooks
+    config.custom_imports.imports += mine.custom_imports.imports
+    config.dump(extended / 'run.py')
+    config = Config.fromfile(extended / 'run.py')
+    runner = Runner.from_cfg(config)
+    runner.train()
+    pruner = hook_of(runner).pruner
+    assert [type(x).__name__ for x in (pruner.criterion, pruner.schedule)] == [
+        'L1Norm',
+        'HalvingSchedule',
+    ]
+    (artifact,) = Path(config.work_dir).glob('run_traffic70.pth')
+    costs = torch.load(artifact, weights_only=True)['meta']['costs']
+    assert 0.6 < costs['traffic']['ratio'] <= 0.7 < costs['macs']['ratio'] + 0.2
+    assert re.search(r'traffic [\d.]+ M \(\d\d\.\d%\)', capfd.readouterr().out)
+
+
+def test_scores_and_costs_are_what_the_page_says(extended):
+    """By hand on a chain; units that were cut out keep their numbers."""
+    import_module('l1_norm')
+    import_module('traffic')
+    net = Net(lambda net, x: net.b(net.a(x).relu()), a=conv(3, 4, 1), b=conv(4, 2, 1))
+    with torch.no_grad():
+        net.a.weight.copy_(torch.tensor([4.0, 2, 1, 3])[:, None, None, None])
+
+    def loss(net):
+        return square_loss(net(images()))
+
+    pruner = ChannelPruner(
+        net, criterion='l1_norm', normalize='none', interval=1, target=dict(flops=0.3)
+    )
+    pruner.prepare(loss, loss, 2)
+    assert pruner.criterion.scores().values.tolist() == [12, 6, 3, 9]
+    positions = images()[0, 0].numel()
+    weights = 12 + 8
+    assert pruner.units.full['traffic'] == weights + (4 + 2) * positions
+    loss(net).backward()
+    assert pruner.step().units.tolist() == [2]
+    pruner.compact_()
+    values = pruner.criterion.scores().values
+    assert np.nan_to_num(values, nan=-1).tolist() == [12, 6, -1, 9]
+
+
+def test_layer_that_fisher_cannot_watch_may_be_pruned_by_weights(extended):
+    """A weight used by a function has no module call to tap."""
+    import_module('l1_norm')
+
+    def build(criterion):
+        net = Net(
+            lambda net, x: torch.nn.functional.conv2d(
+                net.a(x).relu(), net.b.weight, net.b.bias
+            ),
+            a=conv(3, 4, 1),
+            b=conv(4, 2, 1),
+        )
+        pruner = ChannelPruner(net, criterion=criterion)
+        discovery = pruner.discover(*(lambda net: square_loss(net(images())),) * 2, 2)
+        return discovery.grouping
+
+    with pytest.raises(Exception, match='its input cannot be watched for Fisher'):
+        build('fisher')
+    assert [(g.name, g.units) for g in build('l1_norm').groups] == [('a', 4)]
