@@ -22,7 +22,7 @@ from support.runs import (
 )
 from support.toy_runner import hook_of
 
-from mmgfp.criteria.statistics import UnitStatistics
+from mmgfp.criteria.fisher import Fisher
 
 # -- runs ---------------------------------------------------------------------
 
@@ -53,15 +53,15 @@ def steady_detector(folder, batch):
 
 def record(runner, rank):
     """Write what each decision is based on to ``statistics_<rank>.pth``."""
-    collect, seen = UnitStatistics.collect, []
+    scores, seen = Fisher.scores, []
 
     def recorded(self, reduce=None):
-        importance = collect(self, reduce)
-        seen.append(torch.from_numpy(importance.values.copy()))
+        result = scores(self, reduce)
+        seen.append(torch.from_numpy(result.values.copy()))
         torch.save(seen, Path(runner.work_dir) / f'statistics_{rank}.pth')
-        return importance
+        return result
 
-    UnitStatistics.collect = recorded
+    Fisher.scores = recorded
 
 
 def recorded(config, rank=0):
@@ -136,13 +136,13 @@ def test_uneven_images_uneven_last_batches_and_images_without_boxes(tmp_path):
 
 def decide_otherwise_in_rank_1(runner, rank):
     if rank == 1:
-        collect = UnitStatistics.collect
+        scores = Fisher.scores
 
         def wrong(self, reduce=None):
-            importance = collect(self, reduce)
-            return replace(importance, values=importance.values[::-1].copy())
+            result = scores(self, reduce)
+            return replace(result, values=result.values[::-1].copy())
 
-        UnitStatistics.collect = wrong
+        Fisher.scores = wrong
 
 
 def test_processes_that_disagree_stop_with_both_hashes(tmp_path):
@@ -163,7 +163,8 @@ def test_processes_that_disagree_stop_with_both_hashes(tmp_path):
 
 def keep_nothing(runner, rank):
     """Lets discovery fail, which happens in the main process alone."""
-    hook_of(runner).config['keep'] = ['nothing']
+    hook = hook_of(runner)
+    hook.config = replace(hook.config, keep=('nothing',))
 
 
 def test_failure_of_the_main_process_stops_all(tmp_path):
