@@ -22,7 +22,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import find_latest_checkpoint
 
 from mmgfp.apps.cli import check_checkpoint, load_config
-from mmgfp.engine.registry import is_named
+from mmgfp.engine.registry import PRUNING_HOOKS, is_named
 from mmgfp.utils.errors import ConfigError, MMGFPError
 from mmgfp.utils.io import atomic_write
 
@@ -239,7 +239,7 @@ def find_hook(cfg: Config) -> tuple[int, Mapping[str, Any]]:
         ConfigError: If there is none with an `input_shape`.
     """
     for place, hook in enumerate(cfg.get('custom_hooks') or []):
-        if is_named(hook.get('type'), 'FisherPruningHook') and 'input_shape' in hook:
+        if is_named(hook.get('type'), *PRUNING_HOOKS) and 'input_shape' in hook:
             return place, hook
     raise ConfigError(
         f'{cfg.filename} must have a FisherPruningHook with input_shape in '

@@ -38,17 +38,18 @@ def _forward(registry: Registry, name: str) -> None:
     registry.parent.register_module(name=name, module=build)
 
 
-_forward(HOOKS, 'ExactResumeHook')
-_forward(HOOKS, 'ChannelPruningHook')
-_forward(HOOKS, 'FisherPruningHook')
+#: Hooks that prune.
+PRUNING_HOOKS = ('ChannelPruningHook', 'FisherPruningHook')
+for _name in ('ExactResumeHook', *PRUNING_HOOKS):
+    _forward(HOOKS, _name)
 _forward(MODELS, 'PrunedModel')
 
 
-def is_named(kind: Any, name: str) -> bool:
-    """Whether the ``type`` in a config means ``name`` of this scope.
+def is_named(kind: Any, *names: str) -> bool:
+    """Whether the ``type`` in a config means one of ``names`` in this scope.
 
     Examples:
         >>> [is_named(kind, 'PrunedModel') for kind in ('mmgfp.PrunedModel', 'ResNet')]
         [True, False]
     """
-    return kind in (name, f'mmgfp.{name}')
+    return any(kind in (name, f'mmgfp.{name}') for name in names)

@@ -22,7 +22,6 @@ from support.runs import (
 )
 from support.toy_runner import hook_of
 
-from mmgfp import PruningConfig
 from mmgfp.criteria.fisher import Fisher
 
 # -- runs ---------------------------------------------------------------------
@@ -57,10 +56,10 @@ def record(runner, rank):
     scores, seen = Fisher.scores, []
 
     def recorded(self, reduce=None):
-        importance = scores(self, reduce)
-        seen.append(torch.from_numpy(importance.values.copy()))
+        result = scores(self, reduce)
+        seen.append(torch.from_numpy(result.values.copy()))
         torch.save(seen, Path(runner.work_dir) / f'statistics_{rank}.pth')
-        return importance
+        return result
 
     Fisher.scores = recorded
 
@@ -140,8 +139,8 @@ def decide_otherwise_in_rank_1(runner, rank):
         scores = Fisher.scores
 
         def wrong(self, reduce=None):
-            right = scores(self, reduce)
-            return replace(right, values=right.values[::-1].copy())
+            result = scores(self, reduce)
+            return replace(result, values=result.values[::-1].copy())
 
         Fisher.scores = wrong
 
@@ -153,7 +152,7 @@ def test_processes_that_disagree_stop_with_both_hashes(tmp_path):
     assert train(config, **changes) == [2, 2]
     for rank in range(2):
         error = logged(config, rank).splitlines()[-1]
-        words = 'error: structure must be the same in all processes (got hashes '
+        words = 'error: structure: expected the same one in all processes, got hashes '
         assert error.startswith(words)
         hashes, _, remedy = error.removeprefix(words).partition('; ')
         one, two = hashes.split(', ')
@@ -165,14 +164,14 @@ def test_processes_that_disagree_stop_with_both_hashes(tmp_path):
 def keep_nothing(runner, rank):
     """Lets discovery fail, which happens in the main process alone."""
     hook = hook_of(runner)
-    hook.config = PruningConfig.of(hook.config, keep=['nothing'])
+    hook.config = replace(hook.config, keep=('nothing',))
 
 
 def test_failure_of_the_main_process_stops_all(tmp_path):
     config = steady_classifier(tmp_path, 2)
     assert train(config, change=keep_nothing, processes=2) == [2, 2]
     first, second = (logged(config, r).splitlines()[-1] for r in range(2))
-    assert first.startswith('error: keep must be ')
+    assert first.startswith('error: keep: expected ')
     assert second.startswith(f'error: in the main process: ConfigError: {first[7:]}')
 
 

@@ -15,6 +15,7 @@ from mmgfp import ExactResumeHook, FisherPruningHook, PrunedModel
 def test_hooks_and_models_are_found_by_name_in_any_scope(scope, prefix):
     with DefaultScope.overwrite_default_scope(scope):
         pruning = HOOKS.build(dict(type=f'{prefix}FisherPruningHook'))
+        assert HOOKS.build(dict(type=f'{prefix}ChannelPruningHook')).config
         resume = HOOKS.build(dict(type=f'{prefix}ExactResumeHook'))
         with pytest.raises(TypeError, match='architecture'):
             MODELS.build(dict(type=f'{prefix}PrunedModel'))
