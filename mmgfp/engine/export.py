@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmgfp.engine.artifact import save_artifact
 from mmgfp.engine.model_building import build_model
-from mmgfp.engine.registry import is_named
+from mmgfp.engine.registry import PRUNING_HOOKS, is_named
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.fit import check_fits
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
@@ -151,9 +151,7 @@ def write_config(cfg: Config, item: Deployable, structure: str, path: Path) -> N
         'allow_failed_imports': False,
     }
     hooks = out.get('custom_hooks') or []
-    out.custom_hooks = [
-        h for h in hooks if not is_named(h.get('type'), 'FisherPruningHook')
-    ]
+    out.custom_hooks = [h for h in hooks if not is_named(h.get('type'), *PRUNING_HOOKS)]
     out.load_from, out.resume = None, False
     text = out.pretty_text
     atomic_write(path, lambda tmp: tmp.write_text(text))

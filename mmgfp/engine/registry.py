@@ -44,11 +44,15 @@ _forward(HOOKS, 'FisherPruningHook')
 _forward(MODELS, 'PrunedModel')
 
 
-def is_named(kind: Any, name: str) -> bool:
-    """Whether the ``type`` in a config means ``name`` of this scope.
+#: Types of `custom_hooks` entries that prune.
+PRUNING_HOOKS = ('ChannelPruningHook', 'FisherPruningHook')
+
+
+def is_named(kind: Any, *names: str) -> bool:
+    """Whether the ``type`` in a config means one of ``names`` of this scope.
 
     Examples:
         >>> [is_named(kind, 'PrunedModel') for kind in ('mmgfp.PrunedModel', 'ResNet')]
         [True, False]
     """
-    return kind in (name, f'mmgfp.{name}')
+    return kind in names or kind in [f'mmgfp.{name}' for name in names]

@@ -8,9 +8,8 @@ import torch
 from mmengine.config import Config
 from support.tooling import ROOT
 
+from mmgfp.apps.pipeline import Pipeline, StageError
 from mmgfp.apps.stages import (
-    Pipeline,
-    StageError,
     find_hook,
     input_shape,
     original,
