@@ -95,6 +95,7 @@ def main() -> None:
     shape = tuple(
         args.input_shape or recorded_shape(item.meta) or default_input_shape(cfg)
     )
+    # Before anything is written, so that a model that does not run leaves no folder.
     rows = summarize(cfg, item, shape, args.rounds)
     name = args.name or Path(args.checkpoint).stem
     paths = deploy(cfg, item, args.out, name)

@@ -103,6 +103,7 @@ def main() -> None:
     if args.auto_scale_lr:
         enable_auto_scale_lr(cfg)
     apply_resume(cfg, args.resume)
+    # The runner would load it only after everything else is built.
     if cfg.get('load_from'):
         check_checkpoint('load_from', cfg.load_from)
     use_cpus(cfg)

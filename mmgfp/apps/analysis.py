@@ -51,6 +51,7 @@ def coverage(
         width = parameters[name].shape[layer.out_dim]
         channels += width
         removable += width - frozen.get(module_of(name), 0)
+    # A layer that keeps its own outputs still gets cheaper when its inputs go.
     touched = {
         member.name
         for group in grouping.groups

@@ -59,6 +59,7 @@ def measure(
         models[candidate.name] = model
         rows.append({**row, **costs_of(model, calls.profile(model, shape))})
     if args.latency_rounds:
+        # The calls of any candidate do, as all of them read the same images.
         times = {
             str(count): measure_latency(
                 models, calls.inference(model, shape, count), args.latency_rounds

@@ -63,6 +63,7 @@ class Pipeline:
         overrides = [*self.options, *options]
         command = [tool, *args]
         command += ['--cfg-options', *overrides] if overrides else []
+        # With another config or override the stage is another one and runs again.
         if done.is_file() and json.loads(done.read_text())['command'] == command:
             print(f'{stage}: finished before (to redo it, delete {done})', flush=True)
             return
@@ -137,7 +138,7 @@ def run_logged(command: Sequence[str], log: Path) -> int:
     ):
         for line in process.stdout or ():
             file.write(line)
-            file.flush()
+            file.flush()  # so that the log can be followed while the stage runs
             last.append(line)
             if PROGRESS.search(line):
                 print(line, end='', flush=True)

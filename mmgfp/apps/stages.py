@@ -68,6 +68,8 @@ def pruned_checkpoint(folder: Path, config: str) -> str:
     Raises:
         StageError: If it reached none.
     """
+    # A run with several targets leaves one file for each; one that ends before its
+    # target marks its file as unfinished.
     saved = folder.glob(f'{Path(config).stem}_*.pth')
     reached = [path for path in saved if not path.stem.endswith('_unfinished')]
     if not reached:

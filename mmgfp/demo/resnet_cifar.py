@@ -53,6 +53,7 @@ class SlimResNetCIFAR(ResNet_CIFAR):
             out_indices=(2,),
             **kwargs,
         )
+        # Index 1 is the norm behind the shortcut's convolution.
         for name in self.res_layers[1:]:
             getattr(self, name)[0].downsample[1] = nn.Identity()
 
@@ -106,6 +107,7 @@ def convert_akamaster(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         re.sub('^backbone[.]linear[.]', 'head.fc.', f'backbone.{key}'): value
         for key, value in state.items()
     }
+    # Option A has no weights of its own, so its convolution's are written here.
     for stage in (2, 3):
         block = f'layer{stage}.0'
         channels = len(state[f'{block}.conv1.weight'])
