@@ -22,6 +22,14 @@ MAIN = [
     'mmgfp.apps.tables.table_cells',
     'mmgfp.demo.digits.DigitsSpec',
     'mmgfp.demo.resnet_cifar.SlimResNetCIFAR',
+    'mmgfp.engine.hooks.exact_resume.ExactResumeHook',
+    'mmgfp.engine.hooks.pruning.ChannelPruningHook',
+    'mmgfp.engine.model_building.build_model',
+    'mmgfp.pruner.ChannelPruner',
+    'mmgfp.selection.costs.Cost',
+    'mmgfp.selection.costs.CostTable',
+    'mmgfp.selection.schedules.CubicSchedule',
+    'mmgfp.selection.targets.Target',
 ]
 
 
