@@ -22,7 +22,7 @@ export TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow quality format
+.PHONY: help env demo test test-slow quality lint format
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,9 +39,22 @@ test-slow: $(STAMP)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
 
 quality: $(STAMP)  ## lint, formatting and types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy mmgfp tools benchmarks
+	@$(MAKE) --no-print-directory lint LINTER=$(BIN)/python
+
+# Other versions of the tools would judge differently, so only the pinned ones count.
+LINTER = $(or $(wildcard $(BIN)/python),$(PYTHON))
+
+lint:  ## quality without building an environment (pre-commit runs it)
+	@for tool in ruff mypy; do \
+		version=$$($(LINTER) -m $$tool --version 2>/dev/null | cut -d' ' -f2); \
+		grep -qx "$$tool==$$version" $(PINS) || { \
+			echo "$(LINTER) has $$tool $${version:-not installed}, not the one of $(PINS);" \
+				"run '$(LINTER) -m pip install -r requirements/lint.txt -c $(PINS)'" >&2; \
+			exit 1; }; \
+	done
+	$(LINTER) -m ruff check .
+	$(LINTER) -m ruff format --check .
+	$(LINTER) -m mypy mmgfp tools benchmarks
 
 format: $(STAMP)  ## apply what quality would complain about
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,8 @@
-"""Show what a model costs, which channels are coupled, and what stays and why."""
+"""Show a model's costs, its coupled channels, and which layers stay and why."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from mmengine.config import Config, DictAction
@@ -12,34 +11,34 @@ from rich.console import Console
 from rich.table import Table
 
 from mmgfp.apps.analysis import report
-from mmgfp.apps.cli import check_checkpoint, load_config, run_cli
+from mmgfp.apps.cli import (
+    add_shape_argument,
+    check_checkpoint,
+    load_config,
+    run_cli,
+    write_json,
+)
+from mmgfp.apps.run_config import default_input_shape
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model
 from mmgfp.pruner import GroupFisherPruner
-from mmgfp.utils.io import atomic_write
-
-#: Input sizes at which papers state costs.
-DEFAULT_SHAPES = {'mmdet': (3, 800, 1280), 'mmpretrain': (3, 224, 224)}
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line's arguments."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='a config file, or library::file')
     parser.add_argument('checkpoint', nargs='?', help='weights to load first')
-    parser.add_argument(
-        '--input-shape',
-        nargs=3,
-        type=int,
-        metavar=('C', 'H', 'W'),
-        help='image for which costs are counted; 3 800 1280 for detectors, '
+    add_shape_argument(
+        parser,
+        'image for which costs are counted; 3 800 1280 for detectors, '
         '3 224 224 for classifiers',
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-    parser.add_argument('--json', metavar='FILE', help='write the numbers there too')
+    parser.add_argument('--json', metavar='FILE', help='write the numbers to this file')
     parser.add_argument(
-        '--strict', action='store_true', help='fail at what is not understood'
+        '--strict', action='store_true', help='fail where channels cannot be followed'
     )
     return parser.parse_args()
 
@@ -47,11 +46,11 @@ def parse_args() -> argparse.Namespace:
 def analyze(
     cfg: Config, checkpoint: str | None, shape: tuple[int, int, int], strict: bool
 ) -> dict[str, Any]:
-    """Trace the config's model on a made-up batch and report on it.
+    """Trace the config's model on a synthetic batch and report on it.
 
     Raises:
-        ConfigError: The checkpoint is missing.
-        TraceError: Nothing can be pruned.
+        ConfigError: If the checkpoint is missing.
+        TraceError: If nothing can be pruned.
     """
     model = build_model(cfg)
     if checkpoint is not None:
@@ -94,13 +93,11 @@ def main() -> None:
     """Run from the command line."""
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    default = DEFAULT_SHAPES.get(cfg.get('default_scope'), (3, 224, 224))
-    shape = tuple(args.input_shape or default)
+    shape = tuple(args.input_shape or default_input_shape(cfg))
     result = analyze(cfg, args.checkpoint, shape, args.strict)
     show(result, Console())
     if args.json:
-        text = json.dumps(result, indent=2)
-        atomic_write(args.json, lambda tmp: tmp.write_text(text))
+        write_json(args.json, result)
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Runs from the command line."""
+    """Run from the command line."""
     args = parse_args()
     check_checkpoint('source', args.source)
     from mmgfp.demo.resnet_cifar import convert_akamaster

@@ -12,7 +12,7 @@ NAME = 'retinanet_r18_fpn_digits'
 
 
 def main() -> int:
-    """Runs the pipeline on the demo's configs; further flags are passed on."""
+    """Run the pipeline on the demo's configs, with any further flags."""
     stages = [CONFIGS / f'{NAME}{stage}.py' for stage in ('', '_prune', '_finetune')]
     command = [
         sys.executable,

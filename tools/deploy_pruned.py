@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mmgfp.apps.analysis import costs_of
-from mmgfp.apps.cli import load_config, run_cli
+from mmgfp.apps.cli import add_shape_argument, load_config, run_cli, write_json
 from mmgfp.apps.latency import measure_latency
+from mmgfp.apps.run_config import default_input_shape
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.export import (
@@ -22,24 +22,17 @@ from mmgfp.engine.export import (
     read_deployable,
     recorded_shape,
 )
-from mmgfp.utils.io import atomic_write
-
-DEFAULT_SHAPES = {'mmdet': (3, 800, 1280), 'mmpretrain': (3, 224, 224)}
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line's arguments."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config of the pruning or fine-tuning run')
     parser.add_argument('checkpoint', help='its checkpoint')
     parser.add_argument('--out', type=Path, required=True, help='folder to write')
     parser.add_argument('--name', help="name of the files; the checkpoint's by default")
-    parser.add_argument(
-        '--input-shape',
-        nargs=3,
-        type=int,
-        metavar=('C', 'H', 'W'),
-        help='image for costs and latency; that of the pruning run by default',
+    add_shape_argument(
+        parser, 'image for costs and latency; that of the pruning run by default'
     )
     parser.add_argument(
         '--rounds', type=int, default=5, help='timed passes; 0 measures no latency'
@@ -51,7 +44,18 @@ def parse_args() -> argparse.Namespace:
 def summarize(
     cfg: Config, item: Deployable, shape: tuple[int, int, int], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Costs, and median latency in ms at batch 1 on the CPU, before and after."""
+    """Measure costs, and latency at batch 1 on the CPU, before and after pruning.
+
+    Args:
+        cfg: The config that the checkpoint belongs to.
+        item: The original and the compact model.
+        shape: Size (C, H, W) of the image.
+        rounds: Timed passes; 0 measures no latency.
+
+    Returns:
+        `macs`, `memory`, `params` and, if measured, the median `latency_ms` in
+        milliseconds, of `original` and `pruned`.
+    """
     models = {'original': item.original, 'pruned': item.model}
     calls = BatchCalls(item.original, demo_batch(cfg))
     rows: dict[str, dict[str, Any]] = {
@@ -89,15 +93,13 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options)
     item = read_deployable(cfg, args.checkpoint)
     shape = tuple(
-        args.input_shape
-        or recorded_shape(item.meta)
-        or DEFAULT_SHAPES.get(cfg.get('default_scope'), (3, 224, 224))
+        args.input_shape or recorded_shape(item.meta) or default_input_shape(cfg)
     )
+    # Before anything is written, so that a model that does not run leaves no folder.
     rows = summarize(cfg, item, shape, args.rounds)
     name = args.name or Path(args.checkpoint).stem
     paths = deploy(cfg, item, args.out, name)
-    text = json.dumps({'input_shape': list(shape), **rows}, indent=2)
-    atomic_write(args.out / 'summary.json', lambda tmp: tmp.write_text(text))
+    write_json(args.out / 'summary.json', {'input_shape': list(shape), **rows})
     show(rows, Console())
     print(f'wrote {", ".join(str(p) for p in paths.values())}')
 

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.evaluator import DumpResults
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
-from mmgfp.apps.cli import check_checkpoint, load_config, run_cli
-from mmgfp.apps.run_config import prepare_config
+from mmgfp.apps.cli import (
+    add_runner_arguments,
+    check_checkpoint,
+    load_config,
+    parse_runner_args,
+    run_cli,
+    write_json,
+)
+from mmgfp.apps.run_config import build_runner, configure_run, prepare_config
 from mmgfp.utils.errors import ConfigError
 
 
 def parse_args() -> argparse.Namespace:
-    """Returns the command line's arguments."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        'config', help='a config file, or one of the zoo: mmdet::<path>'
-    )
+    add_runner_arguments(parser)
     parser.add_argument('checkpoint', help='the checkpoint to test')
-    parser.add_argument('--work-dir', help='where logs go')
     parser.add_argument('--out', help='write the predictions to this .pkl file')
     parser.add_argument('--json', help='write the metrics to this file')
     parser.add_argument('--show', action='store_true', help='show the predictions')
@@ -33,24 +32,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--wait-time', type=float, default=2, help='seconds to show an image for'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='config entries to override, as key.sub=value; data_root=DIR moves '
-        'every dataset',
-    )
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none'
-    )
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    return parse_runner_args(parser)
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Checks what can be checked before anything is built.
+    """Check the arguments before anything is built.
 
     Raises:
         ConfigError: If the checkpoint is missing or `--out` is no pickle file.
@@ -61,7 +47,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def show_results(cfg: Config, args: argparse.Namespace) -> None:
-    """Has the config's visualization hook show or save the predictions.
+    """Make the config's visualization hook show or save the predictions.
 
     Raises:
         ConfigError: If the config has no such hook.
@@ -82,7 +68,7 @@ def show_results(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def dump_metric(cfg: Config, out: str) -> DumpResults:
-    """Returns the metric that writes the predictions to `out`."""
+    """Return the metric that writes the predictions to `out`."""
     if cfg.get('default_scope') == 'mmdet':
         from mmdet.evaluation import DumpDetResults
 
@@ -91,29 +77,21 @@ def dump_metric(cfg: Config, out: str) -> DumpResults:
 
 
 def write_metrics(path: str, metrics: dict[str, Any]) -> None:
-    """Writes metrics as JSON, whole or not at all."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(target.name + '.part')
-    draft.write_text(json.dumps({key: float(metrics[key]) for key in metrics}))
-    draft.replace(target)
+    """Write metrics as JSON; arrays and tensors of one element become numbers."""
+    write_json(path, {key: float(value) for key, value in metrics.items()})
 
 
 def main() -> None:
-    """Builds the runner from the command line and tests."""
+    """Build the runner from the command line and test."""
     args = parse_args()
     check_args(args)
     cfg = load_config(args.config, args.cfg_options)
     prepare_config(cfg, ['test'])
-    cfg.launcher = args.launcher
+    configure_run(cfg, args)
     cfg.load_from = args.checkpoint
-    if args.work_dir is not None:
-        cfg.work_dir = args.work_dir
-    elif cfg.get('work_dir') is None:
-        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
     if args.show or args.show_dir:
         show_results(cfg, args)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = build_runner(cfg)
     if args.out:
         runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))
     metrics = runner.test()

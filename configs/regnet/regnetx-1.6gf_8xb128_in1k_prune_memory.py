@@ -1,8 +1,8 @@
-# Prune RegNetX-1.6GF to half its MACs, importance normalised by memory. The interval
-# is the paper's for classification (algorithm 2); the learning rate is a tenth of
-# the training's, as the paper has it for detection.
-_base_ = ['mmpretrain::regnet/regnetx-1.6gf_8xb128_in1k.py']
-custom_imports = dict(imports=['mmgfp'], allow_failed_imports=False)
+# Prune RegNetX-1.6GF to half its MACs, importance normalised by memory.
+_base_ = [
+    'mmpretrain::regnet/regnetx-1.6gf_8xb128_in1k.py',
+    '../_base_/imagenet_prune.py',
+]
 
 load_from = (
     'https://download.openmmlab.com/mmclassification/v0/regnet/'
@@ -16,27 +16,12 @@ train_cfg = dict(
     max_iters=max_iters,
     val_interval=max_iters,
 )
-data_root = 'data/imagenet/'
-train_dataloader = dict(
-    sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(data_root=data_root),
-)
-test_dataloader = dict(dataset=dict(data_root=data_root))
-val_cfg = None
-val_dataloader = None
-val_evaluator = None
+train_dataloader = {{_base_.pruning.train_dataloader}}
+test_dataloader = {{_base_.imagenet}}
+val_cfg = val_dataloader = val_evaluator = None
 
+# A tenth of the training's rate, as the paper has it for detection.
 optim_wrapper = dict(optimizer=dict(lr=0.08))
 param_scheduler = []
-default_hooks = dict(checkpoint=dict(by_epoch=False, interval=5000, max_keep_ckpts=1))
-log_processor = dict(by_epoch=False)
-
-custom_hooks = [
-    dict(
-        type='FisherPruningHook',
-        interval=25,
-        normalize='memory',
-        target=dict(flops=0.5),
-        input_shape=(3, 224, 224),
-    )
-]
+default_hooks = {{_base_.pruning.default_hooks}}
+custom_hooks = [{{_base_.pruning.hook}}]

@@ -1,11 +1,7 @@
 # Fine-tune the pruned ResNet-50 as long as the original was trained.
-_base_ = ['mmpretrain::resnet/resnet50_8xb32_in1k.py']
-custom_imports = dict(imports=['mmgfp'], allow_failed_imports=False)
+_base_ = ['mmpretrain::resnet/resnet50_8xb32_in1k.py', '../_base_/imagenet.py']
 
-data_root = 'data/imagenet/'
-train_dataloader = dict(dataset=dict(data_root=data_root))
-val_dataloader = dict(dataset=dict(data_root=data_root))
-test_dataloader = dict(dataset=dict(data_root=data_root))
+train_dataloader = val_dataloader = test_dataloader = {{_base_.imagenet}}
 
 pruned = (
     'work_dirs/resnet50_8xb32_in1k_prune_memory/'

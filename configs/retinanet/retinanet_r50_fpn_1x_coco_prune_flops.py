@@ -1,30 +1,5 @@
-# Prune RetinaNet R50-FPN to half its MACs, importance normalised by flops
-# (paper section 6: a tenth of the training's learning rate, no frozen stages).
-_base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py']
-custom_imports = dict(imports=['mmgfp'], allow_failed_imports=False)
-
-load_from = (
-    'https://download.openmmlab.com/mmdetection/v2.0/retinanet/'
-    'retinanet_r50_fpn_1x_coco/retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth'
-)
-model = dict(backbone=dict(frozen_stages=-1, init_cfg=None))
-
-max_iters = 140_000  # an upper bound: the hook stops at its target
-train_cfg = dict(
-    _delete_=True,
-    type='IterBasedTrainLoop',
-    max_iters=max_iters,
-    val_interval=max_iters,
-)
-train_dataloader = dict(sampler=dict(type='InfiniteSampler', shuffle=True))
-val_cfg = None
-val_dataloader = None
-val_evaluator = None
-
-optim_wrapper = dict(optimizer=dict(lr=0.001))
-param_scheduler = []
-default_hooks = dict(checkpoint=dict(by_epoch=False, interval=5000, max_keep_ckpts=1))
-log_processor = dict(by_epoch=False)
+# Prune RetinaNet R50-FPN as its neighbour does, importance normalised by flops.
+_base_ = ['./retinanet_r50_fpn_1x_coco_prune_memory.py']
 
 custom_hooks = [
     dict(

@@ -1,1 +1,1 @@
-"""What the command-line tools share; uses MMEngine."""
+"""Shared code of the command-line tools, on top of MMEngine."""

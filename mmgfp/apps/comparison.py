@@ -1,4 +1,4 @@
-"""The models that a pipeline made, side by side."""
+"""Comparison of the models that a pipeline produced."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from mmengine.runner import load_checkpoint
 
 from mmgfp.apps.analysis import costs_of
-from mmgfp.apps.cli import load_config
+from mmgfp.apps.cli import load_config, write_json
 from mmgfp.apps.latency import measure_latency
+from mmgfp.apps.pipeline import Candidate, Pipeline
 from mmgfp.apps.plots import layer_widths, plot_channels
-from mmgfp.apps.stages import Candidate, Pipeline, parse_options, write_json
+from mmgfp.apps.stages import parse_options
 from mmgfp.apps.tables import machine_facts, markdown, print_table, table_cells
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
@@ -30,14 +31,14 @@ def measure(
     args: argparse.Namespace,
     also: Mapping[str, Sequence[str]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Tests candidates, counts their costs for one image and times them on the CPU.
+    """Test candidates, count their costs for one image and time them on the CPU.
 
     Args:
-        pipeline: Where tests run.
-        candidates: What is compared.
+        pipeline: Runs the tests.
+        candidates: The models to compare.
         shape: Size (C, H, W) of the image.
-        args: `latency_rounds` and `batches` of the command line.
-        also: Config overrides of further tests by name.
+        args: The command line with `latency_rounds` and `batches`.
+        also: Config overrides of further tests, by the name of the test.
 
     Returns:
         The rows of `mmgfp.apps.tables.table_cells`.
@@ -58,6 +59,7 @@ def measure(
         models[candidate.name] = model
         rows.append({**row, **costs_of(model, calls.profile(model, shape))})
     if args.latency_rounds:
+        # The calls of any candidate do, as all of them read the same images.
         times = {
             str(count): measure_latency(
                 models, calls.inference(model, shape, count), args.latency_rounds
@@ -65,19 +67,22 @@ def measure(
             for count in args.batches
         }
         for row in rows:
-            row['latency_ms'] = {n: found[row['model']] for n, found in times.items()}
+            row['latency_ms'] = {
+                count: milliseconds[row['model']]
+                for count, milliseconds in times.items()
+            }
     return rows
 
 
 def build(
     candidate: Candidate, options: Sequence[str]
 ) -> tuple[torch.nn.Module, BatchCalls]:
-    """Builds a model with its weights, in eval mode, and calls on a demo batch."""
+    """Build a model with its weights, in eval mode, and its calls on a demo batch."""
     cfg = load_config(candidate.config, parse_options([*options, *candidate.options]))
     model = build_model(cfg)
     load_checkpoint(model, candidate.checkpoint, map_location='cpu')
     calls = BatchCalls(model, demo_batch(cfg))
-    model.eval()  # returns nothing where distillation overrides it
+    model.eval()  # not chained: where distillation overrides it, it returns None
     return model, calls
 
 
@@ -88,14 +93,14 @@ def write_results(
     args: argparse.Namespace,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes results.json and results.md and prints the table.
+    """Write results.json and results.md, and print the table.
 
     Args:
-        pipeline: Whose work directory they go to, and whose stages took time.
-        rows: What `measure` gave.
+        pipeline: Its work directory gets the files; they tell how long its stages took.
+        rows: The rows of `measure`.
         shape: Size (C, H, W) of the image.
         args: The command line with the three configs.
-        notes: Further facts; `variants` shows in the Markdown.
+        notes: Further facts for the JSON; the Markdown shows `variants` of them.
     """
     cfg = load_config(args.baseline, parse_options(pipeline.options))
     facts = {
@@ -114,13 +119,13 @@ def write_results(
 
 
 def draw(candidate: Candidate, options: Sequence[str], pruned: str, path: Path) -> None:
-    """Draws the channels that each layer of the pruned model kept.
+    """Draw the channels that each layer of the pruned model kept.
 
     Args:
         candidate: The original model.
         options: The user's config overrides.
         pruned: A checkpoint with the structure.
-        path: The picture to write.
+        path: The image file to write.
     """
     model = build_model(load_config(candidate.config, parse_options(options)))
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}

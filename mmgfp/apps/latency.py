@@ -1,4 +1,4 @@
-"""How long models take, timed in turns."""
+"""Latency of several models, measured in turns."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+#: Turns that are not counted: allocators and kernel caches fill during them.
 WARMUP = 3
 
 
@@ -18,20 +19,27 @@ def measure_latency(
     infer: Callable[[nn.Module], Any],
     rounds: int = 20,
 ) -> dict[str, float]:
-    """Times forward passes of several models on one input.
+    """Time forward passes of several models on one input.
 
-    The models take turns, so that whatever else the machine does meets them
-    all, and the median drops the passes it met hardest. Of each turn a second pass is
-    timed: the first one has to get memory and kernels for shapes that are not those of
-    the model before.
+    The models take turns, so that other load on the machine affects all of them, and
+    the median discards the passes it affected most. Each turn times a second pass,
+    because the first one allocates memory and picks kernels for shapes that differ from
+    those of the model before.
 
     Args:
         models: Models in eval mode by name, all on one device.
-        infer: Calls the model it is given on a batch on that device.
+        infer: Calls the given model on a batch on that device.
         rounds: Timed passes for each model, at least 1.
 
     Returns:
         Median milliseconds for the batch by name.
+
+    Examples:
+        >>> models = {'wide': nn.Linear(64, 64), 'narrow': nn.Linear(64, 8)}
+        >>> batch = torch.zeros(4, 64)
+        >>> times = measure_latency(models, lambda model: model(batch), rounds=3)
+        >>> list(times)
+        ['wide', 'narrow']
     """
     device = next(p.device for m in models.values() for p in m.parameters())
     times: dict[str, list[float]] = {name: [] for name in models}
@@ -47,7 +55,7 @@ def measure_latency(
 
 
 def _now(device: torch.device) -> float:
-    """Returns seconds, after the device has finished what it was given."""
+    """Return the time in seconds, after the device has finished its queue."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Pictures of what pruning left."""
+"""Charts of the channels that pruning kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmgfp.utils.io import atomic_write
 def layer_widths(
     structure: PruneStructure, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, int]]:
-    """Counts the output channels that each layer kept.
+    """Count the output channels that each layer kept.
 
     Args:
         structure: The structure of the compact model.
@@ -21,22 +21,29 @@ def layer_widths(
     Returns:
         Kept and original output channels by layer name, for each layer with a
         weight of two or more dimensions, pruned or not.
+
+    Examples:
+        >>> structure = PruneStructure(
+        ...     sizes={'conv.weight': [4, 3, 3, 3]}, kept={'conv.weight': {0: [0, 2]}}
+        ... )
+        >>> layer_widths(structure, {'conv.weight': [4, 3, 3, 3], 'conv.bias': [4]})
+        {'conv': (2, 4)}
     """
     widths = {}
     for name, shape in shapes.items():
         if len(shape) >= 2 and name.endswith('.weight'):
             kept = structure.kept.get(name, {}).get(0)
-            left = shape[0] if kept is None else len(kept)
-            widths[name.removesuffix('.weight')] = (left, shape[0])
+            count = shape[0] if kept is None else len(kept)
+            widths[name.removesuffix('.weight')] = (count, shape[0])
     return widths
 
 
 def plot_channels(widths: Mapping[str, tuple[int, int]], path: str | Path) -> None:
-    """Draws one bar per layer: the channels it had, and on it those it kept.
+    """Draw one bar per layer: the channels it had, overlaid by those it kept.
 
     Args:
         widths: Kept and original channels by layer name.
-        path: The picture to write; its suffix says the format.
+        path: The image file to write; its suffix chooses the format.
     """
     from matplotlib.figure import Figure
 
@@ -52,5 +59,6 @@ def plot_channels(widths: Mapping[str, tuple[int, int]], path: str | Path) -> No
     axes.legend(frameon=False)
     for side in ('top', 'right'):
         axes.spines[side].set_visible(False)
+    # The temporary file of an atomic write has no suffix that would tell the format.
     suffix = Path(path).suffix.removeprefix('.') or 'png'
     atomic_write(path, lambda tmp: figure.savefig(tmp, format=suffix, dpi=150))

@@ -1,21 +1,56 @@
-"""What a config needs between the command line and a runner."""
+"""Completion of a config between the command line and its runner."""
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 
 from mmgfp.utils.errors import ConfigError
 
-# Variables of a config file that its other entries repeat.
+#: Variables of a config file that its other entries repeat.
 VARIABLES = ('data_root', 'pretrained', 'pruned')
+#: Input sizes (C, H, W) at which papers state costs, by library.
+DEFAULT_SHAPES = {'mmdet': (3, 800, 1280), 'mmpretrain': (3, 224, 224)}
+
+
+def default_input_shape(cfg: Config) -> tuple[int, int, int]:
+    """Return the input size (C, H, W) at which papers state a model's costs.
+
+    Examples:
+        >>> default_input_shape(Config(dict(default_scope='mmdet')))
+        (3, 800, 1280)
+    """
+    return DEFAULT_SHAPES.get(cfg.get('default_scope'), DEFAULT_SHAPES['mmpretrain'])
+
+
+def configure_run(cfg: Config, args: argparse.Namespace) -> None:
+    """Take the launcher and the work directory from the command line, in place.
+
+    Args:
+        cfg: The config; its own `work_dir` counts where the command line has none.
+        args: The arguments of `mmgfp.apps.cli.add_runner_arguments`.
+    """
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build MMEngine's runner, or the one that the config names by `runner_type`."""
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
 def prepare_config(cfg: Config, splits: Iterable[str]) -> None:
-    """Completes dataloaders and looks for the data.
+    """Complete the dataloaders and check that their data exists.
 
     Args:
         cfg: The config; changed in place.
@@ -30,11 +65,11 @@ def prepare_config(cfg: Config, splits: Iterable[str]) -> None:
 
 
 def spread_variables(cfg: Config, options: Mapping[str, Any] | None) -> None:
-    """Writes overridden variables to wherever the config file used them, in place.
+    """Write overridden variables to wherever the config file used them, in place.
 
-    A config file copies its variables when it is read, so that overriding
-    `data_root` alone would move no dataset. A variable that ends in a slash is
-    replaced where it starts a path, any other where it stands alone.
+    A config file copies its variables when it is read, so overriding `data_root`
+    alone would move no dataset. A variable that ends in a slash is replaced where it
+    starts a path, any other where it is the whole value.
 
     Args:
         cfg: The config with `options` merged in.
@@ -64,7 +99,7 @@ def _replaced(node: Any, old: str, new: str) -> Any:
 
 
 def _complete_dataloaders(cfg: Config) -> None:
-    """Gives MMPreTrain's dataloaders the collate function its own tools give."""
+    """Set the collate function that MMPreTrain's own tools set."""
     for split in ('train', 'val', 'test'):
         loader = cfg.get(f'{split}_dataloader')
         if loader is not None:
@@ -72,13 +107,13 @@ def _complete_dataloaders(cfg: Config) -> None:
 
 
 def check_data(cfg: Config, splits: Iterable[str]) -> None:
-    """Checks that the local data which the dataloaders name is there.
+    """Check that the local data which the dataloaders name exists.
 
     Args:
         cfg: A config with `<split>_dataloader` entries.
-        splits: Of `train`, `val` and `test`. Passed over are splits that the
-            config lacks, and datasets that name no annotation file or make
-            their own data.
+        splits: Which of `train`, `val` and `test` to check. Splits that the config
+            lacks are skipped, and so are datasets that name no annotation file or
+            draw their own data.
 
     Raises:
         ConfigError: If a dataset's annotation file is missing.
@@ -97,11 +132,12 @@ def check_data(cfg: Config, splits: Iterable[str]) -> None:
 
 
 def _datasets(node: Any) -> Iterator[Mapping[str, Any]]:
-    """Yields the dataset dicts with an annotation file, those in wrappers too."""
+    """Yield the dataset dicts with an annotation file, those in wrappers included."""
     if isinstance(node, (list, tuple)):
         for item in node:
             yield from _datasets(item)
     elif isinstance(node, Mapping):
+        # DigitsDetection draws its data on first use.
         if node.get('ann_file') and node.get('type') != 'DigitsDetection':
             yield node
         yield from _datasets(node.get('dataset'))

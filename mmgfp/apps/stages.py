@@ -1,20 +1,9 @@
-"""Stages that run as processes of their own.
-
-What `tools/pipeline.py` and `tools/ablation.py` share. A stage that has finished is
-not run again, so the same command goes on after an interruption.
-"""
+"""Stages that `tools/pipeline.py` and `tools/ablation.py` share."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
-import subprocess
-import sys
-import time
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,110 +11,13 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import find_latest_checkpoint
 
 from mmgfp.apps.cli import check_checkpoint, load_config
+from mmgfp.apps.pipeline import Candidate, Pipeline, StageError
 from mmgfp.engine.registry import PRUNING_HOOKS, is_named
-from mmgfp.utils.errors import ConfigError, MMGFPError
-from mmgfp.utils.io import atomic_write
-
-PROGRESS = re.compile(r'(Epoch|Iter)\((train|val|test)\)|pruned|saved the compact')
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One row of the table: a config with its overrides, and its weights."""
-
-    name: str
-    config: str
-    checkpoint: str
-    options: tuple[str, ...] = ()
-
-
-class StageError(MMGFPError):
-    """A tool that the pipeline started has failed."""
-
-
-class Pipeline:
-    """Runs tools in order and remembers which have finished.
-
-    Args:
-        tools: The folder of the tools.
-        work_dir: Where every stage has its folder.
-        options: The user's config overrides as `key=value`, given to each stage
-            before its own.
-    """
-
-    def __init__(self, tools: Path, work_dir: Path, options: Sequence[str]) -> None:
-        self.tools = tools
-        self.work_dir = work_dir
-        self.options = list(options)
-        self.stages: list[str] = []
-
-    def run(self, stage: str, tool: str, *args: str, options: Sequence[str]) -> None:
-        """Runs `<tools>/<tool>.py args` unless this very command has finished.
-
-        Raises:
-            StageError: If the tool fails.
-        """
-        self.stages.append(stage)
-        done = self.work_dir / 'done' / f'{stage}.json'
-        overrides = [*self.options, *options]
-        command = [tool, *args]
-        command += ['--cfg-options', *overrides] if overrides else []
-        if done.is_file() and json.loads(done.read_text())['command'] == command:
-            print(f'{stage}: finished before (to redo it, delete {done})', flush=True)
-            return
-        print(f'{stage}: {" ".join(command)}', flush=True)
-        began = time.perf_counter()
-        log = self.work_dir / 'logs' / f'{stage}.log'
-        program = [sys.executable, str(self.tools / f'{tool}.py')]
-        code = run_logged([*program, *command[1:]], log)
-        if code:
-            raise StageError(
-                f'{stage} must exit with status 0 (got {code}); see {log}; '
-                'the same command goes on from here'
-            )
-        note = {'command': command, 'seconds': time.perf_counter() - began}
-        write_json(done, note)
-
-    def train(self, stage: str, config: str, options: Sequence[str] = ()) -> Path:
-        """Trains, prunes or fine-tunes; returns the stage's folder."""
-        folder = self.work_dir / stage
-        where = ('--work-dir', str(folder), '--resume')
-        self.run(stage, 'train', config, *where, options=options)
-        return folder
-
-    def test(
-        self, candidate: Candidate, label: str, options: Sequence[str] = ()
-    ) -> dict[str, float]:
-        """Tests a candidate, under further overrides; returns its metrics."""
-        folder = self.work_dir / 'results'
-        metrics = folder / f'{label}.json'
-        self.run(
-            label,
-            'test',
-            *(candidate.config, candidate.checkpoint, '--json', str(metrics)),
-            *('--work-dir', str(folder / 'logs')),
-            options=[*candidate.options, *options],
-        )
-        return json.loads(metrics.read_text())
-
-    def seconds(self) -> dict[str, int]:
-        """Wall-clock seconds by stage, tests left out.
-
-        Of a stage that was interrupted, those of the run in which it finished.
-        """
-        notes = {
-            stage: self.work_dir / 'done' / f'{stage}.json'
-            for stage in self.stages
-            if not stage.startswith('test')
-        }
-        return {
-            stage: round(json.loads(path.read_text())['seconds'])
-            for stage, path in notes.items()
-        }
+from mmgfp.utils.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what the pipeline and the ablation are both told."""
+    """Add the arguments that the pipeline and the ablation share."""
     parser.add_argument('baseline', help='config that trains the original model')
     parser.add_argument('prune', help='config that prunes it')
     parser.add_argument('finetune', help='config that fine-tunes the pruned model')
@@ -155,55 +47,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_logged(command: Sequence[str], log: Path) -> int:
-    """Runs a command, writes what it says to a log and shows its progress.
-
-    Args:
-        command: The program and its arguments.
-        log: A file that is appended to.
-
-    Returns:
-        The exit status. If it is not 0, the last lines are shown.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    last: deque[str] = deque(maxlen=20)
-    with (
-        log.open('a') as file,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process,
-    ):
-        for line in process.stdout or ():
-            file.write(line)
-            file.flush()
-            last.append(line)
-            if PROGRESS.search(line):
-                print(line, end='', flush=True)
-    if process.returncode:
-        print(*last, sep='', end='', flush=True)
-    return process.returncode
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes indented JSON, whole or not at all."""
-    atomic_write(path, lambda tmp: tmp.write_text(json.dumps(data, indent=2) + '\n'))
-
-
 def last_checkpoint(folder: Path) -> str:
-    """Returns the newest checkpoint of a training run."""
-    found = find_latest_checkpoint(str(folder))
-    if found is None or not Path(found).is_file():
+    """Return the newest checkpoint of a training run.
+
+    Raises:
+        StageError: If there is none.
+    """
+    newest = find_latest_checkpoint(str(folder))
+    if newest is None or not Path(newest).is_file():
         raise StageError(
-            f'{folder} must hold a checkpoint (got {found}); '
+            f'{folder} must hold a checkpoint (got {newest}); '
             'delete the folder and run again'
         )
-    return str(found)
+    return str(newest)
 
 
 def pruned_checkpoint(folder: Path, config: str) -> str:
-    """Returns the checkpoint of the last target that a pruning run met."""
-    found = folder.glob(f'{Path(config).stem}_*.pth')
-    reached = [path for path in found if not path.stem.endswith('_unfinished')]
+    """Return the checkpoint of the last target that a pruning run reached.
+
+    Raises:
+        StageError: If it reached none.
+    """
+    # A run with several targets leaves one file for each; one that ends before its
+    # target marks its file as unfinished.
+    saved = folder.glob(f'{Path(config).stem}_*.pth')
+    reached = [path for path in saved if not path.stem.endswith('_unfinished')]
     if not reached:
         raise StageError(
             f'{folder} must hold a checkpoint of the reached target (got none); '
@@ -214,7 +82,7 @@ def pruned_checkpoint(folder: Path, config: str) -> str:
 
 
 def original(pipeline: Pipeline, config: str, checkpoint: str | None) -> Candidate:
-    """Trains the original model, or takes the weights that the user has.
+    """Train the original model, or take the weights that the user has.
 
     Raises:
         ConfigError: If there is no such checkpoint.
@@ -225,29 +93,68 @@ def original(pipeline: Pipeline, config: str, checkpoint: str | None) -> Candida
     return Candidate('baseline', config, checkpoint)
 
 
+def prune_and_finetune(
+    pipeline: Pipeline,
+    args: argparse.Namespace,
+    baseline: Candidate,
+    suffix: str = '',
+    settings: Sequence[str] = (),
+) -> tuple[Candidate, Candidate]:
+    """Prune the original model, then fine-tune the result.
+
+    Args:
+        pipeline: Runs both stages.
+        args: The command line with the two configs `prune` and `finetune`.
+        baseline: The original model.
+        suffix: Tells the stages of several variants apart.
+        settings: Config overrides of the pruning stage.
+
+    Returns:
+        The pruned and the fine-tuned model.
+    """
+    options = [f'load_from={baseline.checkpoint}', *settings]
+    folder = pipeline.train(f'prune{suffix}', args.prune, options)
+    pruned = pruned_checkpoint(folder, args.prune)
+    rebuild = (f'model.structure={pruned}',)
+    options = [f'load_from={pruned}', *rebuild]
+    folder = pipeline.train(f'finetune{suffix}', args.finetune, options)
+    return (
+        Candidate('pruned', args.finetune, pruned, rebuild),
+        Candidate('fine-tuned', args.finetune, last_checkpoint(folder), rebuild),
+    )
+
+
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """Parses `key=value` overrides as the other tools do."""
+    """Parse `key=value` overrides as the other tools do.
+
+    Examples:
+        >>> parse_options(['custom_hooks.0.interval=5', 'load_from=a.pth'])
+        {'custom_hooks.0.interval': 5, 'load_from': 'a.pth'}
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument('--options', nargs='*', action=DictAction, default={})
     return parser.parse_args(['--options', *options]).options
 
 
 def find_hook(cfg: Config) -> tuple[int, Mapping[str, Any]]:
-    """Finds the pruning hook's place in `custom_hooks`, and its settings.
+    """Find the pruning hook in `custom_hooks`.
+
+    Returns:
+        Its index and its settings.
 
     Raises:
         ConfigError: If there is none with an `input_shape`.
     """
-    for place, hook in enumerate(cfg.get('custom_hooks') or []):
+    for index, hook in enumerate(cfg.get('custom_hooks') or []):
         if is_named(hook.get('type'), *PRUNING_HOOKS) and 'input_shape' in hook:
-            return place, hook
+            return index, hook
     raise ConfigError(
-        f'{cfg.filename} must have a FisherPruningHook with input_shape in '
+        f'{cfg.filename} must have a {" or ".join(PRUNING_HOOKS)} with input_shape in '
         'custom_hooks (got none); add input_shape=(3, H, W) to it'
     )
 
 
 def input_shape(config: str, options: Sequence[str] = ()) -> tuple[int, ...]:
-    """Reads the input shape (C, H, W) that the pruning hook counts costs at."""
+    """Read the input shape (C, H, W) at which the pruning hook counts costs."""
     _, hook = find_hook(load_config(config, parse_options(options)))
     return tuple(hook['input_shape'])

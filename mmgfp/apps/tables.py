@@ -1,4 +1,4 @@
-"""The table that compares a model before and after pruning."""
+"""Tables that compare a model before and after pruning."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-# Both lines of OpenMMLab, and what they run on.
+#: Names of the packages whose versions are reported: both OpenMMLab lines, and torch.
 PREFIXES = ('mm', 'onedl-mm', 'torch')
 
 
 def machine_facts() -> dict[str, Any]:
-    """Says what the numbers were measured with: processor, threads, versions."""
+    """Collect the processor, threads and versions that numbers were measured with."""
     versions = {
         dist.name: dist.version
         for dist in distributions()
@@ -39,10 +39,14 @@ def _cpu_name() -> str:
 
 
 def main_metric(metrics: Mapping[str, float]) -> tuple[str, float]:
-    """Picks a test's headline: COCO's mAP or top-1 accuracy, both in percent.
+    """Pick the headline of a test: COCO's mAP or top-1 accuracy, both in percent.
 
-    No metrics at all, which is what COCO's evaluation gives for a model that
-    detects nothing, count as an mAP of 0.
+    No metrics at all, as COCO's evaluation returns for a model that detects nothing,
+    count as an mAP of 0.
+
+    Examples:
+        >>> main_metric({'coco/bbox_mAP': 0.375, 'coco/bbox_mAP_50': 0.5})
+        ('mAP', 37.5)
     """
     if not metrics or 'coco/bbox_mAP' in metrics:
         return 'mAP', metrics.get('coco/bbox_mAP', 0.0) * 100
@@ -52,15 +56,24 @@ def main_metric(metrics: Mapping[str, float]) -> tuple[str, float]:
 
 
 def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Formats the results, costs also as a share of the first row's.
+    """Format results, with costs also as a share of the first row's.
 
     Args:
-        rows: For each model its name `model`, the dict `metrics`, the numbers
-            `macs`, `memory` and `params`; if it has them, the metrics of further
-            tests by name in `also`, and milliseconds by batch size in `latency_ms`.
+        rows: For each model its name `model`, the dict `metrics` and the numbers
+            `macs`, `memory` and `params`; optionally the metrics of further tests by
+            name in `also`, and milliseconds by batch size in `latency_ms`.
 
     Returns:
         The header, then one list of cells per row.
+
+    Examples:
+        >>> costs = dict(macs=4e9, memory=1e7, params=2e6)
+        >>> row = dict(model='small', metrics={'accuracy/top1': 76.1}, **costs)
+        >>> header, cells = table_cells([row])
+        >>> header
+        ['model', 'top-1', 'MACs (G)', 'memory (M)', 'params (M)']
+        >>> cells
+        ['small', '76.1', '4.000 (100%)', '10.00 (100%)', '2.000 (100%)']
     """
     first = rows[0]
     metric = main_metric(first['metrics'])[0]
@@ -77,7 +90,7 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         cells.append(
             [
                 row['model'],
-                *(f'{main_metric(found)[1]:.1f}' for found in metrics),
+                *(f'{main_metric(values)[1]:.1f}' for values in metrics),
                 *(
                     _cost(row[key] / unit, first[key] / unit, '#.4g')
                     for key, unit in (('macs', 1e9), ('memory', 1e6), ('params', 1e6))
@@ -96,12 +109,12 @@ def _cost(value: float, first: float, form: str) -> str:
 
 
 def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
-    """Writes a table and how it came about as Markdown.
+    """Render a table and how it was measured as Markdown.
 
     Args:
-        cells: What `table_cells` gave.
-        facts: What `machine_facts` gives, and `configs`, `input_shape`, `seed`,
-            and `seconds` by stage; `variants` by name, if there are.
+        cells: The cells of `table_cells`.
+        facts: The facts of `machine_facts`, and `configs`, `input_shape`, `seed` and
+            `seconds` by stage; optionally settings by variant in `variants`.
 
     Returns:
         The text of a section, without a heading.
@@ -114,8 +127,8 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
     lines += [
         '',
         'MACs count one multiply-add as one; memory is the number of elements that',
-        f'all layers put out; both for one {shape} image. CPU is the median time of',
-        'the network for that image, or a batch of such, without decoding boxes.',
+        f'all layers output; both for one {shape} image. CPU is the median time of the',
+        'network for that image, or for a batch of such, without decoding boxes.',
         '',
         f'- configs: {", ".join(f"`{path}`" for path in facts["configs"])}',
         *(
@@ -130,7 +143,7 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
 
 
 def print_table(cells: Sequence[Sequence[str]]) -> None:
-    """Prints a table to the terminal."""
+    """Print a table to the terminal."""
     table = Table(cells[0][0])
     for name in cells[0][1:]:
         table.add_column(name, justify='right', no_wrap=True)

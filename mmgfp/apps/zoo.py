@@ -1,4 +1,4 @@
-"""Every config of the installed libraries: can it be pruned, how much, and rightly?"""
+"""Pruning of the installed libraries' configs at random, and its verification."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.trial_runs import undisturbed
 
 LIBRARIES = ('mmdet', 'mmpretrain')
-#: What can become of a config; see `examine`.
+#: Outcomes of a config; see `examine`.
 STATUSES = ('agrees', 'disagrees', 'failed', 'not run')
 #: Folders that hold parts of configs.
 PARTS = ('_base_', 'common', 'dsdl')
-#: What names of the smaller and of the larger variants of a model contain.
+#: Parts of the names of smaller and of larger variants of a model.
 SMALL = re.compile(
     r'r18|r50|res(net|next|nest|2net)?-?50|resnet18|tiny|small|nano|atto|[-_](t|s)[-_]'
 )
@@ -43,24 +43,24 @@ LARGE = re.compile(
     r'101|152|huge|giant|large|base|x101|[-_](b|l|x|g|h)[-_\d]|\dgf|effb|w40|w48|m36|m48'
     r'|lvis|v3det|dconv|mdpool|dpool'
 )
-#: Configs of a family that are tried until the loss of one runs.
+#: Number of configs of a family that are tried until the loss of one runs.
 CANDIDATES = 3
-#: Sides of the demo batch, in pixels, tried until the loss runs; None leaves it to the
-#: config. Some models need more positions than a small image has.
+#: Sides of the demo batch in pixels, tried until the loss runs; None leaves the size to
+#: the config. Some models need more positions than a small image has.
 SIDES = {'mmdet': (None, 256, 512), 'mmpretrain': (None,)}
-#: What a training run past its warm-up tells the models through the message hub.
+#: Progress that a training run past its warm-up announces through the message hub.
 PROGRESS = {'iter': 10_000, 'epoch': 10, 'max_iters': 20_000}
 
 
 def preload() -> None:
-    """Import what every config needs, before processes are forked."""
+    """Import the modules that every config needs, before processes are forked."""
     for library in LIBRARIES:
         for part in ('models', 'datasets', 'engine', 'evaluation'):
             import_module(f'{library}.{part}')
 
 
 def list_configs(library: str) -> list[str]:
-    """Configs of an installed library as ``library::family/name.py``, sorted."""
+    """List the configs of an installed library as ``library::family/name.py``."""
     root = _root(library)
     paths = (p.relative_to(root) for p in root.glob('*/**/*.py'))
     names = (p.as_posix() for p in paths if p.parts[0] not in PARTS)
@@ -77,18 +77,28 @@ def _root(library: str) -> Path:
 
 
 def read_config(config: str) -> Config:
-    """Read ``library::family/name.py``; names may hold what mmengine rejects."""
+    """Read ``library::family/name.py``, whatever characters the name contains."""
     library, _, path = config.partition('::')
     return Config.fromfile(_root(library) / path)
 
 
 def family_of(config: str) -> str:
-    """Folder of a config, ``library::family``."""
+    """Return the folder of a config as ``library::family``.
+
+    Examples:
+        >>> family_of('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
+        'mmdet::retinanet'
+    """
     return config.split('/', 1)[0]
 
 
 def by_family(configs: Sequence[str]) -> list[list[str]]:
-    """Configs of each family folder; first those whose names tell of small models."""
+    """Group configs by family folder, those with names of small models first.
+
+    Examples:
+        >>> by_family(['mmdet::ssd/ssd512.py', 'mmdet::ssd/ssd512_tiny.py'])
+        [['mmdet::ssd/ssd512_tiny.py', 'mmdet::ssd/ssd512.py']]
+    """
     families: dict[str, list[str]] = {}
     for config in configs:
         families.setdefault(family_of(config), []).append(config)
@@ -96,11 +106,11 @@ def by_family(configs: Sequence[str]) -> list[list[str]]:
 
 
 def next_of(names: Sequence[str], results: Mapping[str, Any]) -> str | None:
-    """The config of a family to examine next: none once the loss of one has run.
+    """Return the config of a family to examine next; None once the loss of one has run.
 
     Args:
         names: The family's configs, the best first. At most `CANDIDATES` are tried.
-        results: What is known, by config.
+        results: Results so far, by config.
     """
     tried = 0
     for name in names:
@@ -114,7 +124,7 @@ def next_of(names: Sequence[str], results: Mapping[str, Any]) -> str | None:
 
 
 def known_of(names: Sequence[str], results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Results of the configs that `next_of` chose: the last one stands for all."""
+    """Return the results of the configs that `next_of` chose, the family's own last."""
     known: list[dict[str, Any]] = []
     for result in (results[n] for n in names if n in results):
         if len(known) < CANDIDATES:
@@ -133,14 +143,14 @@ def _size_hint(config: str) -> tuple[bool, bool, bool, int, str]:
 def examine(
     config: str, enter: Callable[[str], None] = lambda stage: None
 ) -> dict[str, Any]:
-    """Trace, prune 30 % at random and compare; everything that went wrong is said.
+    """Trace a config's model, prune 30 % at random and compare; report every failure.
 
     Args:
         config: ``library::family/name.py``.
-        enter: Is told the stage that begins.
+        enter: Called with the name of each stage when it begins.
 
     Returns:
-        dict: Plain data; ``status`` is ``'agrees'``, ``'disagrees'``, ``'failed'``
+        dict: Plain data; ``status`` is ``'agrees'``, ``'disagrees'``, ``'failed'``,
         or ``'not run'`` where the loss itself could not be computed.
     """
     start = time.perf_counter()
@@ -157,7 +167,7 @@ def examine(
         cfg = read_config(config)
         begin('model')
         torch.manual_seed(0)
-        os.chdir(_root(library).parent)  # some name other configs
+        os.chdir(_root(library).parent)  # some configs name others by relative paths
         model = build_model(cfg)
         _initialize(model)
         _unpad(model)
@@ -166,7 +176,7 @@ def examine(
         begin('tracing')
         result |= {'status': 'failed', 'size': calls.size}
         result |= _prune(model, calls)
-    except Exception as error:  # the zoo's very purpose is to collect these
+    except Exception as error:  # collecting failures is the purpose of the zoo
         result['reason'] = f'{stage}: {_one_line(error)}'
     return result | {'seconds': round(time.perf_counter() - start, 1)}
 
@@ -177,7 +187,7 @@ def _running_calls(
     sides: Sequence[int | None],
     begin: Callable[[str], None],
 ) -> BatchCalls:
-    """Calls on the smallest demo batch on which the loss of ``model`` runs."""
+    """Return the calls on the smallest demo batch on which the model's loss runs."""
     for side in sides:
         try:
             begin('batch')
@@ -187,17 +197,17 @@ def _running_calls(
             with torch.no_grad(), undisturbed(model):
                 calls.loss(model)
             return calls
-        except Exception as error:  # whatever the model raises: the next try may do
+        except Exception as error:  # any kind: the next size may run
             failure = error
     raise failure
 
 
 @torch.no_grad()
 def _initialize(model: Any) -> None:
-    """Give weights their first values, random ones in place of zeros.
+    """Initialise the weights, with random values in place of all-zero ones.
 
-    Learned boxes are no boxes without, and by a predictor of zeros nobody sees what
-    becomes of its inputs.
+    Learned boxes of zeros are degenerate, and a predictor of zeros would hide any
+    difference in its inputs.
     """
     init_weights(model)
     for parameter in model.parameters():
@@ -206,15 +216,15 @@ def _initialize(model: Any) -> None:
 
 
 def _unpad(model: Any) -> None:
-    """Leave images as small as they are; some configs pad all to 1024 x 1024."""
+    """Drop fixed-size padding: some configs pad every image to 1024 x 1024."""
     augments = getattr(model.data_preprocessor, 'batch_augments', None)
     if isinstance(augments, nn.ModuleList):
-        kept = (a for a in augments if type(a).__name__ != 'BatchFixedSizePad')
-        model.data_preprocessor.batch_augments = nn.ModuleList(kept)
+        others = (a for a in augments if type(a).__name__ != 'BatchFixedSizePad')
+        model.data_preprocessor.batch_augments = nn.ModuleList(others)
 
 
 def _prune(model: Any, calls: BatchCalls) -> dict[str, Any]:
-    """Prune; groups have been verified on outputs, here the loss is compared, too."""
+    """Prune and compare the loss; `prepare` has verified the groups on the outputs."""
     pruner = GroupFisherPruner(model)
     profiles = calls.profile(model)
     start = time.perf_counter()
@@ -225,7 +235,7 @@ def _prune(model: Any, calls: BatchCalls) -> dict[str, Any]:
     compared = 'loss'
     try:
         wrong = disagreement(model, grouping.groups, kept, calls.steady_loss)
-    except Exception as error:  # not of pruning: the masked model is a whole one
+    except Exception as error:  # not due to pruning: the masked model is uncut
         compared = f'outputs (loss in double precision: {_one_line(error)})'
         wrong = disagreement(model, grouping.groups, kept, calls.forward)
     shares = coverage(model, grouping, profiles)
@@ -243,7 +253,7 @@ def _prune(model: Any, calls: BatchCalls) -> dict[str, Any]:
 
 
 def _frozen(grouping: Grouping) -> dict[str, Any]:
-    """Frozen layers by reason, and those that the verification froze, by name."""
+    """Count frozen layers by reason, and name those that verification froze."""
     disagreeing = {f.layer: f.reason for f in grouping.frozen if DISAGREES in f.reason}
     reasons = Counter(r for f in grouping.frozen for r in f.reason.split('; '))
     return {'disagreeing': disagreeing, 'frozen': dict(reasons.most_common())}
@@ -258,5 +268,5 @@ def _one_line(error: Exception) -> str:
 def _has_model(config: str) -> bool:
     try:
         return 'model' in read_config(config)
-    except Exception:  # `examine` reports why it cannot be read
+    except Exception:  # `examine` will report why it cannot be read
         return True

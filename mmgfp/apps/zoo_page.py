@@ -1,4 +1,4 @@
-"""The page that says which configs of the installed libraries can be pruned."""
+"""Markdown page about which configs of the installed libraries can be pruned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmgfp.discovery.discover import DISAGREES
 
 #: Share of a model's MACs that a convolutional detector is expected to reach.
 REACHED = 0.95
-#: Kinds of reasons for which a loss does not run, by what the reason says.
+#: Kinds of reasons why a loss does not run, by words in the reason.
 KINDS = {
     'missing package': r'not installed|[Pp]lease (first )?install|No module named',
     'no CPU operator': r'device cpu not found|not implemented for .CPU|CUDA|NVIDIA',
@@ -22,32 +22,31 @@ KINDS = {
     'too large for this machine': r'no end after|ended with -9',
 }
 OTHER = 'the config itself'
-#: What stands in reasons for places on the machine that wrote them.
+#: A path on the machine that wrote a reason.
 PLACE = re.compile(r'(?<![\w.:/])(?:/[\w.+@-]+){2,}/')
-#: A reason that names one layer, which would be another in each row.
+#: The start of a reason that names one layer, a different one in each row.
 READER = re.compile(r'^(?:read by|input of) \S+: ')
 
 
 def render(
     results: Sequence[Mapping[str, Any]], facts: Mapping[str, Any] | None = None
 ) -> str:
-    """A Markdown page: numbers of each library, then one line for each config.
+    """Render a Markdown page: numbers of each library, then one line for each config.
 
     Args:
-        results: What `mmgfp.apps.zoo.examine` gave.
-        facts: What they were made with; by default that of `machine_facts`.
+        results: Results of `mmgfp.apps.zoo.examine`.
+        facts: Versions they were measured with; those of `machine_facts` by default.
     """
     facts = machine_facts() if facts is None else facts
     versions = ', '.join(f'{name} {v}' for name, v in facts['versions'].items())
     lines = ['# Which configs can be pruned', '', INTRODUCTION, '']
-    lines += [f'Made with Python {facts["python"]}, {versions}.', '']
+    lines += [f'Measured with Python {facts["python"]}, {versions}.', '']
     lines += _summary(results)
     for library in LIBRARIES:
-        own = [r for r in results if r['config'].startswith(f'{library}::')]
-        good = [r for r in own if r['status'] == 'agrees']
-        if good:
+        agreeing = [r for r in _of(library, results) if r['status'] == 'agrees']
+        if agreeing:
             lines += ['', f'## {library}: pruned, masked equals compact', '']
-            lines += _agreements(good)
+            lines += _agreements(agreeing)
     disagreeing = [r for r in results if r.get('disagreeing')]
     if disagreeing:
         lines += ['', '## Frozen by the verification', '', DISAGREEING, '']
@@ -60,23 +59,27 @@ def render(
 
 
 def _summary(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Configs and families of each library, and what became of them."""
+    """Count configs and families of each library by outcome."""
     rows = []
     for library in LIBRARIES:
-        own = [r for r in results if r['config'].startswith(f'{library}::')]
-        if not own:
+        tried = _of(library, results)
+        if not tried:
             continue
-        ran = [r for r in own if r['status'] != 'not run']
-        good = [r for r in ran if r['status'] == 'agrees']
-        wide = [r for r in good if r['macs'] >= REACHED]
+        ran = [r for r in tried if r['status'] != 'not run']
+        agreeing = [r for r in ran if r['status'] == 'agrees']
+        wide = [r for r in agreeing if r['macs'] >= REACHED]
         families = {family_of(r['config']) for r in ran}
         # A family counts only if none of its configs failed.
-        lost = {family_of(r['config']) for r in ran if r['status'] != 'agrees'}
-        kept = len(families - lost)
-        share = f'{kept} of {len(families)} ({kept / max(len(families), 1):.1%})'
-        rows.append((library, len(own), len(ran), len(good), len(wide), share))
+        failed = {family_of(r['config']) for r in ran if r['status'] != 'agrees'}
+        count = len(families - failed)
+        share = f'{count} of {len(families)} ({count / max(len(families), 1):.1%})'
+        rows.append((library, len(tried), len(ran), len(agreeing), len(wide), share))
     titles = ('library', 'configs tried', 'loss runs', 'pruned and agree')
     return _table((*titles, f'≥ {REACHED:.0%} of MACs', 'families that agree'), rows)
+
+
+def _of(library: str, results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [r for r in results if r['config'].startswith(f'{library}::')]
 
 
 def _agreements(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -101,17 +104,22 @@ def _short_name(result: Mapping[str, Any]) -> str:
 
 
 def _frozen_cell(reasons: Mapping[str, int], most: int = 3) -> str:
-    """The most frequent reasons, each with the number of layers."""
+    """List the most frequent reasons, each with the number of layers."""
     counts: Counter[str] = Counter()
     for reason, layers in reasons.items():
         counts[brief(reason)] += layers
-    said = [f'{n} × {reason}' for reason, n in counts.most_common(most)]
+    parts = [f'{n} × {reason}' for reason, n in counts.most_common(most)]
     rest = sum(counts.values()) - sum(n for _, n in counts.most_common(most))
-    return '; '.join(said + [f'{rest} for other reasons'] * bool(rest))
+    return '; '.join(parts + [f'{rest} for other reasons'] * bool(rest))
 
 
 def brief(reason: str) -> str:
-    """What a reason says of all models: no layer's name, no number, no place."""
+    """Shorten a reason to the part that models share: no layer, number or path.
+
+    Examples:
+        >>> brief('read by neck.1: rows are moved by Unfold')
+        'rows are moved by Unfold'
+    """
     if reason.startswith(DISAGREES):
         return 'frozen by the verification'
     reason = READER.sub('', tidy(reason))
@@ -120,12 +128,17 @@ def brief(reason: str) -> str:
 
 
 def tidy(reason: str) -> str:
-    """A reason without line breaks and places on this machine."""
+    """Remove line breaks and paths on this machine from a reason."""
     return ' '.join(PLACE.sub('', reason).split())
 
 
 def kind_of(reason: str) -> str:
-    """Why a loss does not run, in two or three words."""
+    """Say in a few words why a loss does not run.
+
+    Examples:
+        >>> kind_of('model: ImportError: No module named mamba')
+        'missing package'
+    """
     return next((k for k, words in KINDS.items() if re.search(words, reason)), OTHER)
 
 
@@ -139,7 +152,7 @@ def _disagreeing_row(result: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _reasons(results: Sequence[Mapping[str, Any]], kinds: bool) -> list[str]:
-    """One line for each reason, with all configs that share it."""
+    """Write one line for each reason, with all configs that share it."""
     configs: dict[str, list[str]] = {}
     for result in results:
         name = f'`{result["config"].removesuffix(".py")}`'
@@ -156,10 +169,10 @@ def _reasons(results: Sequence[Mapping[str, Any]], kinds: bool) -> list[str]:
 
 
 def _cause(reason: str, most: int = 5) -> str:
-    """A reason; of those that many layers give, the first few different ones."""
-    said, because, layers = tidy(reason).partition('left alone because: ')
+    """Return a reason; if it lists one per layer, with the first few distinct ones."""
+    start, because, layers = tidy(reason).partition('left alone because: ')
     different = list(dict.fromkeys(brief(part) for part in layers.split('; ')))
-    return (said + because + '; '.join(different[:most]))[:600]
+    return (start + because + '; '.join(different[:most]))[:600]
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
@@ -176,19 +189,20 @@ TITLES = {
 }
 INTRODUCTION = """\
 Each model is built from its config without pretrained weights; its loss runs on a
-made-up batch on the CPU; the coupled channels are discovered and verified; then 30 % of
-the units go at random, and the masked and the compact model must agree to 1e-4 in
-double precision.
+synthetic batch on the CPU; the coupled channels are discovered and verified; then 30 %
+of the units are pruned at random, and the masked and the compact model must agree to
+1e-4 in double precision.
 
-- "units": what can be removed one by one. "channels" and "MACs": the shares of the
-  layers' output channels and of the multiply-accumulates that units reach.
+- "units": coupled channels that can be removed one unit at a time. "channels" and
+  "MACs": the shares of the layers' output channels and of the multiply-accumulates that
+  units reach.
 - "compared": the whole training loss, or the outputs of inference where the loss itself
   does not run in double precision.
-- "s": seconds for all of it on one thread.
+- "s": seconds for all steps on one thread.
 - A family is a folder of configs; where the loss of one config does not run here, the
   next one of the folder stands for it.
 
 `python tools/zoo.py --families --page docs/zoo.md` writes this page."""
 DISAGREEING = """\
 These channels seemed to be removable, but a compact model without them computes
-something else, or nothing. They stay; the rest of the model is pruned."""
+something else, or fails. They stay; the rest of the model is pruned."""

@@ -1,4 +1,4 @@
-"""Real handwritten digits on synthetic canvases: detection data for the demo."""
+"""Detection data of the demo: real handwritten digits on synthetic canvases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPLITS = ('train', 'val')
 
 @dataclass(frozen=True)
 class DigitsSpec:
-    """What is drawn; equal specs give equal files.
+    """Parameters of the drawn images; equal specs give equal files.
 
     Attributes:
         num_train: Images of the training split.
@@ -32,6 +32,10 @@ class DigitsSpec:
         max_side: Largest height and width of a pasted digit in pixels.
         max_digits: Most digits on one image; the fewest is 1.
         seed: Seed of everything random, the split of the digits included.
+
+    Examples:
+        >>> DigitsSpec(num_train=4, size=64)  # doctest: +ELLIPSIS
+        DigitsSpec(num_train=4, num_val=300, size=64, ...)
     """
 
     num_train: int = 1500
@@ -44,18 +48,18 @@ class DigitsSpec:
 
 
 def write_digits(root: str | os.PathLike[str], spec: DigitsSpec) -> None:
-    """Draws both splits in COCO format, unless they are there.
+    """Draw both splits in COCO format, unless they exist.
 
-    The folder appears with one rename when it is complete, so that any number
-    of processes may ask for it at the same time.
+    The complete folder appears by one rename, so that any number of processes may
+    request it at the same time.
 
     Args:
         root: The folder that will hold `images/` and `annotations/`.
-        spec: What to draw.
+        spec: Parameters of the images.
 
     Raises:
-        ConfigError: If scikit-learn, which brings the digits, is not installed,
-            or if `root` holds something else than the digits of `spec`.
+        ConfigError: If scikit-learn, which provides the digits, is not installed, or
+            if `root` holds something other than the digits of `spec`.
     """
     target = Path(root)
     if not _is_written(target, spec):
@@ -70,11 +74,11 @@ def _is_written(root: Path, spec: DigitsSpec) -> bool:
     if not root.is_dir() or not any(root.iterdir()):
         return False
     note = root / 'spec.json'
-    found = json.loads(note.read_text()) if note.is_file() else 'other files'
-    if found != asdict(spec):
+    content = json.loads(note.read_text()) if note.is_file() else 'other files'
+    if content != asdict(spec):
         raise ConfigError(
             f'data_root {root} must be empty or hold the digits of {asdict(spec)} '
-            f'(got {found}); delete the folder or name another one'
+            f'(got {content}); delete the folder or name another one'
         )
     return True
 
@@ -82,7 +86,7 @@ def _is_written(root: Path, spec: DigitsSpec) -> bool:
 def _publish(draft: Path, target: Path, spec: DigitsSpec) -> None:
     try:
         os.rename(draft, target)
-    except OSError:  # another process was faster, or the disk refuses
+    except OSError:  # another process was faster, or the disk is full or read-only
         if not _is_written(target, spec):
             raise
 
@@ -105,7 +109,7 @@ def _draw_splits(root: Path, spec: DigitsSpec) -> None:
 
 
 def source_digits(split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Loads the handwritten digits that belong to one split.
+    """Load the handwritten digits that belong to one split.
 
     Args:
         split: `train` (four fifths of the 1,797 digits) or `val` (the rest).
@@ -113,6 +117,9 @@ def source_digits(split: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         Glyphs (N, 8, 8) with ink in [0, 1], and their classes (N,).
+
+    Raises:
+        ConfigError: If scikit-learn is not installed.
     """
     if importlib.util.find_spec('sklearn') is None:
         raise ConfigError(
@@ -134,7 +141,7 @@ def draw_image(
     classes: np.ndarray,
     spec: DigitsSpec,
 ) -> tuple[np.ndarray, list[list[int]], list[int]]:
-    """Draws one image: an uneven background, some digits, noise.
+    """Draw one image: an uneven background, some digits, noise.
 
     Args:
         rng: Source of everything random.
@@ -165,7 +172,7 @@ def draw_image(
 def _scaled(
     glyph: np.ndarray, rng: np.random.Generator, spec: DigitsSpec
 ) -> np.ndarray:
-    """Enlarges a digit (8, 8) and crops it to its ink, (h, w)."""
+    """Enlarge a digit (8, 8) and crop it to its ink, (h, w)."""
     side = int(rng.integers(spec.min_side, spec.max_side + 1))
     ink = cv2.resize(
         glyph.astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC
@@ -178,9 +185,9 @@ def _scaled(
 def _place(
     taken: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator
 ) -> list[int] | None:
-    """Finds `[x, y, w, h]` that is free for a shape (h, w) and marks it taken."""
+    """Find a free box `[x, y, w, h]` for a shape (h, w) and mark it as taken."""
     height, width = shape
-    for _ in range(20):
+    for _ in range(20):  # a crowded canvas simply gets fewer digits
         x = int(rng.integers(taken.shape[1] - width + 1))
         y = int(rng.integers(taken.shape[0] - height + 1))
         spot = taken[y : y + height, x : x + width]
@@ -193,9 +200,10 @@ def _place(
 def _paste(
     canvas: np.ndarray, ink: np.ndarray, box: list[int], rng: np.random.Generator
 ) -> None:
-    """Blends ink (h, w) into the canvas (H, W, 3), darker or brighter than it."""
+    """Blend ink (h, w) into the canvas (H, W, 3), darker or brighter than it."""
     x, y, width, height = box
     patch = canvas[y : y + height, x : x + width]
+    # Away from the background's brightness, so that every digit stands out.
     step = rng.uniform(0.25, 0.6, 3) * (1 if patch.mean() < 0.5 else -1)
     patch += ink[:, :, None] * step
 
@@ -238,7 +246,7 @@ class DigitsDetection(CocoDataset):
     intensities. Training and validation images use different digits.
 
     Args:
-        data_root: Folder of the data, made when it is not there.
+        data_root: Folder of the data, created if it does not exist.
         spec: Fields of `DigitsSpec` that differ from their defaults.
         **kwargs: Arguments of mmdet's `CocoDataset`.
     """

@@ -1,4 +1,4 @@
-"""The ResNets that He et al. trained on CIFAR-10, and weights published for them.
+"""ResNets that He et al. trained on CIFAR-10, and weights published for them.
 
 Needs MMPretrain, so nothing in mmgfp imports it; a config does by
 ``custom_imports = dict(imports=['mmgfp', 'mmgfp.demo.resnet_cifar'])``.
@@ -24,13 +24,18 @@ class SlimResNetCIFAR(ResNet_CIFAR):
     """ResNet of 6n + 2 layers in three stages (arXiv 1512.03385, section 4.2).
 
     Where a stage begins, the shortcut is a 1x1 convolution without a norm. It can
-    hold the paper's option A (every other pixel, zeros for the new channels) in
-    training as in testing, which a batch norm behind it could not.
+    express the paper's option A (every other pixel, zeros for the new channels) both in
+    training and in testing, which it could not with a batch norm behind it.
 
     Args:
         depth: 20, 32, 44, 56 or 110.
         base_channels: Channels of the first stage.
         **kwargs: Further arguments of `ResNet_CIFAR`.
+
+    Examples:
+        >>> model = SlimResNetCIFAR(depth=20)
+        >>> model(torch.zeros(1, 3, 32, 32))[0].shape
+        torch.Size([1, 64, 8, 8])
     """
 
     arch_settings = {
@@ -48,18 +53,26 @@ class SlimResNetCIFAR(ResNet_CIFAR):
             out_indices=(2,),
             **kwargs,
         )
+        # Index 1 is the norm behind the shortcut's convolution.
         for name in self.res_layers[1:]:
             getattr(self, name)[0].downsample[1] = nn.Identity()
 
 
 def option_a(channels: int) -> Tensor:
-    """The 1x1 kernel that copies its channels between as many new ones, all zero.
+    """Return the 1x1 kernel that copies channels into the middle of twice as many.
 
     Args:
         channels: Output channels O.
 
     Returns:
-        The kernel, (O, O / 2, 1, 1).
+        The kernel, (O, O / 2, 1, 1); the first and last quarters of the outputs are 0.
+
+    Examples:
+        >>> option_a(4).flatten(1)
+        tensor([[0., 0.],
+                [1., 0.],
+                [0., 1.],
+                [0., 0.]])
     """
     kernel = torch.zeros(channels, channels // 2, 1, 1)
     copied = torch.arange(channels // 2)
@@ -68,7 +81,7 @@ def option_a(channels: int) -> Tensor:
 
 
 def convert_akamaster(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames weights of github.com/akamaster/pytorch_resnet_cifar10 for MMPretrain.
+    """Rename weights of github.com/akamaster/pytorch_resnet_cifar10 for MMPretrain.
 
     Args:
         state: Weights of one of its ResNets with shortcuts of option A.
@@ -78,7 +91,7 @@ def convert_akamaster(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         `LinearClsHead`, which computes the same.
 
     Raises:
-        StructureError: These are weights of something else.
+        StructureError: If these are weights of another model.
     """
     state = {key.removeprefix('module.'): value for key, value in state.items()}
     expected = {'conv1.weight', 'layer3.0.conv1.weight', 'linear.weight'}
@@ -94,6 +107,7 @@ def convert_akamaster(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         re.sub('^backbone[.]linear[.]', 'head.fc.', f'backbone.{key}'): value
         for key, value in state.items()
     }
+    # Option A has no weights of its own, so its convolution's are written here.
     for stage in (2, 3):
         block = f'layer{stage}.0'
         channels = len(state[f'{block}.conv1.weight'])

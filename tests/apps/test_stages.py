@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
 from support.tooling import ROOT
 
+from mmgfp.apps.pipeline import Pipeline, StageError
 from mmgfp.apps.stages import (
-    Pipeline,
-    StageError,
-    find_hook,
     input_shape,
     original,
     parse_options,
@@ -82,13 +79,6 @@ def test_input_shape_is_the_hooks():
     assert input_shape(config, [override]) == (3, 64, 96)
     with pytest.raises(ConfigError, match='FisherPruningHook'):
         input_shape(str(DEMO / 'retinanet_r18_fpn_digits.py'))
-
-
-def test_the_hook_is_found_by_its_type():
-    config = Config.fromfile(DEMO / 'retinanet_r18_fpn_digits_prune.py')
-    config.custom_hooks.insert(0, dict(type='EMAHook'))
-    place, hook = find_hook(config)
-    assert place == 1 and hook['interval'] == 10
 
 
 def test_options_are_parsed_like_the_other_tools_do():

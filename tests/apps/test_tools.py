@@ -34,10 +34,8 @@ def test_analyze_prints_and_writes_what_can_be_pruned(run_tool, tmp_path):
     report = json.loads(out.read_text())
     units = sum(group['units'] for group in report['groups'])
     assert f'{units} units in {len(report["groups"])} groups' in done.stdout
-    assert {f['layer'] for f in report['frozen']} == {
-        'bbox_head.retina_cls',
-        'bbox_head.retina_reg',
-    }
+    outputs = {'bbox_head.retina_cls', 'bbox_head.retina_reg'}
+    assert {f['layer'] for f in report['frozen']} == outputs
     kept = 9 * (10 + 4)  # anchors times (classes + box sides)
     convs = [m for m in build_model(load_config(str(DEMO))).modules() if _is_conv(m)]
     total = sum(conv.out_channels for conv in convs)
@@ -127,13 +125,8 @@ def test_deploy_refuses_and_writes_nothing(run_tool, pruning_run, tmp_path):
     line = error_line(done)
     assert f'{cut} must be a checkpoint that loads' in line
     assert not (tmp_path / 'out').exists()
-    done = run_tool(
-        'deploy_pruned.py',
-        PRUNE_CONFIG,
-        pruning_run.artifact,
-        '--out',
-        tmp_path / 'out',
-    )
+    command = ['deploy_pruned.py', PRUNE_CONFIG, pruning_run.artifact]
+    done = run_tool(*command, '--out', tmp_path / 'out')
     assert 'must be of shape' in error_line(done)
     assert not (tmp_path / 'out').exists()
 

@@ -11,9 +11,10 @@ from support.tooling import ROOT, load_tool
 from mmgfp.apps.cli import run_cli
 from mmgfp.utils.errors import ConfigError
 
-TOOLS = ROOT / 'tools'
-DEMO = TOOLS.parent / 'configs/demo'
-
+PRUNE = [
+    str(ROOT / 'configs/demo/retinanet_r18_fpn_digits_prune.py'),
+    '--cfg-options',
+]
 
 train, tester = load_tool('train'), load_tool('test')
 
@@ -38,6 +39,7 @@ test_dataloader = train_dataloader
         (tester, ['{tmp}/c.py', 'no.pth'], 'checkpoint must be a checkpoint file'),
         (tester, ['{tmp}/c.py', '{tmp}/w.pth'], 'test_dataloader.dataset must be'),
         (tester, ['{tmp}/c.py', '{tmp}/w.pth', '--out', 'x.txt'], 'must be a .pkl'),
+        (train, [*PRUNE, 'load_from=x.pth'], 'load_from must be a checkpoint file'),
     ],
 )
 def test_what_is_missing_gets_one_line(
@@ -53,31 +55,17 @@ def test_what_is_missing_gets_one_line(
     assert words in error
 
 
-def test_missing_baseline_is_said(tmp_path, monkeypatch, capsys):
-    config = DEMO / 'retinanet_r18_fpn_digits_prune.py'
-    with pytest.raises(SystemExit):
-        call(train, monkeypatch, config, '--cfg-options', f'load_from={tmp_path}/x.pth')
-    assert 'load_from must be a checkpoint file' in capsys.readouterr().err
-
-
-def test_resume_without_a_checkpoint_starts_as_configured(tmp_path):
+def test_resume_takes_the_newest_checkpoint_if_there_is_one(tmp_path):
     cfg = Config(dict(work_dir=str(tmp_path), load_from='a.pth', resume=False))
     train.apply_resume(cfg, 'auto')
     assert (cfg.load_from, cfg.resume) == ('a.pth', False)
-
-
-def test_resume_takes_the_newest_checkpoint(tmp_path):
     newest = tmp_path / 'iter_5.pth'
     newest.touch()
     (tmp_path / 'last_checkpoint').write_text(str(newest))
-    cfg = Config(dict(work_dir=str(tmp_path), load_from='a.pth', resume=False))
     train.apply_resume(cfg, 'auto')
     assert (cfg.load_from, cfg.resume) == (str(newest), True)
-
-
-def test_resume_from_a_missing_file_is_said(tmp_path):
     with pytest.raises(ConfigError, match='--resume must be a checkpoint file'):
-        train.apply_resume(Config(dict(work_dir=str(tmp_path))), 'no.pth')
+        train.apply_resume(cfg, 'no.pth')
 
 
 def test_amp_switches_the_wrapper():

@@ -2,15 +2,13 @@
 
 import json
 import os
-import runpy
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from support.tooling import ROOT
 
-from mmgfp.apps import zoo
+from mmgfp.apps import zoo, zoo_jobs
 from mmgfp.apps.zoo import (
     CANDIDATES,
     _initialize,
@@ -26,20 +24,14 @@ LENET = 'mmpretrain::lenet/lenet5_mnist.py'
 FACTS = {'python': '3.11', 'versions': {'mmdet': '3.3.0', 'torch': '2.11.0'}}
 
 
-@pytest.fixture
-def tool():
-    """The functions of tools/zoo.py."""
-    return SimpleNamespace(**runpy.run_path(str(ROOT / 'tools/zoo.py')))
-
-
-def found(config, status, reason='', **more):
+def outcome(config, status, reason='', **more):
     return {'config': config, 'status': status, 'reason': reason, 'seconds': 1} | more
 
 
 def agreement(config, **more):
     numbers = dict(groups=2, units=7, channels=0.5, macs=0.25, compared='loss')
     numbers |= dict(prepare_seconds=0.5, disagreeing={}, frozen={})
-    return found(config, 'agrees', **numbers | more)
+    return outcome(config, 'agrees', **numbers | more)
 
 
 # --- which configs
@@ -67,29 +59,29 @@ def test_the_next_config_is_tried_only_where_the_loss_does_not_run(monkeypatch):
     tried = []
     while (config := next_of(names, results)) is not None:
         tried.append(config)
-        results[config] = found(config, 'not run')
+        results[config] = outcome(config, 'not run')
     assert tried == ['a', 'b', 'c']
     assert [r['config'] for r in known_of(names, results)] == ['a', 'b', 'c']
     for status in ('agrees', 'disagrees', 'failed'):
-        assert next_of(names, {'a': found('a', status)}) is None
-    results['b'] = found('b', 'failed')
+        assert next_of(names, {'a': outcome('a', status)}) is None
+    results['b'] = outcome('b', 'failed')
     assert [r['config'] for r in known_of(names, results)] == ['a', 'b']
 
 
 # --- running
 
 
-def test_a_line_cut_short_costs_only_its_own_config(tool, tmp_path, capsys):
+def test_a_line_cut_short_costs_only_its_own_config(tmp_path, capsys):
     path = tmp_path / 'new' / 'zoo.jsonl'
-    assert tool.read_results(path) == {}
-    tool.append_result(path, found('a', 'not run'))
+    assert zoo_jobs.read_results(path) == {}
+    zoo_jobs.append_result(path, outcome('a', 'not run'))
     with path.open('a') as file:
         file.write('{"config": "b", "sta')  # killed while it wrote
-    assert list(tool.read_results(path)) == ['a']
+    assert list(zoo_jobs.read_results(path)) == ['a']
     assert f'{path}:2 is cut short' in capsys.readouterr().out
-    tool.append_result(path, found('c', 'failed'))
-    tool.append_result(path, found('a', 'agrees'))
-    assert {c: r['status'] for c, r in tool.read_results(path).items()} == {
+    zoo_jobs.append_result(path, outcome('c', 'failed'))
+    zoo_jobs.append_result(path, outcome('a', 'agrees'))
+    assert {c: r['status'] for c, r in zoo_jobs.read_results(path).items()} == {
         'a': 'agrees',
         'c': 'failed',
     }
@@ -104,18 +96,18 @@ def play(config, enter):
         enter('tracing')
         os._exit(3)
     status = 'not run' if config == 'needs a GPU' else 'agrees'
-    return found(config, status)
+    return outcome(config, status)
 
 
-def test_each_config_has_a_process_and_a_time_of_its_own(tool, tmp_path):
+def test_each_config_has_a_process_and_a_time_of_its_own(tmp_path, monkeypatch):
     path = tmp_path / 'zoo.jsonl'
-    tool.run_all.__globals__['examine'] = play
-    known = {'done': found('done', 'agrees')}
+    monkeypatch.setattr(zoo_jobs, 'examine', play)
+    known = {'done': outcome('done', 'agrees')}
     families = [['hangs'], ['crashes'], ['needs a GPU', 'plain', 'other'], ['done']]
     start = time.monotonic()
-    tool.run_all(families, known, path, timeout=2, jobs=2)
+    zoo_jobs.run_all(families, known, path, timeout=2, jobs=2)
     assert time.monotonic() - start < 30
-    results = tool.read_results(path)
+    results = zoo_jobs.read_results(path)
     assert {c: (r['status'], r['reason']) for c, r in results.items()} == {
         'hangs': ('not run', 'loss: no end after 2 s'),
         'crashes': ('failed', 'tracing: process ended with 3'),
@@ -128,7 +120,7 @@ def test_each_config_has_a_process_and_a_time_of_its_own(tool, tmp_path):
 @pytest.mark.slow
 def test_a_small_config_from_the_command_line(run_tool, tmp_path):
     out, page = tmp_path / 'zoo.jsonl', tmp_path / 'zoo.md'
-    broken = found(LENET, 'failed', 'tracing: something that was mended')
+    broken = outcome(LENET, 'failed', 'tracing: something that was mended')
     out.write_text(json.dumps(broken) + '\n')
     options = ('--families', '--filter', 'mmpretrain::lenet/*', '--json', out)
     done = run_tool('zoo.py', *options, '--page', page)
@@ -173,7 +165,7 @@ def test_no_layer_starts_blind():
 
 def test_the_page_counts_and_lists_what_became_of_each_config():
     results = [
-        found('mmdet::a/a1.py', 'not run', 'model: ImportError: Please install lap'),
+        outcome('mmdet::a/a1.py', 'not run', 'model: ImportError: Please install lap'),
         agreement('mmdet::a/a2.py', macs=1.0, channels=0.99, units=321),
         agreement(
             'mmdet::b/b.py',
@@ -187,14 +179,14 @@ def test_the_page_counts_and_lists_what_became_of_each_config():
                 'neck.3': "masked and compact disagree: shape '[4, 8]' is invalid",
             },
         ),
-        found('mmdet::c/c.py', 'failed', 'tracing: KeyError: "/opt/x/y.py"'),
-        found('mmpretrain::d/d.py', 'not run', 'loss: no end after 300 s'),
-        found('mmpretrain::e/e.py', 'not run', 'loss: no end after 300 s'),
-        found('mmpretrain::f/f.py', 'disagrees', 'outputs differ by 0.5'),
+        outcome('mmdet::c/c.py', 'failed', 'tracing: KeyError: "/opt/x/y.py"'),
+        outcome('mmpretrain::d/d.py', 'not run', 'loss: no end after 300 s'),
+        outcome('mmpretrain::e/e.py', 'not run', 'loss: no end after 300 s'),
+        outcome('mmpretrain::f/f.py', 'disagrees', 'outputs differ by 0.5'),
     ]
     page = render(results, FACTS)
     for line in (
-        'Made with Python 3.11, mmdet 3.3.0, torch 2.11.0.',
+        'Measured with Python 3.11, mmdet 3.3.0, torch 2.11.0.',
         '| mmdet | 4 | 3 | 2 | 1 | 2 of 3 (66.7%) |',
         '| mmpretrain | 3 | 1 | 0 | 0 | 0 of 1 (0.0%) |',
         '| `a/a2` | 321 | 99.0% | 100.0% | loss | 1 |  |',
@@ -229,7 +221,7 @@ def test_reasons_name_no_place_on_this_machine(reason, said):
 def test_a_cause_that_layers_share_is_given_once():
     why = 'TraceError: every layer is left alone because: '
     layers = (f'read by a.{i}: rows are moved by Unfold' for i in range(9))
-    results = [found('mmdet::a/a.py', 'failed', why + '; '.join(layers))]
+    results = [outcome('mmdet::a/a.py', 'failed', why + '; '.join(layers))]
     line = f'| {why}rows are moved by Unfold | `mmdet::a/a` |'
     assert line in render(results, FACTS).splitlines()
 
