@@ -12,7 +12,7 @@ from torch import nn
 
 from mmgfp.engine.registry import MODELS
 from mmgfp.surgery.compact import compact_
-from mmgfp.surgery.fit import check_fits, check_widths
+from mmgfp.surgery.fit import check_fits, check_shapes
 from mmgfp.surgery.structure import PruneStructure
 
 
@@ -62,7 +62,7 @@ class WidthGuard:
         Raises:
             StructureError: If a tensor has another shape than the structure says.
         """
-        check_widths(
+        check_shapes(
             {n: state_dict.get(prefix + n) for n in self.shapes},
             self.shapes,
             'as model.structure says',

@@ -56,13 +56,13 @@ def check_fits(
         _check_module(f'{source}: {name}', module, kept)
 
 
-def check_widths(
+def check_shapes(
     weights: Mapping[str, Any],
     shapes: Mapping[str, Sequence[int]],
     reference: str,
     remedy: str,
 ) -> None:
-    """Refuse weights of other widths, which loading would skip with a warning.
+    """Refuse weights of other shapes, which loading would skip with a warning.
 
     Args:
         weights: The weights to load; those that are missing are no matter here.
@@ -75,7 +75,7 @@ def check_widths(
 
     Examples:
         >>> import torch
-        >>> check_widths({'bias': torch.ones(4)}, {'bias': (4,)}, 'of the model', '')
+        >>> check_shapes({'bias': torch.ones(4)}, {'bias': (4,)}, 'of the model', '')
     """
     for name, shape in shapes.items():
         got = getattr(weights.get(name), 'shape', None)

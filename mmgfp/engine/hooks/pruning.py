@@ -32,7 +32,7 @@ from mmgfp.engine.runner_access import (
 )
 from mmgfp.pruner import ChannelPruner, PruneStep, require_fisher
 from mmgfp.selection.targets import Target
-from mmgfp.surgery.fit import check_widths
+from mmgfp.surgery.fit import check_shapes
 from mmgfp.surgery.live import check_optimizer
 from mmgfp.surgery.structure import STRUCTURE_KEY
 from mmgfp.utils.errors import ConfigError
@@ -239,7 +239,7 @@ class ChannelPruningHook(Hook):
             self._resumed = pruner
         if runner._resume or STRUCTURE_KEY in checkpoint:
             model = unwrap_model(runner.model)
-            check_widths(
+            check_shapes(
                 checkpoint.get('state_dict', {}),
                 {name: tensor.shape for name, tensor in model.state_dict().items()},
                 'as in the model that is pruned',
