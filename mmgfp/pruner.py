@@ -134,8 +134,7 @@ class ChannelPruner:
                 recorded from ``forward`` if not given.
 
         Raises:
-            TraceError: If nothing can be pruned; under ``strict``, also if an op has no
-                rule or verification fails for a group.
+            TraceError: If nothing can be pruned, or ``strict`` finds something to raise.
             ConfigError: If a pattern of ``keep`` matches no layer.
         """
         self.attach(self.discover(loss, forward, images, profiles))
@@ -184,15 +183,13 @@ class ChannelPruner:
 
         Args:
             loss_scale: The factor on the loss in backward, as of a gradient scaler.
-            reduce: Sums a tensor over all processes, in place, and returns their
-                number; called at decisions only.
+            reduce: Sums a tensor over all processes and returns their number.
 
         Returns:
             PruneStep: The outcome of a decision, or None between two decisions.
 
         Raises:
-            StatisticsError: If too many iterations in a row had gradients that are not
-                finite.
+            StatisticsError: If gradients were not finite in too many iterations.
         """
         units = self.units
         self.criterion.update(loss_scale)
@@ -262,10 +259,10 @@ class ChannelPruner:
         Raises:
             ConfigError: If an optimizer's state cannot be cut; nothing has changed.
         """
-        if not self.units.compact_(optimizers):
-            return False
-        self._watch()
-        return True
+        has_cut = self.units.compact_(optimizers)
+        if has_cut:
+            self._watch()
+        return has_cut
 
     def close(self) -> None:
         """Take all hooks off the model; masked columns stay at zero."""

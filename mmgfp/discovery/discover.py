@@ -146,20 +146,18 @@ def discover(
         ConfigError: If a pattern of ``keep`` matches no layer.
     """
     traced = trace_model(model, loss, strict)
-    trace = traced.trace
-    for op, layers in trace.unknown_ops.items():
+    for op, layers in traced.trace.unknown_ops.items():
         logger.warning('op %s has no rule; it freezes %s', op, ', '.join(layers))
     unscored = unscorable(model, traced.weights, traced.rows)
-    frozen: list[tuple[ChannelGroup, str]] = []
+
+    def build(frozen: Sequence[tuple[ChannelGroup, str]] = ()) -> Grouping:
+        return build_groups(model, traced.trace, keep, unscored, frozen)
+
+    frozen = []
     if not coupled:
-        groups = build_groups(model, trace, keep, unscored).groups
-        frozen += [(g, SHARED) for g in groups if not g.internal]
+        frozen += [(g, SHARED) for g in build().groups if not g.internal]
     # A frozen group may leave others in a new shape, so all are verified again.
-    while True:
-        grouping = build_groups(model, trace, keep, unscored, frozen)
-        failures = find_disagreements(model, grouping, forward)
-        if not failures:
-            break
+    while failures := find_disagreements(model, grouping := build(frozen), forward):
         _report(failures, strict)
         frozen += [(f.group, f'{DISAGREES}: {f.reason}') for f in failures]
     if not grouping.groups:

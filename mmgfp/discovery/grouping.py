@@ -65,11 +65,9 @@ def build_groups(
     Args:
         model: The traced module.
         trace: The result of tracing it.
-        keep: Names or glob patterns of layers that stay as they are, on their input
-            and on their output side.
+        keep: Names or glob patterns of layers that stay as they are, on both sides.
         unscorable: Weights of layers whose inputs are left alone, with the reason.
-        frozen_groups: Groups built before from the same trace that are to be left
-            alone, with the reason.
+        frozen_groups: Groups of the same trace that are left alone, with the reason.
 
     Raises:
         ConfigError: If a pattern of ``keep`` matches no layer.
@@ -82,8 +80,8 @@ def build_groups(
         >>> grouping = build_groups(net, trace_loss(net, loss))
         >>> [(group.name, group.units) for group in grouping.groups]
         [('0', 4)]
-        >>> [(m.name, m.dim, m.role) for m in grouping.groups[0].members]
-        [('0.weight', 0, 'out'), ('0.bias', 0, 'with'), ('2.weight', 1, 'in')]
+        >>> [(m.name, m.role) for m in grouping.groups[0].members]
+        [('0.weight', 'out'), ('0.bias', 'with'), ('2.weight', 'in')]
         >>> [(f.layer, f.reason) for f in grouping.frozen]
         [('2', 'an output: reaches the loss without a further layer')]
     """
@@ -94,9 +92,9 @@ def build_groups(
             reason = f'read by {module_of(call.weight)}: {unscorable[call.weight]}'
             trace.table.freeze(call.inputs, reason)
     for group, reason in frozen_groups:
-        member = group.members[0]  # the others are equated with it
-        labels = trace.table.vectors[member.name, member.dim][member.index]
-        trace.table.freeze(labels, reason)
+        first = group.members[0]  # the others are equated with it
+        vector = trace.table.vectors[first.name, first.dim]
+        trace.table.freeze(vector[first.index], reason)
     components = _find_components(trace)
     groups, unit_of = _collect(trace, components)
     # The first call of a shared layer comes last, and stands.

@@ -26,13 +26,11 @@ def profile_layers(
         model: The module; its Conv and FC layers are watched.
         forward: Calls the module.
         images: Number of images in that call; results are for one.
-        rows: Number of rows to count for one image, by the name of a module whose
-            layers work on something other than images, such as RoIs. It holds
-            however many rows the call gives.
+        rows: Rows to count for one image, however many the call gives, by the name of
+            a module whose layers work on something else than images, such as RoIs.
 
     Returns:
-        dict: Profiles by the name of the layer's weight; layers that did not run have
-        none.
+        dict: Profiles by the name of the weight, for all layers that ran.
 
     Examples:
         >>> import torch

@@ -84,7 +84,7 @@ def select_units(
     count: float = np.inf,
     bound: float = np.inf,
 ) -> np.ndarray:
-    """Greedily pick the units to prune now.
+    """Greedily pick the units to prune now, (V,) numbers of units.
 
     Each pick takes the unit with the least normalised importance at the costs that
     the earlier picks leave. Where groups come to rest at some sizes only, it takes the
@@ -92,8 +92,7 @@ def select_units(
     importances add up, and so does what they save.
 
     Args:
-        importance: Importance of each unit, (U,); NaN where nothing is known, which is
-            never picked.
+        importance: Importance of each unit, (U,); those with NaN are never picked.
         group_of: Group of each unit, ascending, (U,).
         kept: Units not pruned yet, (U,).
         costs: The model's costs.
@@ -103,39 +102,22 @@ def select_units(
         count: Picks end when so many units are picked; a bundle is never cut.
         bound: Largest importance of all picks as one unit, at worst: their number
             times the sum of their importances. The first pick is free.
-
-    Returns:
-        np.ndarray: Numbers of the picked units; fewer than ``count`` where ``done``,
-        ``bound`` or the limits say so.
     """
-    groups = len(limits.least)
-    remaining = np.bincount(group_of[kept], minlength=groups)
-    removed = np.bincount(group_of, minlength=groups) - remaining
-    bundles = _bundles(remaining, limits.steps)
-    running = RunningCosts(costs, removed, bundles)
-    # Units of a group save the same, so only the least of each group can be next.
-    queues = _Queues(importance, group_of, kept & np.isfinite(importance), groups)
-
-    def least_of(g: int) -> float:
-        is_stuck = remaining[g] - bundles[g] < limits.least[g]
-        return np.inf if is_stuck else queues.least(g, bundles[g])
-
-    heads = np.array([least_of(g) for g in range(groups)])  # (G,)
+    queues = _Queues(importance, group_of, kept, limits)
+    running = RunningCosts(costs, queues.removed, queues.bundles)
     picked: list[int] = []
     total = 0.0
     while len(picked) < count and not done(running.totals):
-        scores = normalized(heads, running, normalize)
+        # Units of a group save the same, so only the head of each can be next.
+        scores = normalized(queues.heads, running, normalize)
         g = int(scores.argmin())
         if not np.isfinite(scores[g]):
             break
-        size, total = bundles[g], total + heads[g]
+        size, total = queues.bundles[g], total + queues.heads[g]
         if picked and (len(picked) + size) * total > bound:
             break
-        picked += queues.take(g, size)
-        remaining[g] -= size
-        bundles[g] = _bundles(remaining[g], limits.steps[g])
-        running.remove(g, size, bundles[g])
-        heads[g] = least_of(g)
+        picked += queues.take(g)
+        running.remove(g, size, queues.bundles[g])
     return np.array(picked, dtype=int)
 
 
@@ -148,37 +130,54 @@ class _Queues:
     """Candidates of each group, the least important first, of equal ones the first.
 
     A group is sorted only once it is picked from: its least is found faster without.
+
+    Attributes:
+        removed: Units that were gone from each group at first, (G,).
+        bundles: Units that go next from each group, (G,).
+        heads: Their importance together; infinite where they may not go, (G,).
     """
 
     def __init__(
         self,
         importance: np.ndarray,
         group_of: np.ndarray,
-        candidate: np.ndarray,
-        groups: int,
+        kept: np.ndarray,
+        limits: Limits,
     ) -> None:
+        groups = len(limits.least)
         self._importance = importance
-        units = np.flatnonzero(candidate)
+        self._limits = limits
+        self._remaining = np.bincount(group_of[kept], minlength=groups)
+        self.removed = np.bincount(group_of, minlength=groups) - self._remaining
+        units = np.flatnonzero(kept & np.isfinite(importance))
         ends = np.searchsorted(group_of[units], np.arange(groups + 1)).tolist()
         self._units = [units[start:end] for start, end in pairwise(ends)]
         self._sorted = [False] * groups
+        self.bundles = _bundles(self._remaining, limits.steps)
+        self.heads = np.array([self._head(g) for g in range(groups)])
 
-    def least(self, group: int, size: int) -> float:
-        """Return the importance of the next ``size`` units; infinity if they lack."""
+    def take(self, group: int) -> list[int]:
+        """Remove the units that go next from a group, and return their numbers."""
+        size = self.bundles[group]
+        self._sort(group)
         units = self._units[group]
-        if len(units) < size:
+        self._units[group] = units[size:]
+        self._remaining[group] -= size
+        steps = self._limits.steps[group]
+        self.bundles[group] = _bundles(self._remaining[group], steps)
+        self.heads[group] = self._head(group)
+        return units[:size].tolist()
+
+    def _head(self, group: int) -> float:
+        """Return the importance of the units that would go next from a group."""
+        size, units = self.bundles[group], self._units[group]
+        is_stuck = self._remaining[group] - size < self._limits.least[group]
+        if is_stuck or len(units) < size:
             return np.inf
         if size == 1 and not self._sorted[group]:
             return float(self._importance[units].min())
         self._sort(group)
         return float(self._importance[self._units[group][:size]].sum())
-
-    def take(self, group: int, size: int) -> list[int]:
-        """Remove the next ``size`` units and return their numbers."""
-        self._sort(group)
-        units = self._units[group]
-        self._units[group] = units[size:]
-        return units[:size].tolist()
 
     def _sort(self, group: int) -> None:
         if not self._sorted[group]:
