@@ -147,7 +147,7 @@ def test_analyze_says_what_is_wrong_in_one_line(run_tool, arguments, words):
 @pytest.mark.parametrize(
     ('option', 'words'),
     [
-        ('custom_hooks.0.intervall=3', 'FisherPruningHook.intervall must be a known'),
+        ('custom_hooks.0.intervall=3', 'pruning.intervall must be one of its'),
         ('custom_hooks.0.target.flops=1.5', 'target.flops must be a ratio'),
     ],
 )

@@ -73,7 +73,7 @@ def test_amp_switches_the_wrapper():
     train.enable_amp(cfg)
     assert cfg.optim_wrapper == dict(type='AmpOptimWrapper', loss_scale='dynamic')
     cfg.optim_wrapper.type = 'ApexOptimWrapper'
-    with pytest.raises(ConfigError, match="--amp .*(got 'ApexOptimWrapper'"):
+    with pytest.raises(ConfigError, match=r"--amp .*\(got 'ApexOptimWrapper'"):
         train.enable_amp(cfg)
 
 
