@@ -259,8 +259,7 @@ class ChannelPruner:
         Raises:
             ConfigError: If an optimizer's state cannot be cut; nothing has changed.
         """
-        has_cut = self.units.compact_(optimizers)
-        if has_cut:
+        if has_cut := self.units.compact_(optimizers):
             self._watch()
         return has_cut
 
