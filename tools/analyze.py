@@ -18,11 +18,12 @@ from mmgfp.apps.cli import (
     run_cli,
     write_json,
 )
-from mmgfp.apps.run_config import default_input_shape
+from mmgfp.apps.run_config import default_input_shape, pruning_config
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model
-from mmgfp.pruner import GroupFisherPruner
+from mmgfp.pruner import ChannelPruner
+from mmgfp.selection.costs import COSTS
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,8 +49,10 @@ def analyze(
 ) -> dict[str, Any]:
     """Trace the config's model on a synthetic batch and report on it.
 
+    A pruning hook in the config says what it would keep, and by which criterion.
+
     Raises:
-        ConfigError: If the checkpoint is missing.
+        ConfigError: If the checkpoint is missing or an option of the hook is not valid.
         TraceError: If nothing can be pruned.
     """
     model = build_model(cfg)
@@ -58,7 +61,8 @@ def analyze(
         load_checkpoint(model, checkpoint, map_location='cpu')
     calls = BatchCalls(model, demo_batch(cfg))
     profiles = calls.profile(model, shape)
-    pruner = GroupFisherPruner(model, strict=strict)
+    options = pruning_config(cfg)
+    pruner = ChannelPruner(model, options, strict=strict or options.strict)
     pruner.prepare(calls.loss, calls.check, calls.images, profiles)
     return report(pruner, profiles)
 
@@ -82,11 +86,12 @@ def show(result: dict[str, Any], console: Console) -> None:
         f'{result["coverage"]["channels"]:.1%} of output channels, '
         f'{result["coverage"]["macs"]:.1%} of MACs'
     )
-    console.print(
-        f'MACs {result["macs"] / 1e9:.2f} G (one multiply-add counts as one), '
-        f'params {result["params"] / 1e6:.2f} M, '
-        f'memory {result["memory"] / 1e6:.2f} M elements'
+    costs = {name: COSTS[name] for name in COSTS.names()}
+    amounts = (
+        f'{cost.label} {result[name] / cost.scale:.2f} {cost.unit}'
+        for name, cost in costs.items()
     )
+    console.print(', '.join(amounts), '(one multiply-add counts as one)')
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from mmgfp.engine.export import (
     read_deployable,
     recorded_shape,
 )
+from mmgfp.selection.costs import COSTS
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,7 +54,7 @@ def summarize(
         rounds: Timed passes; 0 measures no latency.
 
     Returns:
-        `macs`, `memory`, `params` and, if measured, the median `latency_ms` in
+        Costs by their names in `COSTS` and, if measured, the median `latency_ms` in
         milliseconds, of `original` and `pruned`.
     """
     models = {'original': item.original, 'pruned': item.model}
@@ -72,12 +73,9 @@ def summarize(
 
 def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
     """Print original and pruned side by side, with the ratio."""
-    scales = {
-        'macs': ('MACs (G)', 1e9),
-        'params': ('params (M)', 1e6),
-        'memory': ('memory (M elements)', 1e6),
-        'latency_ms': ('CPU latency (ms)', 1.0),
-    }
+    costs = {name: COSTS[name] for name in COSTS.names()}
+    scales = {key: (f'{c.label} ({c.unit})', c.scale) for key, c in costs.items()}
+    scales['latency_ms'] = ('CPU latency (ms)', 1.0)
     table = Table('', 'original', 'pruned', 'ratio')
     for key, (label, scale) in scales.items():
         if key in rows['original']:

@@ -8,12 +8,12 @@ import numpy as np
 from torch import nn
 
 from mmgfp.groups import Grouping, module_of
-from mmgfp.pruner import GroupFisherPruner
+from mmgfp.pruner import ChannelPruner
 from mmgfp.selection.costs import CostTable, LayerProfile
 
 
 def costs_of(model: nn.Module, profiles: dict[str, LayerProfile]) -> dict[str, int]:
-    """Count the ``macs``, ``memory`` and ``params`` of a model for one image.
+    """Count all costs of a model for one image, by their names in `COSTS`.
 
     Args:
         model: Any module.
@@ -66,15 +66,11 @@ def coverage(
     }
 
 
-def report(
-    pruner: GroupFisherPruner, profiles: dict[str, LayerProfile]
-) -> dict[str, Any]:
+def report(pruner: ChannelPruner, profiles: dict[str, LayerProfile]) -> dict[str, Any]:
     """Report costs, groups, frozen layers and coverage of a prepared pruner."""
     full = pruner.units.full
     return {
-        'macs': int(full['macs']),
-        'params': int(full['params']),
-        'memory': int(full['memory']),
+        **{name: int(value) for name, value in full.values.items()},
         'groups': [
             {
                 'name': group.name,

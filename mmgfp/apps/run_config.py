@@ -12,6 +12,8 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmgfp.config import PruningConfig
+from mmgfp.engine.registry import PRUNING_HOOKS, is_named
 from mmgfp.utils.errors import ConfigError
 
 #: Variables of a config file that its other entries repeat.
@@ -28,6 +30,24 @@ def default_input_shape(cfg: Config) -> tuple[int, int, int]:
         (3, 800, 1280)
     """
     return DEFAULT_SHAPES.get(cfg.get('default_scope'), DEFAULT_SHAPES['mmpretrain'])
+
+
+def pruning_config(cfg: Config) -> PruningConfig:
+    """Return the options of the config's pruning hook; the defaults without one.
+
+    Raises:
+        ConfigError: If an option is not valid.
+
+    Examples:
+        >>> hook = dict(type='FisherPruningHook', keep=['neck'])
+        >>> pruning_config(Config(dict(custom_hooks=[hook]))).keep
+        ('neck',)
+    """
+    for hook in cfg.get('custom_hooks') or []:
+        if is_named(hook.get('type'), *PRUNING_HOOKS):
+            options = {k: v for k, v in hook.items() if k not in ('type', 'priority')}
+            return PruningConfig.of(**options)
+    return PruningConfig()
 
 
 def configure_run(cfg: Config, args: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mmgfp.selection.costs import COSTS
+
 #: Names of the packages whose versions are reported: both OpenMMLab lines, and torch.
 PREFIXES = ('mm', 'onedl-mm', 'torch')
 
@@ -59,9 +61,9 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Format results, with costs also as a share of the first row's.
 
     Args:
-        rows: For each model its name `model`, the dict `metrics` and the numbers
-            `macs`, `memory` and `params`; optionally the metrics of further tests by
-            name in `also`, and milliseconds by batch size in `latency_ms`.
+        rows: For each model its name `model`, the dict `metrics` and its costs by
+            their names in `COSTS`; optionally the metrics of further tests by name in
+            `also`, and milliseconds by batch size in `latency_ms`.
 
     Returns:
         The header, then one list of cells per row.
@@ -78,10 +80,11 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     first = rows[0]
     metric = main_metric(first['metrics'])[0]
     tests, batches = list(first.get('also', {})), list(first.get('latency_ms', {}))
+    costs = {name: COSTS[name] for name in COSTS.names() if name in first}
     cells = [
         [
             *('model', metric, *(f'{metric}, {name}' for name in tests)),
-            *('MACs (G)', 'memory (M)', 'params (M)'),
+            *(f'{cost.label} ({cost.unit})' for cost in costs.values()),
             *('CPU (ms)' if n == '1' else f'CPU, batch {n} (ms)' for n in batches),
         ]
     ]
@@ -92,8 +95,8 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 row['model'],
                 *(f'{main_metric(values)[1]:.1f}' for values in metrics),
                 *(
-                    _cost(row[key] / unit, first[key] / unit, '#.4g')
-                    for key, unit in (('macs', 1e9), ('memory', 1e6), ('params', 1e6))
+                    _cost(row[key] / cost.scale, first[key] / cost.scale, '#.4g')
+                    for key, cost in costs.items()
                 ),
                 *(
                     _cost(row['latency_ms'][n], first['latency_ms'][n], '.1f')
