@@ -152,9 +152,9 @@ def test_processes_that_disagree_stop_with_both_hashes(tmp_path):
     assert train(config, **changes) == [2, 2]
     for rank in range(2):
         error = logged(config, rank).splitlines()[-1]
-        words = 'error: structure: expected the same one in all processes, got hashes '
+        words = 'error: structure must be the same in all processes (got hashes '
         assert error.startswith(words)
-        hashes, _, remedy = error.removeprefix(words).partition('; ')
+        hashes, _, remedy = error.removeprefix(words).partition('); ')
         one, two = hashes.split(', ')
         assert len(one) == len(two) == 16 and one != two
         assert remedy.startswith('resume from the last checkpoint')
@@ -171,7 +171,7 @@ def test_failure_of_the_main_process_stops_all(tmp_path):
     config = steady_classifier(tmp_path, 2)
     assert train(config, change=keep_nothing, processes=2) == [2, 2]
     first, second = (logged(config, r).splitlines()[-1] for r in range(2))
-    assert first.startswith('error: keep: expected ')
+    assert first.startswith('error: keep must be ')
     assert second.startswith(f'error: in the main process: ConfigError: {first[7:]}')
 
 
