@@ -134,7 +134,7 @@ class ChannelPruner:
                 recorded from ``forward`` if not given.
 
         Raises:
-            TraceError: If nothing can be pruned, or ``strict`` finds something to raise.
+            TraceError: If nothing can be pruned, or ``strict`` asks for an error.
             ConfigError: If a pattern of ``keep`` matches no layer.
         """
         self.attach(self.discover(loss, forward, images, profiles))

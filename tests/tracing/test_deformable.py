@@ -94,7 +94,7 @@ def test_offsets_read_a_mask_copy_of_their_own(modulated, parts):
     pruner.step()
     pruner.close()
     other = unpacked(model, modulated, parts)
-    expected = mask_fisher(other, loss, prepared(other).grouping.groups, 3)
+    expected = mask_fisher(other, loss, prepared(other).units.grouping.groups, 3)
     assert expected.count_nonzero() == len(expected) == 6 // parts + 6
     torch.testing.assert_close(
         torch.from_numpy(pruner.criterion.statistics.importance),
