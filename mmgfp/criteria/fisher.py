@@ -36,6 +36,7 @@ class Fisher(Criterion):
     Attributes:
         tap: Takes the mask gradients off the layers; None before `attach`.
         statistics: What they add up to since the last decision.
+        warned: Warnings that were given, each one once.
     """
 
     # The square of a sum is at most its number of terms times the sum of the squares,
@@ -48,7 +49,7 @@ class Fisher(Criterion):
         self._context: ScoringContext | None = None
         self._units: dict[str, torch.Tensor] = {}
         self._groups_read: dict[str, np.ndarray] = {}
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
 
     def unscorable(
         self, model: nn.Module, weights: Sequence[str], rows: RowUse
@@ -114,8 +115,8 @@ class Fisher(Criterion):
             message = (
                 f'the inputs of {layers} are not counted in some iterations: {reason}'
             )
-            if message not in self._warned:
-                self._warned.add(message)
+            if message not in self.warned:
+                self.warned.add(message)
                 logger.warning(message)
         if gradients:
             count = len(self.statistics.group_of)

@@ -258,7 +258,7 @@ def test_rois_of_frozen_features_are_not_taken_for_images(net, images):
     net.a.requires_grad_(False)
     total(net, images).backward()
     pruner.step()
-    first, second = sorted(pruner.checks.warned)
+    first, second = sorted(pruner.criterion.warned)
     assert 'inputs of b, fc.0 are not counted' in first
     assert 'needs no gradient, as behind frozen layers' in first
     assert 'inputs of fc.1 are not counted' in second
