@@ -22,6 +22,7 @@ from support.runs import (
 )
 from support.toy_runner import hook_of
 
+from mmgfp import PruningConfig
 from mmgfp.criteria.fisher import Fisher
 
 # -- runs ---------------------------------------------------------------------
@@ -56,10 +57,10 @@ def record(runner, rank):
     scores, seen = Fisher.scores, []
 
     def recorded(self, reduce=None):
-        result = scores(self, reduce)
-        seen.append(torch.from_numpy(result.values.copy()))
+        importance = scores(self, reduce)
+        seen.append(torch.from_numpy(importance.values.copy()))
         torch.save(seen, Path(runner.work_dir) / f'statistics_{rank}.pth')
-        return result
+        return importance
 
     Fisher.scores = recorded
 
@@ -139,8 +140,8 @@ def decide_otherwise_in_rank_1(runner, rank):
         scores = Fisher.scores
 
         def wrong(self, reduce=None):
-            result = scores(self, reduce)
-            return replace(result, values=result.values[::-1].copy())
+            right = scores(self, reduce)
+            return replace(right, values=right.values[::-1].copy())
 
         Fisher.scores = wrong
 
@@ -164,7 +165,7 @@ def test_processes_that_disagree_stop_with_both_hashes(tmp_path):
 def keep_nothing(runner, rank):
     """Lets discovery fail, which happens in the main process alone."""
     hook = hook_of(runner)
-    hook.config = replace(hook.config, keep=('nothing',))
+    hook.config = PruningConfig.of(hook.config, keep=['nothing'])
 
 
 def test_failure_of_the_main_process_stops_all(tmp_path):
