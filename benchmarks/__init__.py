@@ -1,1 +1,1 @@
-"""What pruning costs: `python -m benchmarks --help`."""
+"""Costs of pruning: `python -m benchmarks --help`."""

@@ -128,7 +128,7 @@ def _contents() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the numbers were measured with."""
+    """Return the facts of the machine and of the command."""
     facts = machine_facts()
     if device != 'cpu':
         facts['gpu'] = torch.cuda.get_device_name(device)
@@ -149,13 +149,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     results: dict[str, Any] = {'machine': machine(args.device)}
     for name in args.only:
-        part, found = PARTS[name], results.setdefault(name, {})
+        part, measured = PARTS[name], results.setdefault(name, {})
         for subject in (SUBJECTS[n] for n in part.subjects if n in args.models):
             model, calls = subject.build(args.device)
-            found[subject.label] = part.measure(model, calls, args.repeats, args.device)
+            measured[subject.label] = part.measure(
+                model, calls, args.repeats, args.device
+            )
             if args.json:
                 args.json.write_text(json.dumps(results, indent=1) + '\n')
-        print(markdown(part.table(found)), end='\n\n', flush=True)
+        print(markdown(part.table(measured)), end='\n\n', flush=True)
     if args.page:
         pages = [markdown(PARTS[name].table(results[name])) for name in args.only]
         args.page.write_text('\n\n'.join(pages) + '\n')

@@ -1,4 +1,4 @@
-"""What a decision costs: which units go, and the masks that follow."""
+"""Cost of a decision: the choice of units, and the masks that follow."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def measure_decision(
     }
     rounds = ROUNDS * repeats
     times = take_turns(actions, rounds, device, before=_rewind(decider))
-    selection = {name: found[-rounds:] for name, found in selection.items()}
+    selection = {name: measured[-rounds:] for name, measured in selection.items()}
     decider.close()
     return {
         'groups': len(decider.units.grouping.groups),
@@ -96,17 +96,17 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     """Rows for a page, by the label of what was measured."""
     heads = ['one unit (ms)', 'ten units (ms)', 'auto (ms)', 'units under auto']
     rows = [['model', 'groups', 'units', *heads]]
-    for label, found in results.items():
-        counts = (str(found['groups']), str(found['units']))
-        times = (decision_time(found, name) for name in PACES)
-        rows.append([label, *counts, *times, str(found['picked']['auto'])])
+    for label, measured in results.items():
+        counts = (str(measured['groups']), str(measured['units']))
+        times = (decision_time(measured, name) for name in PACES)
+        rows.append([label, *counts, *times, str(measured['picked']['auto'])])
     return rows
 
 
-def decision_time(found: dict[str, Any], name: str) -> str:
+def decision_time(measured: dict[str, Any], name: str) -> str:
     """Milliseconds of a decision with the quartiles, and of selection in it."""
     low, middle, high = (
-        f'{found["seconds"][name][k] * 1e3:.3g}' for k in ('low', 'median', 'high')
+        f'{measured["seconds"][name][k] * 1e3:.3g}' for k in ('low', 'median', 'high')
     )
-    selection = found['selection'][name]['median'] * 1e3
+    selection = measured['selection'][name]['median'] * 1e3
     return f'{middle} ({low} to {high}); selection {selection:.3g}'

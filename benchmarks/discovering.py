@@ -1,4 +1,4 @@
-"""How long it takes to find the coupled channels, with and without verification."""
+"""Time to find the coupled channels, with and without verification."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     names = list(next(iter(results.values()))['seconds'])
     heads = [f'{name} (s)' for name in names[:-1]]
     rows = [['model', 'groups', 'units', *heads, 'all, with verification (s)']]
-    for label, found in results.items():
-        times = (found['seconds'][n]['wall']['median'] for n in names)
-        counts = (str(found['groups']), str(found['units']))
+    for label, measured in results.items():
+        times = (measured['seconds'][n]['wall']['median'] for n in names)
+        counts = (str(measured['groups']), str(measured['units']))
         rows.append([label, *counts, *(f'{t:.2f}' for t in times)])
     return rows

@@ -1,4 +1,4 @@
-"""How costs grow with the model and with the size of images."""
+"""Growth of costs with the model and with the size of images."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     heads = ['trace and groups (s)', 'with verification (s)', 'one unit (ms)']
     heads += ['ten units (ms)', 'auto (ms)']
     rows = [['model', 'units', 'plain (s)', 'pruning', *heads]]
-    for label, found in results.items():
-        step, discovery = found['step'], found['discovery']
+    for label, measured in results.items():
+        step, discovery = measured['step'], measured['discovery']
         seconds = {n: t['wall']['median'] for n, t in discovery['seconds'].items()}
         rows.append(
             [
@@ -50,7 +50,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
                 ratio_cell(step['ratio']['pruning']),
                 f'{seconds["trace"] + seconds["groups"]:.2f}',
                 f'{seconds["all"]:.2f}',
-                *(decision_time(found['decision'], name) for name in PACES),
+                *(decision_time(measured['decision'], name) for name in PACES),
             ]
         )
     return rows

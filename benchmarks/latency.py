@@ -1,4 +1,4 @@
-"""How fast pruned models are, and which cost says so (paper, figure 6).
+"""Speed of pruned models, and the cost that tells it best (paper, figure 6).
 
 There are no pretrained weights: statistics come from a few iterations of training, from
 the first values of the weights, on made-up images. So the models say what channels
@@ -69,12 +69,12 @@ def measure_latency(
             times[str(batch)] = take_turns(passes, rounds, device, twice=True)
     for name, point in points.items():
         point['ratio'] = {
-            batch: spread(ratios(found, name, ORIGINAL, 'wall'))
-            for batch, found in times.items()
+            batch: spread(ratios(measured, name, ORIGINAL, 'wall'))
+            for batch, measured in times.items()
         }
         point['seconds'] = {
-            batch: spread([t['wall'] for t in found[name]])
-            for batch, found in times.items()
+            batch: spread([t['wall'] for t in measured[name]])
+            for batch, measured in times.items()
         }
     correlation = {batch: correlations([*points.values()], batch) for batch in times}
     wanted = [f'{name}, {t["flops"]:.0%}' for name in VARIANTS for t in TARGETS]
@@ -136,15 +136,15 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     """Rows for a page, by the label of what was measured and the variant."""
     batches = [f'batch {batch}' for batch in ROUNDS]
     rows = [['model', 'variant', 'MACs', 'memory', *batches]]
-    for label, found in results.items():
-        for name, point in found['points'].items():
+    for label, measured in results.items():
+        for name, point in measured['points'].items():
             costs = (f'{point[cost]:.1%}' for cost in COSTS)
-            times = (_latency(name, point, batch) for batch in found['times'])
+            times = (_latency(name, point, batch) for batch in measured['times'])
             rows.append([label, name, *costs, *times])
-        for name in found['missed']:
+        for name in measured['missed']:
             rows.append([label, name, 'not reached', '', *[''] * len(batches)])
         for cost, word in zip(COSTS, ('MACs', 'memory'), strict=True):
-            values = (f'{c[cost]:.3f}' for c in found['correlation'].values())
+            values = (f'{c[cost]:.3f}' for c in measured['correlation'].values())
             rows.append([label, f'correlation with {word}', '', '', *values])
     return rows
 

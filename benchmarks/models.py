@@ -25,7 +25,7 @@ BRANCH_SCALE = 0.2
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured.
+    """A model that is measured.
 
     Attributes:
         name: As the tables show it.

@@ -1,4 +1,4 @@
-"""How long it takes to get to half the MACs, with masks and with live compaction."""
+"""Time to half the MACs, with masks and with live compaction."""
 
 from __future__ import annotations
 
@@ -71,16 +71,16 @@ def measure_schedule(
     times = take_turns(actions, ITERATIONS // INTERVAL, device, warmup=0)
     runs[AUTO] = begin(True, units_per_step='auto', interval=SHORT)
     times[AUTO] = runs[AUTO].until_done(device)
-    found = {name: _facts(run, times[name]) for name, run in runs.items()}
+    measured = {name: _facts(run, times[name]) for name, run in runs.items()}
     for name, (_, options) in RUNS.items():
-        found[name]['ratio'] = _ratios(times, name)
+        measured[name]['ratio'] = _ratios(times, name)
         if not options:
-            found[name]['alike'] = compare(runs[name].kept, runs['masks'].kept)
+            measured[name]['alike'] = compare(runs[name].kept, runs['masks'].kept)
     once = begin(False, iterations=SHORT, interval=SHORT)
     once.until_done(device)
     decisions = once.removed
-    found[COUNTED] = {'decisions': decisions, 'iterations': decisions * SHORT}
-    return {'runs': found, 'times': times}
+    measured[COUNTED] = {'decisions': decisions, 'iterations': decisions * SHORT}
+    return {'runs': measured, 'times': times}
 
 
 class Run:
@@ -166,7 +166,7 @@ def _ratios(times: Times, name: str) -> dict[str, Any]:
 
 
 def compare(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> dict[str, Any]:
-    """How long two runs take the same decisions, and what they share in the end.
+    """Count the decisions that two runs share, and the units in the end.
 
     Sums of what is cut and sums with zeros differ in the last bit. Sooner or later that
     decides between two units, and models of random weights soon differ in many then.
@@ -190,8 +190,8 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     quarters = [f'quarter {number}' for number in range(1, 5)]
     rows = [['model', 'run', 'iterations', 'time (s)', 'to masks', *quarters]]
     rows[0].append('same decisions; units in the end')
-    for label, found in results.items():
-        rows += [[label, name, *_cells(run)] for name, run in found['runs'].items()]
+    for label, measured in results.items():
+        rows += [[label, name, *_cells(run)] for name, run in measured['runs'].items()]
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What an iteration costs: plain training against training that is pruned."""
+"""Cost of an iteration: plain training against training that is pruned."""
 
 from __future__ import annotations
 
@@ -96,14 +96,14 @@ def compare_steps(
 def table(results: dict[str, Any]) -> list[list[str]]:
     """Rows for a page, by the label of what was measured."""
     rows = [['model', 'plain (s)', 'pruning', 'between', 'peak memory', 'bytes moved']]
-    for label, found in results.items():
+    for label, measured in results.items():
         rows.append(
             [
                 label,
-                f'{found["seconds"]["plain"]["median"]:.3g}',
-                *(ratio_cell(found['ratio'][n]) for n in ('pruning', 'between')),
+                f'{measured["seconds"]["plain"]["median"]:.3g}',
+                *(ratio_cell(measured['ratio'][n]) for n in ('pruning', 'between')),
                 *(
-                    f'× {found[k]["pruning"] / found[k]["plain"]:.3f}'
+                    f'× {measured[k]["pruning"] / measured[k]["plain"]:.3f}'
                     for k in ('peak_bytes', 'bytes_moved')
                 ),
             ]
@@ -111,7 +111,7 @@ def table(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def ratio_cell(found: dict[str, dict[str, float]]) -> str:
+def ratio_cell(measured: dict[str, dict[str, float]]) -> str:
     """The ratio of wall times with the quartiles, and that of CPU times."""
-    cpu = found['cpu']['median']
-    return f'{ratio_text(found["wall"])}; CPU time × {cpu:.3f}'
+    cpu = measured['cpu']['median']
+    return f'{ratio_text(measured["wall"])}; CPU time × {cpu:.3f}'

@@ -98,9 +98,11 @@ def spread(values: list[float]) -> dict[str, float]:
     return {'median': median(values), 'low': low, 'high': high}
 
 
-def ratio_text(found: dict[str, float]) -> str:
+def ratio_text(measured: dict[str, float]) -> str:
     """A ratio with the quartiles around it."""
-    return f'× {found["median"]:.3f} ({found["low"]:.3f} to {found["high"]:.3f})'
+    return (
+        f'× {measured["median"]:.3f} ({measured["low"]:.3f} to {measured["high"]:.3f})'
+    )
 
 
 def synchronize(device: str) -> None:

@@ -1,4 +1,4 @@
-"""How many bytes a piece of work reads and writes, and holds at most."""
+"""Bytes that a piece of work reads and writes, and holds at most."""
 
 from __future__ import annotations
 

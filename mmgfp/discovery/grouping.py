@@ -49,7 +49,7 @@ class _Components:
 
 
 def matches(layer: str, pattern: str) -> bool:
-    """Whether ``pattern`` names the layer, a module around it, or fits as a glob."""
+    """Return whether a pattern names the layer, a module around it, or is its glob."""
     return fnmatchcase(layer, pattern) or layer.startswith(f'{pattern}.')
 
 

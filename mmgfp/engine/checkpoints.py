@@ -48,7 +48,7 @@ def save_atomically(runner: Runner) -> None:
 
 
 def checkpoint_is_due(runner: Runner) -> bool:
-    """Whether a `CheckpointHook` is about to write a checkpoint of this iteration."""
+    """Return whether a `CheckpointHook` is about to write one of this iteration."""
     return any(
         hook.every_n_train_iters(runner, hook.interval)
         or hook.is_last_train_iter(runner)

@@ -119,7 +119,7 @@ def _detection_batch(cfg: Config, images: int, size: tuple[int, int]) -> dict:
 
 
 def _asks_for(cfg: Config, annotation: str) -> bool:
-    """Whether the config loads this kind of annotation."""
+    """Return whether the config loads this kind of annotation."""
     return any(node.get(annotation) is True for node in dicts_in(cfg))
 
 

@@ -106,7 +106,7 @@ def sum_over_processes() -> Reduce | None:
 
 
 def any_of_all(flag: bool) -> bool:
-    """Whether ``flag`` is set in any process."""
+    """Return whether ``flag`` is set in any process."""
     if get_world_size() == 1:
         return flag
     # NCCL cannot send what is on a CPU.

@@ -1,4 +1,4 @@
-"""What configs may name: registries in the scope ``mmgfp``, filled on first use.
+"""Registries in the scope ``mmgfp``, which are filled on first use.
 
 Importing this module imports none of the classes, because MMEngine's hooks bring OpenCV
 along and many users of `mmgfp` need neither.
@@ -46,7 +46,7 @@ _forward(MODELS, 'PrunedModel')
 
 
 def is_named(kind: Any, *names: str) -> bool:
-    """Whether the ``type`` in a config means one of ``names`` in this scope.
+    """Return whether the ``type`` in a config means one of ``names`` in this scope.
 
     Examples:
         >>> [is_named(kind, 'PrunedModel') for kind in ('mmgfp.PrunedModel', 'ResNet')]

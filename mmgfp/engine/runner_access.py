@@ -52,7 +52,7 @@ def _check_optim_wrapper(wrapper: Any) -> None:
 
 
 def is_accumulating(wrapper: Any) -> bool:
-    """Whether gradients wait for further iterations before the next step."""
+    """Return whether gradients wait for further iterations before the next step."""
     wrappers = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
     return not all(w.should_update() for w in wrappers)
 

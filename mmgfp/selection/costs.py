@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # groups are made from tensors; here they are numbers only
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """How often a layer uses its weight for one image.
+    """The number of times that a layer uses its weight for one image.
 
     Attributes:
         macs_positions: How often each weight element is used: output positions of a

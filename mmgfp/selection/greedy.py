@@ -16,7 +16,7 @@ NO_NORMALIZATION = 'none'
 
 @dataclass(frozen=True)
 class Limits:
-    """How far each group may shrink.
+    """Bounds on how far each group may shrink.
 
     Attributes:
         least: Units that must stay in each group, (G,).

@@ -51,7 +51,7 @@ class DecisionPoint:
 
 @dataclass(frozen=True)
 class Quota:
-    """How much one decision may take; whichever bound is met first ends it.
+    """Bounds on one decision; whichever is met first ends it.
 
     Attributes:
         units: Number of units.

@@ -52,7 +52,7 @@ def register_attributes(
 
 
 def has_attribute_rule(module: nn.Module) -> bool:
-    """Whether the module's attributes follow from its own tensors."""
+    """Return whether the module's attributes follow from its own tensors."""
     return any(applies(module) for applies, _ in ATTRIBUTE_RULES)
 
 

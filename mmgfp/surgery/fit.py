@@ -1,4 +1,4 @@
-"""Whether a structure fits a model, and weights fit a structure."""
+"""Checks that a structure fits a model, and that weights fit a structure."""
 
 from __future__ import annotations
 

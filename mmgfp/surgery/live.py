@@ -121,7 +121,7 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor] = ()) -> 
 
 
 def _can_shrink(value: Any, parameter: Tensor) -> bool:
-    """Whether an entry of an optimizer's state can follow its parameter."""
+    """Return whether an entry of an optimizer's state can follow its parameter."""
     if isinstance(value, Tensor):
         return value.shape == parameter.shape or value.numel() == 1
     return not isinstance(value, list | tuple | dict)

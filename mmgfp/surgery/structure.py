@@ -24,7 +24,7 @@ REMEDY = 'use the file that a mmgfp pruning run or tools/deploy_pruned.py wrote'
 
 @dataclass(frozen=True)
 class PruneStructure:
-    """Which entries of each tensor dimension a compact model keeps.
+    """The entries of each tensor dimension that a compact model keeps.
 
     Attributes:
         sizes: Original shape by tensor name, for each tensor that shrinks.

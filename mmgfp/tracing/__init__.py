@@ -1,4 +1,4 @@
-"""Which channels are coupled, read off the autograd graph of a real loss."""
+"""Coupled channels, read off the autograd graph of a real loss."""
 
 from mmgfp.tracing.attention import (
     ATTENTION_SPECS,

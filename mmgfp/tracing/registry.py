@@ -1,4 +1,4 @@
-"""Where op rules are registered: one registry for labels and one for rows.
+"""Registries of op rules: one for labels and one for rows.
 
 An op goes by the name of its autograd node without ``Backward`` and digits:
 ``y.grad_fn.name()`` is ``AddmmBackward0`` for a fully connected layer, whose op is

@@ -1,4 +1,4 @@
-"""Which image each row of a tensor belongs to, read off its autograd graph.
+"""The image that each row of a tensor belongs to, read off its autograd graph.
 
 In the second stage of a detector the rows of a tensor are RoIs, and a pooling op has
 saved which image each of them lies in (paper, section 3.2). The graph tells this

@@ -1,4 +1,4 @@
-"""Which modules count as layers, and how their weights are laid out."""
+"""Modules that count as layers, and the layout of their weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONV_ATTRIBUTES = ('in_channels', 'out_channels', 'groups')
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether a module counts as a layer (paper, section 3.1: Conv and FC layers).
+    """Return whether a module counts as a layer: Conv and FC (paper, section 3.1).
 
     Deformable convolutions of mmcv and torchvision have no base class in common with
     the others; they are known by a weight whose shape agrees with their attributes.
@@ -32,7 +32,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def has_conv_attributes(module: nn.Module) -> bool:
-    """Whether a module has a weight and counts channels as convolutions do.
+    """Return whether a module has a weight and counts channels as convolutions do.
 
     Unlike `is_layer`, this holds also while the attributes are out of date, as after
     the weight was replaced by a smaller one.

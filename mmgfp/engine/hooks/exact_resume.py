@@ -108,7 +108,7 @@ class ExactResumeHook(Hook):
             self._gather()
 
     def _all_agree_to_end(self, runner: Runner) -> bool:
-        """Whether to save and leave after this iteration; see `Termination`."""
+        """Return whether to save and leave after this iteration; see `Termination`."""
         asks_now = get_world_size() == 1 or self.every_n_train_iters(
             runner, self.agree_interval
         )
