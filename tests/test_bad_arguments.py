@@ -50,6 +50,7 @@ BAD = [
     (dict(max_ratio=0), r'max_ratio must be a number in \(0, 1\] \(got 0'),
     (dict(max_ratio='1'), r"max_ratio must be a number in \(0, 1\] \(got '1'"),
     (dict(normalize='latncy'), r"normalize must be one of .*none \(got 'latncy'"),
+    (dict(target='flops'), "target must be a dict with one cost .got 'flops'"),
     (dict(target=[]), r'target must be at least one target \(got \[\]'),
     (dict(target=0.5), r'target .*\(got 0\.5\); give one cost .* dict\(flops=0\.5\)'),
     (dict(target={}), r'target must be a dict with one cost \(got {}'),

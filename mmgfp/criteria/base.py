@@ -102,7 +102,7 @@ class Criterion(ABC):
         """Start to watch a model, or go on with it after a cut."""
 
     def detach(self) -> None:  # noqa: B027
-        """Take every trace off the model; `attach` goes on."""
+        """Take every trace off the model, if any is on it; `attach` goes on."""
 
     def watch(self, active: bool) -> None:  # noqa: B027
         """Say whether the next iteration counts; where not, it must cost nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ def parse_targets(raw: Any) -> tuple[Target, ...]:
     Raises:
         ConfigError: If there is none, or one is not valid.
     """
-    targets = list(raw) if isinstance(raw, Sequence) else [raw]
+    targets = list(raw) if isinstance(raw, list | tuple) else [raw]
     if not targets:
         raise ConfigError(
             'target', 'at least one target', repr(raw), 'give dict(flops=0.5), say'

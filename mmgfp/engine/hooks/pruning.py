@@ -96,6 +96,8 @@ class ChannelPruningHook(Hook):
         if not hooks:
             hooks = [ExactResumeHook(agree_interval=self.config.interval)]
             runner.register_hook(hooks[0])
+            # The runner passes it by if it comes before this one.
+            hooks[0].before_run(runner)
         hooks[0].before_each_checkpoint(self._gather)
 
     def before_train(self, runner: Runner) -> None:
