@@ -272,8 +272,8 @@ class ChannelPruner:
         """Return the state needed to resume, in plain types and tensors."""
         units, criterion = self.units, self.criterion.state_dict()
         state = (self.iteration, units.kept, units.in_model, criterion, self.reached)
-        assert self.discovery is not None  # as there are units
-        return RunState(self.discovery, *state).to_dict(self.config)
+        run = RunState(self.discovery, *state)  # type: ignore[arg-type]
+        return run.to_dict(self.config)
 
     def load_state_dict(
         self, state: Mapping[str, Any], optimizers: Sequence[Optimizer] = ()
