@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -129,31 +130,25 @@ def discover(
 
     Args:
         model: The module; it is left as it is.
-        loss: Computes the training loss of the module it is given, a scalar, on a
-            real batch.
+        loss: Computes the training loss of the module it is given, on a real batch.
         forward: Returns all outputs that the module it is given has at inference.
         images: Number of images in the batch of ``forward``.
-        profiles: How often each layer uses its weight for one image, by weight;
-            recorded from ``forward`` if not given.
+        profiles: How often layers use their weights, recorded if not given.
         keep: Names or patterns of layers that are to be left alone.
         coupled: Whether channels that several layers share may go.
         strict: Raise at an op without a rule, or where verification fails.
         unscorable: Says which layers' inputs the criterion cannot score.
 
     Raises:
-        TraceError: If nothing can be pruned; under ``strict``, also if an op has no
-            rule or a group fails verification.
+        TraceError: If nothing can be pruned, or ``strict`` asks for an error.
         ConfigError: If a pattern of ``keep`` matches no layer.
     """
     traced = trace_model(model, loss, strict)
     for op, layers in traced.trace.unknown_ops.items():
         logger.warning('op %s has no rule; it freezes %s', op, ', '.join(layers))
     unscored = unscorable(model, traced.weights, traced.rows)
-
-    def build(frozen: Sequence[tuple[ChannelGroup, str]] = ()) -> Grouping:
-        return build_groups(model, traced.trace, keep, unscored, frozen)
-
-    frozen = []
+    build = partial(build_groups, model, traced.trace, keep, unscored)
+    frozen: list[tuple[ChannelGroup, str]] = []
     if not coupled:
         frozen += [(g, SHARED) for g in build().groups if not g.internal]
     # A frozen group may leave others in a new shape, so all are verified again.
@@ -166,8 +161,7 @@ def discover(
             'model must have at least one group of channels that can be pruned '
             f'(got none); every layer is left alone because: {"; ".join(reasons)}'
         )
-    if profiles is None:
-        profiles = profile_layers(model, forward, images)
+    profiles = profiles or profile_layers(model, forward, images)
     return Discovery(grouping, traced.rows, own_profiles(model, profiles))
 
 

@@ -64,7 +64,7 @@ def build_groups(
 
     Args:
         model: The traced module.
-        trace: The result of tracing it.
+        trace: Its trace.
         keep: Names or glob patterns of layers that stay as they are, on both sides.
         unscorable: Weights of layers whose inputs are left alone, with the reason.
         frozen_groups: Groups of the same trace that are left alone, with the reason.
@@ -78,12 +78,10 @@ def build_groups(
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
         >>> loss = net(torch.ones(1, 3, 8, 8)).sum()
         >>> grouping = build_groups(net, trace_loss(net, loss))
-        >>> [(group.name, group.units) for group in grouping.groups]
-        [('0', 4)]
-        >>> [(m.name, m.role) for m in grouping.groups[0].members]
-        [('0.weight', 'out'), ('0.bias', 'with'), ('2.weight', 'in')]
-        >>> [(f.layer, f.reason) for f in grouping.frozen]
-        [('2', 'an output: reaches the loss without a further layer')]
+        >>> [(g.name, g.units, [m.role for m in g.members]) for g in grouping.groups]
+        [('0', 4, ['out', 'with', 'in'])]
+        >>> grouping.frozen[0].reason
+        'an output: reaches the loss without a further layer'
     """
     traced_names = _traced_names(model, trace)
     _freeze_layers(trace, _kept_layers(traced_names, keep), 'kept as configured')
@@ -102,8 +100,8 @@ def build_groups(
         call.weight: unit_of[components.of_label[call.inputs.numpy()]]
         for call in reversed(trace.calls)
     }
-    frozen = _frozen_layers(model, trace, components, traced_names)
-    return Grouping(tuple(groups), tuple(frozen), inputs)
+    frozen = tuple(_frozen_layers(model, trace, components, traced_names))
+    return Grouping(tuple(groups), frozen, inputs)
 
 
 def _traced_names(model: nn.Module, trace: Trace) -> dict[str, str]:

@@ -33,8 +33,6 @@ def profile_layers(
         dict: Profiles by the name of the weight, for all layers that ran.
 
     Examples:
-        >>> import torch
-        >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 2))
         >>> profiles = profile_layers(net, lambda m: m(torch.ones(4, 3, 8, 8)), 4)
         >>> {name: p.macs_positions for name, p in profiles.items()}
