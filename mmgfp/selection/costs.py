@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -36,7 +36,7 @@ class LayerProfile:
     out_dim: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen, which takes longer to build in each pick
 class TensorSizes:
     """Sizes of R parameters at given widths, and how often layers use them.
 
@@ -46,6 +46,8 @@ class TensorSizes:
         out_dim: The dimension that holds a layer's output channels, (R,).
         macs_positions: See `LayerProfile`; 0 for what is no layer's weight, (R,).
         out_positions: Likewise, (R,).
+        elements: Numbers of elements, (R,).
+        outputs: Numbers of output channels, (R,).
     """
 
     names: np.ndarray
@@ -54,15 +56,12 @@ class TensorSizes:
     macs_positions: np.ndarray
     out_positions: np.ndarray
 
-    @property
-    def elements(self) -> np.ndarray:
-        """Number of elements, (R,)."""
-        return self.shapes.prod(1)
+    elements: np.ndarray = field(init=False)
+    outputs: np.ndarray = field(init=False)
 
-    @property
-    def outputs(self) -> np.ndarray:
-        """Output channels, (R,)."""
-        return self.shapes[np.arange(len(self.shapes)), self.out_dim]
+    def __post_init__(self) -> None:
+        self.elements = self.shapes.prod(1)
+        self.outputs = self.shapes[np.arange(len(self.shapes)), self.out_dim]
 
 
 class Cost(ABC):
@@ -152,7 +151,7 @@ class Totals:
 
     def __getitem__(self, name: str) -> float:
         """Return the cost called ``name``; ``flops`` is the field's word for MACs."""
-        return self.values[COSTS.canonical(name)]
+        return self.values[name if name in self.values else COSTS.canonical(name)]
 
     def ratio(self, name: str, full: Totals) -> float:
         """Return the share that this is of another model's cost called ``name``."""
@@ -236,7 +235,7 @@ class CostTable:
             self.macs_positions[rows],
             self.out_positions[rows],
         )
-        return np.stack([cost.count(tensors) for cost in self.counters.values()])
+        return np.array([cost.count(tensors) for cost in self.counters.values()])
 
 
 class RunningCosts:
