@@ -8,12 +8,7 @@ import torch
 from support.tooling import ROOT
 
 from mmgfp.apps.pipeline import Pipeline, StageError
-from mmgfp.apps.stages import (
-    input_shape,
-    original,
-    parse_options,
-    pruned_checkpoint,
-)
+from mmgfp.apps.stages import input_shape, original, parse_options, pruned_checkpoint
 from mmgfp.utils.errors import ConfigError
 
 DEMO = ROOT / 'configs/demo'

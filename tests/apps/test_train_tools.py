@@ -11,10 +11,7 @@ from support.tooling import ROOT, load_tool
 from mmgfp.apps.cli import run_cli
 from mmgfp.utils.errors import ConfigError
 
-PRUNE = [
-    str(ROOT / 'configs/demo/retinanet_r18_fpn_digits_prune.py'),
-    '--cfg-options',
-]
+PRUNE = [str(ROOT / 'configs/demo/retinanet_r18_fpn_digits_prune.py'), '--cfg-options']
 
 train, tester = load_tool('train'), load_tool('test')
 

@@ -51,9 +51,7 @@ def batch_norm(*layers):
 
 
 EXPECTED = {
-    ConvPair: [
-        (6, made('conv1', bias=False) | batch_norm('bn') | read('conv2')),
-    ],
+    ConvPair: [(6, made('conv1', bias=False) | batch_norm('bn') | read('conv2'))],
     ResidualPair: [
         (
             6,
@@ -76,10 +74,10 @@ EXPECTED = {
             | made('dw', bias=False)
             | batch_norm('bn')
             | read('project'),
-        ),
+        )
     ],
     GroupConv: [
-        (4, made('stem', entries=2) | made('mid', entries=3) | read('head', entries=3)),
+        (4, made('stem', entries=2) | made('mid', entries=3) | read('head', entries=3))
     ],
     Concat: [(4, made('a') | read('head')), (6, made('b') | read('head'))],
     Shuffle: [
@@ -89,11 +87,9 @@ EXPECTED = {
             | made('branch')
             | read('branch')
             | read('head', entries=2),
-        ),
+        )
     ],
-    GroupNormHead: [
-        (4, made('conv', 'gn', entries=2) | read('pred', entries=2)),
-    ],
+    GroupNormHead: [(4, made('conv', 'gn', entries=2) | read('pred', entries=2))],
     FlattenLinear: [
         (4, made('conv') | read('fc1', entries=4)),
         (5, made('fc1') | read('fc2')),
@@ -256,10 +252,7 @@ HARD = {
         depth_wise_with_multiplier,
         [(4, made('a') | made('dw', entries=3) | read('head', entries=3))],
     ),
-    'RoI scatter': (
-        roi_scatter,
-        [(4, made('fine', 'coarse') | read('fc', entries=4))],
-    ),
+    'RoI scatter': (roi_scatter, [(4, made('fine', 'coarse') | read('fc', entries=4))]),
     'tied weights': (
         tied,
         [

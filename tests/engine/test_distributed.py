@@ -73,11 +73,7 @@ def recorded(config, rank=0):
 
 
 @pytest.mark.parametrize(
-    'made',
-    [
-        steady_classifier,
-        pytest.param(steady_detector, marks=pytest.mark.slow),
-    ],
+    'made', [steady_classifier, pytest.param(steady_detector, marks=pytest.mark.slow)]
 )
 def test_two_processes_decide_like_one_with_twice_the_batch(made, tmp_path):
     one, two = made(tmp_path / 'one', 4), made(tmp_path / 'two', 2)

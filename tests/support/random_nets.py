@@ -237,7 +237,5 @@ _heads = st.tuples(
 
 #: Arguments of `RandomNet`.
 specifications = st.tuples(
-    _width,
-    st.lists(_blocks, max_size=5),
-    st.lists(_heads, min_size=1, max_size=2),
+    _width, st.lists(_blocks, max_size=5), st.lists(_heads, min_size=1, max_size=2)
 )
