@@ -9,9 +9,19 @@ import gc
 import pytest
 import torch
 from mmengine.config import Config
+from support.pruning import importance_of, iterate, prepared, seen_by
 from support.reference import mask_fisher
 from support.tooling import ROOT
-from support.toys import TOYS, ConvPair, ResidualPair, images, square_loss
+from support.toys import (
+    TOYS,
+    ConvPair,
+    Net,
+    ResidualPair,
+    images,
+    square_loss,
+    toy_forward,
+    toy_loss,
+)
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -24,8 +34,6 @@ from mmgfp.engine.model_building import build_model
 from mmgfp.tracing.rows import Rows
 from mmgfp.utils.errors import ConfigError
 
-NEVER = 10**6
-
 
 def matrix(rows, **options):
     """A 1 x 1 convolution with the weights ``rows``, (C_out, C_in / groups)."""
@@ -36,40 +44,18 @@ def matrix(rows, **options):
     return layer
 
 
-class Net(nn.Module):
-    """Named layers, and a function that runs them."""
-
-    def __init__(self, run, **layers):
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, x):
-        return self.run(self, x)
-
-
-def watched(model, loss, count=1, **options):
-    """A pruner of ``model`` that never prunes."""
-    pruner = GroupFisherPruner(model, interval=NEVER, **options)
-    pruner.prepare(loss, loss, count)
-    return pruner
-
-
 def importance(net, x, loss):
     """Importance of all units by group name after one iteration."""
 
     def compute(net):
         return loss(net(x))
 
-    pruner = watched(net, compute, len(x))
-    compute(net).backward()
-    pruner.step()
+    pruner = prepared(net, compute, count=len(x))
+    iterate(pruner, compute)
     pruner.close()
-    ends = [g.units for g in pruner.units.grouping.groups]
-    parts = torch.from_numpy(pruner.criterion.statistics.importance).split(ends)
-    names = [g.name for g in pruner.units.grouping.groups]
-    return {n: part.tolist() for n, part in zip(names, parts, strict=True)}
+    groups = pruner.units.grouping.groups
+    parts = torch.from_numpy(importance_of(pruner)).split([g.units for g in groups])
+    return {g.name: part.tolist() for g, part in zip(groups, parts, strict=True)}
 
 
 def image(*pixels):
@@ -81,9 +67,8 @@ def image(*pixels):
 
 
 def pair():
-    return Net(
-        lambda n, x: n.b(n.a(x)), a=matrix([[1.0], [2.0]]), b=matrix([[3.0, -1]])
-    )
+    layers = dict(a=matrix([[1.0], [2.0]]), b=matrix([[3.0, -1]]))
+    return Net(lambda n, x: n.b(n.a(x)), **layers)
 
 
 def test_conv_pair():
@@ -248,38 +233,29 @@ def test_unit_gradients_leave_out_channels_of_no_unit():
 # -- against explicit masks ---------------------------------------------------
 
 
-def assert_equals_masks(model, loss, count, forward=None):
+def assert_equals_masks(model, loss=toy_loss, count=2, forward=None):
     """Compare each unit, relative to itself."""
-    pruner = GroupFisherPruner(model, interval=NEVER)
-    pruner.prepare(loss, forward or loss, count)
+    pruner = prepared(model, loss, forward, count)
     pruner.criterion.tap.detach()
-    expected = mask_fisher(model, loss, pruner.units.grouping.groups, count)
+    expected = mask_fisher(model, loss, pruner.units.grouping.groups, count).double()
     pruner.criterion.tap.attach()
-    loss(model).backward()
-    pruner.step()
+    iterate(pruner, loss)
     assert expected.count_nonzero() > 0
-    torch.testing.assert_close(
-        torch.from_numpy(pruner.criterion.statistics.importance),
-        expected.double(),
-        rtol=1e-5,
-        atol=1e-9 * float(expected.max()),
-    )
+    found, least = torch.from_numpy(importance_of(pruner)), 1e-9 * float(expected.max())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=least)
     return pruner
 
 
 @pytest.mark.parametrize('toy', TOYS)
 def test_toys_equal_explicit_masks(toy):
     torch.manual_seed(0)
-    x = images(3).double()
-    assert_equals_masks(toy().double(), lambda m: square_loss(m(x)), 3)
+    assert_equals_masks(toy().double(), lambda m: toy_loss(m, 3), 3)
 
 
 @pytest.mark.parametrize('training', [True, False])
 def test_norms_may_use_either_statistics(training):
     torch.manual_seed(0)
-    x = images().double()
-    model = ResidualPair().double().train(training)
-    assert_equals_masks(model, lambda m: square_loss(m(x)), 2)
+    assert_equals_masks(ResidualPair().double().train(training))
 
 
 def test_retinanet_equals_explicit_masks():
@@ -291,7 +267,7 @@ def test_retinanet_equals_explicit_masks():
     calls.data['inputs'] = calls.data['inputs'].double()
     assert any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
     pruner = assert_equals_masks(model, calls.loss, 2, calls.forward)
-    assert len(pruner.criterion.statistics.importance) > 1500
+    assert len(importance_of(pruner)) > 1500
 
 
 # -- the tap ------------------------------------------------------------------
@@ -303,14 +279,22 @@ def tapped(model):
     return tap
 
 
+def inputs_of(layer):
+    """Weak references to the storages of what ``layer`` reads from now on."""
+    inputs = []
+    layer.register_forward_pre_hook(
+        lambda _, args: inputs.append(StorageWeakRef(args[0].untyped_storage()))
+    )
+    return inputs
+
+
 def test_tap_changes_neither_outputs_nor_gradients():
-    x = images()
     plain, model = ConvPair(), ConvPair()
     model.load_state_dict(plain.state_dict())
     tapped(model)
     for m in (plain, model):
-        square_loss(m(x)).backward()
-    assert torch.equal(plain(x), model(x))
+        toy_loss(m).backward()
+    assert torch.equal(toy_forward(plain), toy_forward(model))
     for a, b in zip(plain.parameters(), model.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
 
@@ -318,7 +302,7 @@ def test_tap_changes_neither_outputs_nor_gradients():
 def test_tap_sees_layers_whose_input_needs_a_gradient():
     model = ConvPair()
     tap = tapped(model)
-    square_loss(model(images())).backward()
+    toy_loss(model).backward()
     assert {n: tuple(g.shape) for n, g in tap.take().items()} == {'conv2': (2, 6)}
     assert tap.take() == {}
 
@@ -337,12 +321,8 @@ def test_tap_is_silent_without_gradients():
 
 def test_tap_keeps_no_tensor_after_backward():
     model = ConvPair()
-    tap = tapped(model)
-    inputs = []
-    model.conv2.register_forward_pre_hook(
-        lambda _, args: inputs.append(StorageWeakRef(args[0].untyped_storage()))
-    )
-    loss = square_loss(model(images()))
+    tap, inputs = tapped(model), inputs_of(model.conv2)
+    loss = toy_loss(model)
     assert not inputs[0].expired()
     loss.backward()
     assert inputs[0].expired()
@@ -396,15 +376,14 @@ class TwoReaders(nn.Module):
 
 def test_a_tensor_is_contracted_once_for_all_its_readers(monkeypatch):
     torch.manual_seed(0)
-    x, seen = images().double(), []
+    seen = []
 
     def counted(x, *args):
         seen.append(tuple(x.shape))
         return mask_gradient(x, *args)
 
     monkeypatch.setattr(mask_gradients, 'mask_gradient', counted)
-    model = TwoReaders().double()
-    assert_equals_masks(model, lambda m: square_loss(m(x)), 2)
+    assert_equals_masks(TwoReaders().double())
     assert len(seen) == 2  # of left with right, and of head
 
 
@@ -415,7 +394,7 @@ def test_layers_of_other_units_are_not_tapped_together(units):
     index = units and {'left': torch.arange(4), 'right': torch.tensor(units)}
     tap = MaskGradientTap(layers, units=index)
     tap.attach()
-    square_loss(model(images())).backward()
+    toy_loss(model).backward()
     assert set(tap.take()) == {'left', 'right'}
 
 
@@ -433,14 +412,11 @@ def test_a_forward_without_backward_leaves_nothing_behind():
     model = TwoReaders()
     layers = {n: model.get_submodule(n) for n in ('left', 'right', 'head')}
     MaskGradientTap(layers, units=dict.fromkeys(layers, torch.arange(4))).attach()
-    storages = []
-    model.right.register_forward_pre_hook(
-        lambda _, args: storages.append(StorageWeakRef(args[0].untyped_storage()))
-    )
+    inputs = inputs_of(model.right)
     gc.disable()
     try:
         model(images())
-        assert storages[0].expired()
+        assert inputs[0].expired()
     finally:
         gc.enable()
 
@@ -449,7 +425,7 @@ def test_silent_tap_adds_no_node_to_the_graph():
     model = ConvPair()
     tap = tapped(model)
     tap.active = False
-    loss = square_loss(model(images()))
+    loss = toy_loss(model)
     stack, names = [loss.grad_fn], set()
     while stack:
         node = stack.pop()
@@ -464,25 +440,19 @@ def test_silent_tap_adds_no_node_to_the_graph():
 def test_frozen_weights_are_seen_through(frozen):
     """A layer that does not train still has a mask."""
     torch.manual_seed(0)
-    x = images().double()
     free, model = ConvPair().double(), ConvPair().double()
     model.load_state_dict(free.state_dict())
-    expected = assert_equals_masks(free, lambda m: square_loss(m(x)), 2)
-    expected = expected.criterion.statistics.importance
+    expected = importance_of(assert_equals_masks(free))
     model.requires_grad_(False)
     if frozen != 'all':
         model.requires_grad_(True).get_submodule(frozen).requires_grad_(False)
-    pruner = watched(model, lambda m: square_loss(m(x)), 2)
-    loss = square_loss(model(x))
+    pruner = prepared(model)
     if frozen == 'all':
-        assert not loss.requires_grad
+        assert not toy_loss(model).requires_grad
         assert pruner.criterion.tap.take() == {}
     else:
-        loss.backward()
-        pruner.step()
-        assert pruner.criterion.statistics.importance == pytest.approx(
-            expected, rel=1e-6
-        )
+        iterate(pruner)
+        assert importance_of(pruner) == pytest.approx(expected, rel=1e-6)
 
 
 class InPlace(ResidualPair):
@@ -496,9 +466,7 @@ class InPlace(ResidualPair):
 
 def test_in_place_ops_after_layers():
     torch.manual_seed(0)
-    x = images().double()
-    model = InPlace().double()
-    assert_equals_masks(model, lambda m: square_loss(m(x)), 2)
+    assert_equals_masks(InPlace().double())
 
 
 # -- every k-th iteration -----------------------------------------------------
@@ -508,35 +476,21 @@ def test_statistics_of_every_third_iteration_only():
     """Iterations 3 and 6 are watched; all count for the interval."""
     torch.manual_seed(0)
     batches = [images() for _ in range(7)]
-    model = ResidualPair()
-
-    def loss(model):
-        return square_loss(model(batches[0]))
-
-    pruner = watched(model, loss, len(batches[0]), statistics_interval=3)
+    pruner = prepared(ResidualPair(), statistics_interval=3)
     sums = []
     for x in batches:
-        square_loss(model(x)).backward()
-        pruner.step()
-        sums.append(pruner.criterion.statistics.importance.copy())
+        iterate(pruner, lambda model, x=x: square_loss(model(x)))
+        sums.append(importance_of(pruner))
     assert pruner.iteration == 7
     assert not sums[0].any() and not sums[1].any()
-    assert pruner.criterion.statistics.seen.max() == 2
+    assert seen_by(pruner).max() == 2
     assert (sums[2] == sums[4]).all() and (sums[4] <= sums[5]).all()
     assert (sums[5] == sums[6]).all() and sums[5].sum() > sums[4].sum() > 0
 
 
 def test_resumed_pruner_keeps_the_turn():
-    x = images()
-
-    def prepared():
-        return watched(
-            ConvPair(), lambda m: square_loss(m(x)), len(x), statistics_interval=2
-        )
-
-    first, second = prepared(), prepared()
-    first.model(x).sum().backward()
-    first.step()
+    first, second = (prepared(ConvPair(), statistics_interval=2) for _ in range(2))
+    iterate(first, lambda model: model(images()).sum())
     assert first.criterion.tap.active
     second.load_state_dict(first.state_dict())
     assert second.criterion.tap.active

@@ -4,12 +4,14 @@ Each takes images (N, 3, H, W), as `images` makes them, and returns one tensor o
 tuple of tensors. The docstrings say which channels are coupled.
 """
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmgfp.discovery.grouping import build_groups
 from mmgfp.groups import ChannelGroup, Grouping
+from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.tracing import Trace, trace_loss
 from mmgfp.utils.trial_runs import all_parameters_require_grad, undisturbed
 
@@ -26,14 +28,23 @@ def square_loss(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     return sum(o.square().mean() for o in outputs)
 
 
-def traced(model: nn.Module, loss=None, strict: bool = False) -> Trace:
-    """Trace ``loss(model)``, by default the square loss on `images`."""
+def toy_forward(model: nn.Module, count: int = 2) -> Tensor | tuple[Tensor, ...]:
+    """The outputs on `images` of the model's precision."""
+    return model(images(count).to(next(model.parameters())))
+
+
+def toy_loss(model: nn.Module, count: int = 2) -> Tensor:
+    """The square loss on `images` of the model's precision."""
+    return square_loss(toy_forward(model, count))
+
+
+def traced(model: nn.Module, loss=toy_loss, strict: bool = False) -> Trace:
+    """Trace ``loss(model)``."""
     with undisturbed(model), all_parameters_require_grad(model):
-        value = loss(model) if loss else square_loss(model(images()))
-        return trace_loss(model, value, strict)
+        return trace_loss(model, loss(model), strict)
 
 
-def grouped(model: nn.Module, loss=None, **options) -> Grouping:
+def grouped(model: nn.Module, loss=toy_loss, **options) -> Grouping:
     """Groups of a freshly traced model."""
     return build_groups(model, traced(model, loss), **options)
 
@@ -41,6 +52,23 @@ def grouped(model: nn.Module, loss=None, **options) -> Grouping:
 def widths(group: ChannelGroup) -> dict[tuple[str, int], int]:
     """How many entries of each (tensor, dimension) one unit takes."""
     return {(m.name, m.dim): m.width for m in group.members}
+
+
+def reasons_of(grouping: Grouping) -> dict[str, str]:
+    """Why layers keep channels, by layer."""
+    return {f.layer: f.reason for f in grouping.frozen}
+
+
+def structure_of(net: nn.Module, gone) -> PruneStructure:
+    """The structure of ``net`` without the units ``gone``."""
+    grouping = grouped(net)
+    kept = ~np.isin(np.arange(grouping.units), gone)
+    return PruneStructure.of(grouping.groups, kept, shapes_of(net))
+
+
+def parameters_in(model: nn.Module) -> int:
+    """The number of all elements of its parameters."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def conv(c_in: int, c_out: int, kernel: int = 3, **options) -> nn.Conv2d:
