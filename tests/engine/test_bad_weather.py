@@ -7,10 +7,11 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from support.configs import slim_retinanet, small_prune_config
+from support.pruning import importance_of, iterate, prepared, seen_by, warnings_of
 from support.reference import mask_fisher
 from support.roundtrip import without_boxes
 from support.toy_runner import Call, pruner_of, toy_loader, toy_runner
-from support.toys import ConvPair, TinyDetector, images, square_loss
+from support.toys import ConvPair, TinyDetector, images, square_loss, toy_forward
 
 from mmgfp import GroupFisherPruner
 from mmgfp.engine.batch_calls import BatchCalls
@@ -43,13 +44,9 @@ SKIPPING = dict(type='CpuAmpOptimWrapper', scaler=dict(init_scale=1.0))
 
 
 def test_bad_iterations_are_dropped_counted_and_survived(tmp_path, caplog):
-    runner = toy_runner(
-        tmp_path,
-        iters=8,
-        hooks=[Factors(1, NAN, INF, 1, -INF, 1)],
-        optim=SKIPPING,
-        hook=dict(max_nonfinite=3, target=dict(flops=0.1)),
-    )
+    hooks = [Factors(1, NAN, INF, 1, -INF, 1)]
+    hook = dict(max_nonfinite=3, target=dict(flops=0.1))
+    runner = toy_runner(tmp_path, iters=8, hooks=hooks, optim=SKIPPING, hook=hook)
     with caplog.at_level('WARNING', 'mmgfp'):
         runner.train()
     assert pruner_of(runner).criterion.state_dict()['nonfinite'].tolist() == [3, 0]
@@ -77,19 +74,15 @@ def test_a_run_of_bad_iterations_stops(tmp_path):
 def test_bad_iterations_are_as_if_they_had_not_been():
     """Nothing of them is in the sums, whichever units they touch."""
     torch.manual_seed(0)
-    model = TinyDetector().double()
-    pruner = GroupFisherPruner(model, interval=10**6)
-    pruner.prepare(_loss, _loss, 2)
-    _loss(model).backward()
-    pruner.step()
-    expected = pruner.criterion.statistics.importance.copy()
+    pruner = prepared(TinyDetector().double())
+    iterate(pruner)
+    expected = importance_of(pruner)
     poisoned = images().double()
     poisoned[1, 0, 3, 3] = NAN
     for batch, factor in ((poisoned, 1), (images().double(), INF)):
-        (square_loss(model(batch)) * factor).backward()
-        pruner.step()
-    assert (pruner.criterion.statistics.importance == expected).all()
-    assert (pruner.criterion.statistics.seen == 1).all()
+        iterate(pruner, lambda m, x=batch, by=factor: square_loss(m(x)) * by)
+    assert (importance_of(pruner) == expected).all()
+    assert (seen_by(pruner) == 1).all()
 
 
 @pytest.mark.parametrize('value', [0, -1, 2.5, True])
@@ -97,10 +90,6 @@ def test_max_dropped_must_be_a_number(value):
     words = rf'max_nonfinite must be a whole number of at least 1 \(got {value}'
     with pytest.raises(ConfigError, match=words):
         GroupFisherPruner(ConvPair(), max_nonfinite=value)
-
-
-def _loss(model):
-    return square_loss(model(images().double()))
 
 
 # -- images without boxes, heads without gradients --------------------------------
@@ -114,36 +103,29 @@ def retinanet():
 def test_image_without_boxes(retinanet):
     model, calls = retinanet
     calls = without_boxes(calls, 0)
-    pruner = GroupFisherPruner(model, interval=10**6)
-    pruner.prepare(calls.loss, calls.forward, 2)
-    calls.loss(model.train()).backward()
-    pruner.step()
-    found = pruner.criterion.statistics.importance.copy()
+    pruner = prepared(model.train(), calls.loss, calls.forward)
+    iterate(pruner, calls.loss)
+    found = importance_of(pruner)
     pruner.close()
     expected = mask_fisher(model, calls.loss, pruner.units.grouping.groups, 2).numpy()
     assert found == pytest.approx(expected, rel=1e-2, abs=1e-3 * float(expected.max()))
-    assert (pruner.criterion.statistics.seen == 1).all()
+    assert (seen_by(pruner) == 1).all()
 
 
 def test_batches_without_boxes_do_not_cost_the_box_tower_its_channels(retinanet):
     """Its loss is a sum times zero then, which says nothing about importance."""
     model, calls = copy.deepcopy(retinanet)
-    pruner = GroupFisherPruner(model, interval=2, units_per_step=40)
-    pruner.prepare(calls.loss, calls.forward, 2)
+    pruner = prepared(model, calls.loss, calls.forward, interval=2, units_per_step=40)
     empty = without_boxes(calls, 0, 1)
     for _ in range(2):
-        empty.loss(model.train()).backward()
-        step = pruner.step()
+        step = iterate(pruner, lambda model: empty.loss(model.train()))
     names = [g.name for g in pruner.units.grouping.groups]
     gone = dict(zip(names, pruner.units.removed, strict=True))
     tower = [n for n in names if n.startswith('bbox_head.reg_convs')]
     assert len(step.units) == 40 and len(tower) == 4
     assert not any(gone[n] for n in tower)
-    assert any(
-        f'group {n} got no gradient in 2' in w
-        for n in tower
-        for w in pruner.checks.warned | pruner.criterion.warned
-    )
+    said = '\n'.join(warnings_of(pruner))
+    assert any(f'group {n} got no gradient in 2' in said for n in tower)
 
 
 def test_a_batch_says_whether_it_has_boxes(retinanet):
@@ -193,23 +175,20 @@ class TwoHeads(torch.nn.Module):
 def test_head_without_gradient_in_some_iterations_counts_in_the_others():
     torch.manual_seed(0)
     model = TwoHeads().double()
-    pruner = GroupFisherPruner(model, interval=10**6)
-    pruner.prepare(_loss, _loss, 2)
-    expected = 0
+    pruner = prepared(model)
+    groups, expected = pruner.units.grouping.groups, 0
     for used in ((0, 1), (0,), (1,), (0,)):
 
         def loss(model, used=used):
-            outputs = model(images().double())
+            outputs = toy_forward(model)
             return square_loss(tuple(outputs[i] for i in used))
 
         pruner.criterion.tap.detach()
-        expected += mask_fisher(model, loss, pruner.units.grouping.groups, 2).numpy()
+        expected += mask_fisher(model, loss, groups, 2).numpy()
         pruner.criterion.tap.attach()
-        loss(model).backward()
-        pruner.step()
-    assert pruner.criterion.statistics.importance == pytest.approx(expected, rel=1e-5)
-    names = [g.name for g in pruner.units.grouping.groups]
-    seen = dict(zip(names, pruner.criterion.statistics.seen, strict=True))
+        iterate(pruner, loss)
+    assert importance_of(pruner) == pytest.approx(expected, rel=1e-5)
+    seen = dict(zip((g.name for g in groups), seen_by(pruner), strict=True))
     assert seen == {'stem': 4, 'left.conv1': 3, 'right.conv1': 2}
 
 
@@ -218,7 +197,7 @@ def test_uneven_last_batch_counts_each_of_its_images(tmp_path):
     totals = []
 
     def watch(runner):
-        totals.append(pruner_of(runner).criterion.statistics.importance.copy())
+        totals.append(importance_of(pruner_of(runner)))
 
     runner = toy_runner(
         tmp_path,
@@ -232,27 +211,22 @@ def test_uneven_last_batch_counts_each_of_its_images(tmp_path):
     model, groups = runner.model, pruner_of(runner).units.grouping.groups
     data, expected = runner.train_dataloader.dataset.images, 0
     for n, batch in enumerate(data.split(2)):
-        expected += mask_fisher(
-            model, lambda m, b=batch: m(b, mode='loss')['loss'], groups, len(batch)
-        ).numpy()
+
+        def loss(model, batch=batch):
+            return model(batch, mode='loss')['loss']
+
+        expected += mask_fisher(model, loss, groups, len(batch)).numpy()
         assert totals[n] == pytest.approx(expected, rel=1e-5)
     assert len(totals) == 3
 
 
 def test_batch_without_images_is_harmless():
     torch.manual_seed(0)
-    model = TinyDetector().double().eval()
-    pruner = GroupFisherPruner(model, interval=10**6)
-    pruner.prepare(_loss, _loss, 2)
-    sum(o.sum() for o in model(images()[:0].double())).backward()
-    pruner.step()
-    assert (
-        not pruner.criterion.statistics.importance.any()
-        and not pruner.criterion.statistics.seen.any()
-    )
-    _loss(model).backward()
-    pruner.step()
-    assert (pruner.criterion.statistics.seen == 1).all()
+    pruner = prepared(TinyDetector().double().eval())
+    iterate(pruner, lambda m: sum(o.sum() for o in m(images()[:0].double())))
+    assert not importance_of(pruner).any() and not seen_by(pruner).any()
+    iterate(pruner)
+    assert (seen_by(pruner) == 1).all()
 
 
 # -- checkpoints of something else ------------------------------------------------
@@ -263,9 +237,8 @@ def trained(tmp_path_factory):
     """A run that was not finished: its checkpoint and its compact weights."""
     folder = tmp_path_factory.mktemp('trained')
     checkpoint = dict(type='CheckpointHook', interval=4, by_epoch=False)
-    runner = toy_runner(
-        folder, iters=4, default_hooks=dict(logger=None, checkpoint=checkpoint)
-    )
+    hooks = dict(logger=None, checkpoint=checkpoint)
+    runner = toy_runner(folder, iters=4, default_hooks=hooks)
     runner.train()
     (compact,) = (folder / 'work').glob('*_unfinished.pth')
     return folder / 'work' / 'iter_4.pth', compact

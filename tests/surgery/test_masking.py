@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from support.toys import TOYS, ConvPair, TinyDetector, Transposed, images, square_loss
+from support.pruning import prepared
+from support.toys import TOYS, ConvPair, TinyDetector, Transposed, toy_loss
 from torch import nn
 
-from mmgfp import GroupFisherPruner
 from mmgfp.discovery.verify import random_units
 from mmgfp.surgery.masking import ColumnMask
 
@@ -17,22 +17,21 @@ OPTIMIZERS = {
 }
 
 
-def prepared(model, **options):
-    """A pruner of ``model`` in double precision, and a loss to train with."""
-    model.double()
-
-    def loss(model):
-        return square_loss(model(images().double()))
-
-    pruner = GroupFisherPruner(model, interval=10**6, **options)
-    pruner.prepare(loss, loss, 2)
-    return pruner, loss
-
-
-def drop_random_units(pruner, seed=0):
-    rng = np.random.default_rng(seed)
+def drop_random_units(pruner):
+    rng = np.random.default_rng(0)
     pruner.units.kept = random_units(pruner.units.grouping.groups, 0.4, rng)
     pruner.units.masks[0].update(pruner.units.kept)
+
+
+def drop(pruner, *units):
+    pruner.units.kept[list(units)] = False
+    pruner.units.masks[0].update(pruner.units.kept)
+
+
+def first_of(pruner, group):
+    """The number of the first unit of a group."""
+    names = [g.name for g in pruner.units.grouping.groups]
+    return int(np.flatnonzero(pruner.units.group_of == names.index(group))[0])
 
 
 def columns(pruner, of=lambda p: p):
@@ -50,12 +49,9 @@ def columns(pruner, of=lambda p: p):
 
 
 def test_columns_of_every_consumer_by_hand():
-    pruner, _ = prepared(TinyDetector())
-    names = [g.name for g in pruner.units.grouping.groups]
-    first = int(np.flatnonzero(pruner.units.group_of == names.index('fpn1'))[0])
-    pruner.units.kept[first + 2] = False  # channel 2 of fpn1 and fpn2
+    pruner = prepared(TinyDetector().double())
     before = {n: p.clone() for n, p in pruner.model.named_parameters()}
-    pruner.units.masks[0].update(pruner.units.kept)
+    drop(pruner, first_of(pruner, 'fpn1') + 2)  # channel 2 of fpn1 and fpn2
     for name, parameter in pruner.model.named_parameters():
         expected = before[name]
         if name in ('cls_tower.weight', 'reg_tower.weight'):
@@ -64,9 +60,8 @@ def test_columns_of_every_consumer_by_hand():
 
 
 def test_transposed_conv_holds_its_inputs_in_dimension_0():
-    pruner, _ = prepared(Transposed())
-    pruner.units.kept[1] = False  # the second output of stem
-    pruner.units.masks[0].update(pruner.units.kept)
+    pruner = prepared(Transposed().double())
+    drop(pruner, 1)  # the second output of stem
     weight = pruner.model.up.weight
     assert [i for i in range(5) if not weight[i].any()] == [1]
 
@@ -75,11 +70,11 @@ def test_transposed_conv_holds_its_inputs_in_dimension_0():
 @pytest.mark.parametrize('toy', TOYS)
 def test_zeroed_columns_stay_zero(toy, optimizer):
     torch.manual_seed(0)
-    pruner, loss = prepared(toy())
+    pruner = prepared(toy().double())
     optimizer = OPTIMIZERS[optimizer](pruner.model.parameters())
     for iteration in range(5):
         optimizer.zero_grad()
-        loss(pruner.model).backward()
+        toy_loss(pruner.model).backward()
         optimizer.step()
         pruner.step()
         if iteration == 1:  # momentum has been gathered
@@ -94,20 +89,20 @@ def test_zeroed_columns_stay_zero(toy, optimizer):
 def test_gradient_norm_is_that_of_the_compact_model(toy):
     """Clipping by norm sees only what is left."""
     torch.manual_seed(0)
-    pruner, loss = prepared(toy())
+    pruner = prepared(toy().double())
     drop_random_units(pruner)
     norms = []
     for model in (pruner.model, pruner.compact()):
-        loss(model).backward()
+        toy_loss(model).backward()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), 1e-3).item())
     assert norms[0] == pytest.approx(norms[1], rel=1e-9)
     assert norms[0] > 0
 
 
 def test_frozen_weights_are_masked_too():
-    model = ConvPair()
+    model = ConvPair().double()
     model.conv2.weight.requires_grad_(False)
-    pruner, _ = prepared(model)
+    pruner = prepared(model)
     drop_random_units(pruner)
     assert columns(pruner).numel() > 0
     assert not columns(pruner).any()
@@ -115,10 +110,10 @@ def test_frozen_weights_are_masked_too():
 
 def test_removed_mask_lets_columns_train_again():
     torch.manual_seed(0)
-    pruner, loss = prepared(ConvPair())
+    pruner = prepared(ConvPair().double())
     drop_random_units(pruner)
     pruner.units.masks[0].remove()
-    loss(pruner.model).backward()
+    toy_loss(pruner.model).backward()
     assert columns(pruner, lambda p: p.grad).all()
     nn.init.ones_(pruner.model.conv2.weight)
     pruner.units.masks[0].apply()
@@ -127,35 +122,29 @@ def test_removed_mask_lets_columns_train_again():
 
 def test_update_replaces_the_mask():
     torch.manual_seed(0)
-    pruner, loss = prepared(ConvPair())
-    drop_random_units(pruner, 0)
+    pruner = prepared(ConvPair().double())
+    drop_random_units(pruner)
     pruner.units.kept[:] = True
-    pruner.units.kept[0] = False
-    pruner.units.masks[0].update(pruner.units.kept)
-    loss(pruner.model).backward()
+    drop(pruner, 0)
+    toy_loss(pruner.model).backward()
     gradient = pruner.model.conv2.weight.grad
     assert [i for i in range(6) if not gradient[:, i].any()] == [0]
 
 
 def test_update_touches_only_what_changed():
-    pruner, loss = prepared(TinyDetector())
-    names = [g.name for g in pruner.units.grouping.groups]
-    first = int(np.flatnonzero(pruner.units.group_of == names.index('fpn1'))[0])
-    pruner.units.kept[first] = False
-    pruner.units.masks[0].update(pruner.units.kept)
-    hooks = {
-        n: p._post_accumulate_grad_hooks for n, p in pruner.model.named_parameters()
-    }
+    pruner = prepared(TinyDetector().double())
+    first, parameters = first_of(pruner, 'fpn1'), pruner.model.named_parameters()
+    drop(pruner, first)
+    hooks = {n: p._post_accumulate_grad_hooks for n, p in parameters}
     with torch.no_grad():
         pruner.model.cls_tower.weight[:, 0] = 1
-    pruner.units.kept[first + 2] = False
-    pruner.units.masks[0].update(pruner.units.kept)
+    drop(pruner, first + 2)
     weight = pruner.model.cls_tower.weight
     # what went earlier is left to `apply`
     assert [i for i in range(3) if not weight[:, i].any()] == [2]
     pruner.units.masks[0].apply()
     assert [i for i in range(3) if not weight[:, i].any()] == [0, 2]
-    loss(pruner.model).backward()
+    toy_loss(pruner.model).backward()
     assert [i for i in range(3) if not weight.grad[:, i].any()] == [0, 2]
     masked = [n for n, h in hooks.items() if h]
     assert masked == ['cls_tower.weight', 'reg_tower.weight']
@@ -165,7 +154,7 @@ def test_update_touches_only_what_changed():
 def test_full_mask_touches_nothing():
     model = ConvPair()
     before = {n: p.clone() for n, p in model.named_parameters()}
-    pruner, _ = prepared(ConvPair())
+    pruner = prepared(ConvPair().double())
     mask = ColumnMask(model, pruner.units.grouping.groups)
     mask.update(pruner.units.kept)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from support.pruning import importance_of, iterate, prepared
 from support.reference import mask_fisher
-from support.toys import Net, conv, grouped, images, square_loss, widths
+from support.toys import Net, conv, grouped, images, toy_loss, widths
 from torch.utils.checkpoint import checkpoint
 
-from mmgfp import GroupFisherPruner
 from mmgfp.apps.analysis import coverage
 from mmgfp.discovery.profile import profile_layers
 from mmgfp.discovery.verify import disagreement, random_units
@@ -75,33 +75,18 @@ def vision(modulated, parts=1, groups=1):
     ).double()
 
 
-def loss(model):
-    return square_loss(model(images(3).double()))
-
-
-def prepared(model):
-    pruner = GroupFisherPruner(model, interval=10**6, strict=True)
-    pruner.prepare(loss, loss, 3)
-    return pruner
-
-
 @pytest.mark.parametrize('modulated, parts', CASES)
 def test_offsets_read_a_mask_copy_of_their_own(modulated, parts):
     """The pack hands its input on to its offsets, which count once, not twice."""
     model = packed(modulated, parts)
-    pruner = prepared(model)
-    loss(model).backward()
-    pruner.step()
+    pruner = prepared(model, strict=True)
+    iterate(pruner)
     pruner.close()
     other = unpacked(model, modulated, parts)
-    expected = mask_fisher(other, loss, prepared(other).units.grouping.groups, 3)
+    groups = prepared(other, strict=True).units.grouping.groups
+    expected = mask_fisher(other, toy_loss, groups, 2)
     assert expected.count_nonzero() == len(expected) == 6 // parts + 6
-    torch.testing.assert_close(
-        torch.from_numpy(pruner.criterion.statistics.importance),
-        expected,
-        rtol=1e-6,
-        atol=0,
-    )
+    assert importance_of(pruner) == pytest.approx(expected.numpy(), rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize('again', [True, False])
@@ -113,8 +98,8 @@ def test_pack_in_a_checkpointed_part(again):
     )
     sums = []
     for net in (expected, model):
-        pruner = prepared(net)
-        loss(net).backward()
+        pruner = prepared(net, strict=True)
+        toy_loss(net).backward()
         sums.append(pruner.criterion.tap.take())
     assert set(sums[0]) == set(sums[1])
     for name, gradient in sums[0].items():
@@ -123,9 +108,9 @@ def test_pack_in_a_checkpointed_part(again):
 
 def test_tap_inside_a_pack_changes_no_gradient():
     plain, model = packed(True), packed(True)
-    prepared(model)
+    prepared(model, strict=True)
     for net in (plain, model):
-        loss(net).backward()
+        toy_loss(net).backward()
     for a, b in zip(plain.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-12, atol=1e-15)
 
@@ -136,17 +121,15 @@ def test_channels(build, modulated, parts):
     """Stem's channels keep their share of each part; the offsets stay as they are."""
     model = build(modulated, parts)
     offset = 'dcn.conv_offset' if build is packed else 'offset'
-    pruner = prepared(model)
-    stem, dcn = pruner.units.grouping.groups
+    pruner = prepared(model, strict=True)
+    grouping, profiles = pruner.units.grouping, profile_layers(model, toy_loss, 2)
+    stem, dcn = grouping.groups
     assert (stem.units, dcn.units) == (6 // parts, 6)
     entries = {('stem.weight', 0), ('stem.bias', 0), (f'{offset}.weight', 1)}
     assert widths(stem) == dict.fromkeys([*entries, ('dcn.weight', 1)], parts)
-    assert [f.layer for f in pruner.units.grouping.frozen] == [offset, 'head']
-    assert 'offsets' in pruner.units.grouping.frozen[0].reason
-    assert (
-        coverage(model, pruner.units.grouping, profile_layers(model, loss, 3))['macs']
-        == 1
-    )
+    assert [f.layer for f in grouping.frozen] == [offset, 'head']
+    assert 'offsets' in grouping.frozen[0].reason
+    assert coverage(model, grouping, profiles)['macs'] == 1
     pruner.close()
     kept = random_units((stem, dcn), 0.3, np.random.default_rng(0))
     assert disagreement(model, (stem, dcn), kept, lambda m: m(images())) is None
@@ -155,7 +138,7 @@ def test_channels(build, modulated, parts):
 def test_conv_groups_of_torchvision():
     """They are told from the shapes of input and weight: 3 units, 2 channels each."""
     model = vision(True, groups=3)
-    (group,) = grouped(model, loss).groups
+    (group,) = grouped(model).groups
     assert group.units == 3
     assert set(widths(group).values()) == {2}
     kept = np.array([True, False, True])
@@ -168,7 +151,8 @@ def test_costs(modulated):
     model = packed(modulated)
     assert is_layer(model.dcn)
     shapes = {n: p.shape for n, p in model.named_parameters()}
-    totals = CostTable(shapes, profile_layers(model, loss, 3), ()).totals(np.zeros(0))
+    profiles = profile_layers(model, toy_loss, 2)
+    totals = CostTable(shapes, profiles, ()).totals(np.zeros(0))
     offsets = 27 if modulated else 18
     assert totals['macs'] == (162 + 324 + 216 + offsets * 54) * 64
     assert totals['memory'] == (6 + 6 + 4 + offsets) * 64
