@@ -8,10 +8,10 @@ import torch
 from mmengine.optim import ApexOptimWrapper, OptimWrapperDict
 from scipy.stats import spearmanr
 from support.configs import slim_retinanet
+from support.pruning import importance_of, prepared
 from support.toy_runner import Call, CpuAmpOptimWrapper, pruner_of, toy_runner
 from support.toys import ConvPair, images, square_loss
 
-from mmgfp import GroupFisherPruner
 from mmgfp.engine.runner_access import loss_scale
 from mmgfp.utils.errors import ConfigError
 
@@ -20,8 +20,7 @@ from mmgfp.utils.errors import ConfigError
 def detector():
     """A RetinaNet with its pruner, and its importance in fp32."""
     model, calls = slim_retinanet()
-    pruner = GroupFisherPruner(model, interval=10**6)
-    pruner.prepare(calls.loss, calls.forward, 2)
+    pruner = prepared(model, calls.loss, calls.forward)
     return model, calls, pruner, importance(model, calls, pruner)
 
 
@@ -46,7 +45,7 @@ def importance(model, calls, pruner, dtype=None, factor=1.0, **scaler):
         wrapper.update_params(model.parse_losses(losses)[0] * factor)
         pruner.step(scale)
     model.load_state_dict(state)
-    return pruner.criterion.statistics.importance.copy()
+    return importance_of(pruner)
 
 
 def agreement(pruner, expected, found):
@@ -79,9 +78,8 @@ def test_float16_with_a_scaler_ranks_like_fp32(detector):
 def test_the_scaler_keeps_small_gradients(detector):
     """A loss of a millionth has gradients that float16 cannot hold."""
     expected, factor = detector[3], 1e-6
-    scaled = importance(
-        *detector[:3], torch.float16, factor, init_scale=65536.0 * 2**10
-    )
+    scale = 65536.0 * 2**10
+    scaled = importance(*detector[:3], torch.float16, factor, init_scale=scale)
     every, _, error = agreement(detector[2], expected, scaled / factor**2)
     assert every > 0.999 and error < 0.1
     plain = importance(*detector[:3], torch.float16, factor)
@@ -99,20 +97,12 @@ def test_scaling_by_65536_changes_no_statistics(detector, growth):
 def decisions(folder, **options):
     """Remaining units and the scale of the loss, by iteration."""
     kept, scales = [], []
-    runner = toy_runner(
-        folder,
-        iters=12,
-        hook=dict(interval=4, units_per_step=3, target=dict(flops=0.1)),
-        hooks=[
-            Call(
-                before_train_iter=lambda r: scales.append(loss_scale(r.optim_wrapper)),
-                after_train_iter=lambda r: kept.append(
-                    pruner_of(r).units.kept.tolist()
-                ),
-            )
-        ],
-        **options,
+    notes = Call(
+        before_train_iter=lambda r: scales.append(loss_scale(r.optim_wrapper)),
+        after_train_iter=lambda r: kept.append(pruner_of(r).units.kept.tolist()),
     )
+    hook = dict(interval=4, units_per_step=3, target=dict(flops=0.1))
+    runner = toy_runner(folder, iters=12, hook=hook, hooks=[notes], **options)
     runner.train()
     return kept, scales, runner
 
@@ -120,9 +110,8 @@ def decisions(folder, **options):
 def test_scaler_changes_no_decision_of_a_run(tmp_path):
     """It starts at 65536 and doubles at every second step, within intervals."""
     plain, ones, _ = decisions(tmp_path / 'plain')
-    optim = dict(
-        type='CpuAmpOptimWrapper', scaler=dict(init_scale=65536.0, growth_interval=2)
-    )
+    scaler = dict(init_scale=65536.0, growth_interval=2)
+    optim = dict(type='CpuAmpOptimWrapper', scaler=scaler)
     scaled, scales, _ = decisions(tmp_path / 'scaled', optim=optim)
     assert set(ones) == {1.0}
     assert scales == [65536.0 * 2 ** (n // 2) for n in range(12)]
@@ -132,11 +121,8 @@ def test_scaler_changes_no_decision_of_a_run(tmp_path):
 
 def test_backoff_drops_overflowed_steps_and_goes_on(tmp_path, caplog):
     """The scale is too large for float32: the scaler halves it until it fits."""
-    optim = dict(
-        type='CpuAmpOptimWrapper',
-        optimizer=dict(type='SGD', lr=1e-6),
-        scaler=dict(init_scale=2.0**122),
-    )
+    steps = dict(optimizer=dict(type='SGD', lr=1e-6), scaler=dict(init_scale=2.0**122))
+    optim = dict(type='CpuAmpOptimWrapper', **steps)
     model = dict(type='ToyDetector', double=False, factor=2.0**8)
     with caplog.at_level('WARNING', 'mmgfp'):
         kept, scales, runner = decisions(tmp_path, optim=optim, model=model)
@@ -155,9 +141,7 @@ def test_backward_inside_autocast_still_sums_in_fp32():
     def loss(model):
         return square_loss(model(images(2, 64)))
 
-    pruner = GroupFisherPruner(model, interval=99)
-    pruner.prepare(loss, loss, 2)
-    found = []
+    pruner, found = prepared(model, loss), []
     for inside in (False, True):
         with torch.autocast('cpu', torch.bfloat16):
             value = loss(model)

@@ -19,8 +19,10 @@ from support.configs import (
     slim,
     small_prune_config,
 )
+from support.pruning import importance_of, iterate, seen_by, warnings_of
 from support.reference import mask_fisher
 from support.roundtrip import assert_prunes, traced, without_boxes
+from support.toys import reasons_of
 from torch import nn
 
 from mmgfp import GroupFisherPruner, PruneStructure
@@ -45,13 +47,23 @@ from mmgfp.utils.errors import StructureError
 def mask_rcnn():
     """A slim Mask R-CNN in double precision and the calls on a batch of two images."""
     torch.manual_seed(0)
-    config = slim(MASK)
-    model = build_model(config).double()
-    calls = BatchCalls(model, demo_batch(config, 2, (64, 96)))
+    model, calls = built(slim(MASK), (64, 96))
+    model.double()
     calls.data['inputs'] = calls.data['inputs'].double()
-    pruner = GroupFisherPruner(model, interval=10**6)
-    pruner.prepare(steady(calls), calls.forward, 2, calls.profile(model))
-    return model, calls, pruner
+    return model, calls, ready(model, calls, steady(calls))
+
+
+def built(config, size=(64, 64)):
+    """The model of a config, and the calls on a batch of two images."""
+    model = build_model(config)
+    return model, BatchCalls(model, demo_batch(config, 2, size))
+
+
+def ready(model, calls, loss=None, **options):
+    """A pruner of the model that never prunes, with true costs of the RoIs."""
+    pruner = GroupFisherPruner(model, interval=10**6, **options)
+    pruner.prepare(loss or calls.loss, calls.forward, 2, calls.profile(model))
+    return pruner
 
 
 def steady(calls):
@@ -66,18 +78,28 @@ def steady(calls):
 
 def observed(pruner, loss):
     """Importance of all units after one iteration on ``loss``, (U,)."""
-    pruner.criterion.statistics.importance[:] = 0
-    pruner.criterion.statistics.seen[:] = 0
+    pruner.criterion.clear()
     pruner.model.zero_grad()
-    loss(pruner.model).backward()
-    pruner.step()
-    return torch.from_numpy(pruner.criterion.statistics.importance.copy())
+    iterate(pruner, loss)
+    return torch.from_numpy(importance_of(pruner))
 
 
 def assert_close(a, b):
-    torch.testing.assert_close(
-        a, b.double(), rtol=1e-4, atol=1e-7 * float(b.max()), check_stride=False
-    )
+    assert a.numpy() == pytest.approx(b.numpy(), rel=1e-4, abs=1e-7 * float(b.max()))
+
+
+def assert_all_seen(pruner):
+    assert (seen_by(pruner) == 1).all() and not warnings_of(pruner)
+
+
+def cut_at_random(model, pruner):
+    """Units that stay when 30 % go, and the masked and the compact model."""
+    groups = pruner.units.grouping.groups
+    kept = random_units(groups, 0.3, np.random.default_rng(0))
+    pruner.criterion.tap.detach()
+    pair = masked_and_compact(model, groups, kept)
+    pruner.criterion.tap.attach()
+    return kept, *pair
 
 
 # -- groups ------------------------------------------------------------------
@@ -94,22 +116,17 @@ def assert_close(a, b):
 )
 def test_only_the_final_predictors_keep_their_outputs(name, groups, units):
     torch.manual_seed(0)
-    config = full(name)
-    model = build_model(config)
-    calls = BatchCalls(model, demo_batch(config, 2, (64, 64)))
-    pruner = GroupFisherPruner(model, strict=True)
-    grouping = pruner.prepare(calls.loss, calls.forward, 2, calls.profile(model))
+    model, calls = built(full(name))
+    pruner = ready(model, calls, strict=True)
+    grouping = pruner.units.grouping
     assert len(grouping.groups) == groups and grouping.units == units
     for layer in grouping.frozen:
         assert layer.reason.startswith('an output')
         assert layer.layer.rpartition('.')[2] in {
             'rpn_cls', 'rpn_reg', 'fc_cls', 'fc_reg', 'conv_logits',
         }  # fmt: skip
-    calls.loss(model).backward()
-    pruner.step()
-    assert (
-        pruner.criterion.statistics.seen == 1
-    ).all() and not pruner.checks.warned | pruner.criterion.warned
+    iterate(pruner, calls.loss)
+    assert_all_seen(pruner)
 
 
 @pytest.mark.slow
@@ -128,9 +145,8 @@ def test_round_trip(name, groups, units, outputs, tmp_path):
 
 def test_rpn_and_rois_read_the_same_units(mask_rcnn):
     pruner = mask_rcnn[2]
-    [group] = [
-        g for g in pruner.units.grouping.groups if g.name == 'neck.fpn_convs.0.conv'
-    ]
+    groups = pruner.units.grouping.groups
+    [group] = [g for g in groups if g.name == 'neck.fpn_convs.0.conv']
     read = {m.name.removesuffix('.weight'): m.width for m in group.members}
     assert group.units == 8
     assert read['rpn_head.rpn_conv'] == read['roi_head.mask_head.convs.0.conv'] == 1
@@ -143,20 +159,17 @@ def test_rpn_and_rois_read_the_same_units(mask_rcnn):
 def test_grid_head_is_pruned_as_far_as_its_grouped_deconvolution_allows():
     torch.manual_seed(0)
     config = full(GRID)
-    config.model.backbone.depth = 18
-    config.model.backbone.base_channels = 8
+    config.model.backbone.update(depth=18, base_channels=8)
     config.model.neck.in_channels = [8, 16, 32, 64]
     model = build_model(config)
     calls = BatchCalls(model, demo_batch(config))
-    pruner = GroupFisherPruner(model)
-    grouping = pruner.prepare(calls.loss, calls.forward, 2, calls.profile(model))
-    reasons = {f.layer: f.reason for f in grouping.frozen}
+    pruner = ready(model, calls)
+    reasons = reasons_of(pruner.units.grouping)
     assert 'grouped transposed' in reasons['roi_head.grid_head.convs.7.conv']
     assert not any('disagree' in r or 'rows' in r for r in reasons.values())
     assert 'roi_head.grid_head.convs.0.conv' not in reasons
-    calls.loss(model).backward()
-    pruner.step()
-    assert not pruner.checks.warned | pruner.criterion.warned
+    iterate(pruner, calls.loss)
+    assert not warnings_of(pruner)
 
 
 # -- statistics --------------------------------------------------------------
@@ -248,16 +261,9 @@ def test_image_without_boxes(mask_rcnn):
 def test_batch_without_boxes(mask_rcnn):
     _, calls, pruner = mask_rcnn
     importance = observed(pruner, steady(without_boxes(calls, 0, 1)))
-    assert (
-        importance.isfinite().all()
-        and not pruner.checks.warned | pruner.criterion.warned
-    )
-    seen = {
-        g.name: s
-        for g, s in zip(  # noqa: B905
-            pruner.units.grouping.groups, pruner.criterion.statistics.seen
-        )
-    }
+    assert importance.isfinite().all() and not warnings_of(pruner)
+    names = [g.name for g in pruner.units.grouping.groups]
+    seen = dict(zip(names, seen_by(pruner), strict=True))
     assert seen['neck.fpn_convs.0.conv'] == 1
     assert seen['roi_head.mask_head.convs.0.conv'] == 0
 
@@ -267,17 +273,13 @@ def test_pyramid_levels_without_rois(mask_rcnn, sides):
     """RoIs of 300 pixels are pooled on level 2, small ones on level 0."""
     model, calls, pruner = mask_rcnn
     images = calls.data['inputs']
-    rois = torch.tensor(
-        [[n % 2, 2, 3, 2 + side, 3 + side] for n, side in enumerate(sides)],
-        dtype=torch.float64,
-    )
+    rois = [[n % 2, 2, 3, 2 + side, 3 + side] for n, side in enumerate(sides)]
+    rois = torch.tensor(rois, dtype=torch.float64)
     levels = model.roi_head.bbox_roi_extractor.map_roi_levels(rois, 4)
     assert set(levels.tolist()) == {2 if side == 300 else 0 for side in sides}
     model.eval()
     assert_equals_masks(pruner, lambda m: summed(m, images, rois, rois))
-    assert (
-        pruner.criterion.statistics.seen == 1
-    ).all() and not pruner.checks.warned | pruner.criterion.warned
+    assert_all_seen(pruner)
     model.train()
 
 
@@ -298,11 +300,7 @@ def test_first_batch_without_boxes_freezes_what_the_mask_head_reads(mask_rcnn):
 
 def test_compact_model_trains_on_batches_without_boxes(mask_rcnn):
     model, calls, pruner = mask_rcnn
-    groups = pruner.units.grouping.groups
-    pruner.criterion.tap.detach()
-    kept = random_units(groups, 0.3, np.random.default_rng(0))
-    masked, small = masked_and_compact(model, groups, kept)
-    pruner.criterion.tap.attach()
+    _, masked, small = cut_at_random(model, pruner)
     for fewer in (without_boxes(calls, 0), without_boxes(calls, 0, 1)):
         losses = [steady(fewer)(net) for net in (masked, small)]
         assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-9)
@@ -314,15 +312,10 @@ def test_compact_model_trains_on_batches_without_boxes(mask_rcnn):
 @pytest.mark.parametrize('name', [CASCADE, DOUBLE])
 def test_other_heads_see_each_unit_and_lose_no_row(name):
     torch.manual_seed(0)
-    config = slim(name)
-    model = build_model(config)
-    calls = BatchCalls(model, demo_batch(config, 2, (64, 64)))
-    pruner = GroupFisherPruner(model, interval=10**6, strict=True)
-    pruner.prepare(calls.loss, calls.forward, 2, calls.profile(model))
+    model, calls = built(slim(name))
+    pruner = ready(model, calls, strict=True)
     importance = observed(pruner, calls.loss)
-    assert (
-        pruner.criterion.statistics.seen == 1
-    ).all() and not pruner.checks.warned | pruner.criterion.warned
+    assert_all_seen(pruner)
     assert float(importance.min()) >= 0
     used = pruner.criterion.tap.use
     assert not used.lost and {n for n in used.rois if 'head' not in n} == set()
@@ -334,12 +327,10 @@ def test_other_heads_see_each_unit_and_lose_no_row(name):
 @pytest.mark.parametrize('name', [FASTER, MASK, CASCADE, DOUBLE])
 def test_masked_equals_compact(name):
     torch.manual_seed(0)
-    config = slim(name)
-    model = build_model(config)
-    calls = BatchCalls(model, demo_batch(config, 2, (64, 64)))
-    pruner = GroupFisherPruner(model)
-    groups = pruner.prepare(calls.loss, calls.forward, 2, calls.profile(model)).groups
+    model, calls = built(slim(name))
+    pruner = ready(model, calls)
     pruner.close()
+    groups = pruner.units.grouping.groups
     kept = random_units(groups, 0.3, np.random.default_rng(0))
     assert disagreement(model, groups, kept, calls.forward) is None
     assert disagreement(model, groups, kept, calls.steady_loss) is None
@@ -348,12 +339,10 @@ def test_masked_equals_compact(name):
 def test_verification_does_not_hang_on_the_order_of_proposals():
     """In a flat image all scores of a RPN tie, so that rounding decides."""
     torch.manual_seed(0)
-    config = slim(FASTER)
-    model = build_model(config)
-    calls = BatchCalls(model, demo_batch(config, 2, (64, 64)))
-    pruner = GroupFisherPruner(model)
-    grouping = pruner.prepare(calls.loss, calls.forward, 2, calls.profile(model))
+    model, calls = built(slim(FASTER))
+    pruner = ready(model, calls)
     pruner.close()
+    grouping = pruner.units.grouping
     calls.data['inputs'] = torch.zeros_like(calls.data['inputs'])
     for seed in range(3):
         assert not find_disagreements(model, grouping, calls.forward, seed)
@@ -361,22 +350,16 @@ def test_verification_does_not_hang_on_the_order_of_proposals():
 
 def test_a_training_step_is_the_same_step(mask_rcnn):
     model, calls, pruner = mask_rcnn
-    groups = pruner.units.grouping.groups
-    pruner.criterion.tap.detach()
-    kept = random_units(groups, 0.3, np.random.default_rng(0))
-    masked, small = masked_and_compact(model, groups, kept)
     losses = []
-    for net in (masked, small):
+    for net in cut_at_random(model, pruner)[1:]:
         optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-        own = []
+        losses.append([])
         for _ in range(3):
             loss = steady(calls)(net)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            own.append(loss.item())
-        losses.append(own)
-    pruner.criterion.tap.attach()
+            losses[-1].append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert losses[0][0] != losses[0][1]
 
@@ -388,9 +371,8 @@ def test_a_training_step_is_the_same_step(mask_rcnn):
 def pruned(mask_rcnn):
     """A structure of the slim Mask R-CNN with 30 % of the units gone."""
     model, _, pruner = mask_rcnn
-    groups = pruner.units.grouping.groups
-    kept = random_units(groups, 0.3, np.random.default_rng(0))
-    return PruneStructure.of(groups, kept, shapes_of(model))
+    kept, *_ = cut_at_random(model, pruner)
+    return PruneStructure.of(pruner.units.grouping.groups, kept, shapes_of(model))
 
 
 def test_attributes_are_true(mask_rcnn, pruned):
@@ -409,21 +391,11 @@ def test_reload_by_config(mask_rcnn, pruned, tmp_path):
     path = tmp_path / 'structure.json'
     pruned.save(path)
     assert PruneStructure.load(path) == pruned
-    config = slim(MASK)
-    rebuilt = MODELS.build(
-        dict(
-            type='PrunedModel',
-            architecture=config.model,
-            structure=str(path),
-            backbone=dict(init_cfg=None),
-        )
-    ).double()
+    config = dict(type='PrunedModel', architecture=slim(MASK).model)
+    config |= dict(structure=str(path), backbone=dict(init_cfg=None))
+    rebuilt = MODELS.build(config).double()
     assert type(rebuilt) is type(model)
-    groups = pruner.units.grouping.groups
-    kept = random_units(groups, 0.3, np.random.default_rng(0))
-    pruner.criterion.tap.detach()
-    masked, small = masked_and_compact(model.eval(), groups, kept)
-    pruner.criterion.tap.attach()
+    _, masked, small = cut_at_random(model.eval(), pruner)
     rebuilt.load_state_dict(small.state_dict(), strict=True)
     with torch.no_grad():
         outputs = [calls.forward(m.eval()) for m in (masked, rebuilt)]
@@ -504,9 +476,8 @@ def test_rois_are_counted_as_sampled_and_as_detected(mask_rcnn):
 @pytest.mark.slow
 def test_costs_are_those_of_the_paper():
     """199.3 G MACs, 41.75 M parameters, 294.6 M elements at 1280 x 800 (table 5)."""
-    config = full(FASTER)
-    model = build_model(config)
-    profiles = BatchCalls(model, demo_batch(config)).profile(model, (3, 800, 1280))
+    model, calls = built(full(FASTER))
+    profiles = calls.profile(model, (3, 800, 1280))
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     totals = CostTable(shapes, profiles, ()).totals(np.zeros(0))
     assert totals['macs'] == pytest.approx(199.3e9, rel=2e-3)
@@ -532,9 +503,8 @@ def test_runner_prunes_and_the_artefact_loads(tmp_path):
     runner = Runner.from_cfg(copy.deepcopy(config))
     runner.train()
     path = next((tmp_path / 'work').glob('*_flops20.pth'))
-    model = MODELS.build(
-        dict(type='PrunedModel', architecture=config.model, structure=str(path))
-    )
+    pruned = dict(type='PrunedModel', architecture=config.model, structure=str(path))
+    model = MODELS.build(pruned)
     load_checkpoint(model, str(path), strict=True)
     calls = BatchCalls(model, demo_batch(config, 2, (64, 64)))
     assert torch.isfinite(calls.loss(model.train()))

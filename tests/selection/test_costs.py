@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.pruning import prepared
 from support.toys import (
     TOYS,
     ConvPair,
@@ -12,12 +13,10 @@ from support.toys import (
     SharedHead,
     Transposed,
     conv,
-    images,
-    square_loss,
+    toy_loss,
 )
 from torch import nn
 
-from mmgfp import GroupFisherPruner
 from mmgfp.discovery.profile import profile_layers
 from mmgfp.discovery.verify import random_units
 from mmgfp.selection.costs import CostTable, RunningCosts
@@ -43,13 +42,8 @@ def savings_of(pruner, removed, step=None):
 
 def one_unit(toy, group, gone=0):
     """What one more unit of the group called ``group`` saves after ``gone`` units."""
-    model = toy()
-
-    def loss(model):
-        return square_loss(model(images()))
-
-    pruner = GroupFisherPruner(model)
-    names = [g.name for g in pruner.prepare(loss, loss, 2).groups]
+    pruner = prepared(toy())
+    names = [g.name for g in pruner.units.grouping.groups]
     removed = np.zeros(len(names))
     removed[names.index(group)] = gone
     return [v[names.index(group)] for v in savings_of(pruner, removed)]
@@ -123,8 +117,7 @@ class Loop(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = conv(3, 6, 1, bias=False)
-        self.mid = conv(6, 6, 1, bias=False)
+        self.stem, self.mid = conv(3, 6, 1, bias=False), conv(6, 6, 1, bias=False)
         self.head = conv(6, 4, 1, bias=False)
 
     def forward(self, x):
@@ -140,14 +133,7 @@ def test_savings_of_a_layer_inside_one_group():
 
 def test_savings_depend_on_what_the_neighbours_have_left():
     # level1 keeps reading the 6 - 2 channels of stem that are left
-    model = SharedHead()
-
-    def loss(model):
-        return square_loss(model(images()))
-
-    pruner = GroupFisherPruner(model)
-    pruner.prepare(loss, loss, 2)
-    macs, *_ = savings_of(pruner, np.array([2, 0, 0]))
+    macs, *_ = savings_of(prepared(SharedHead()), np.array([2, 0, 0]))
     assert macs[1] == 4 * 64 + 36 * 16 + 45 * 80
 
 
@@ -161,46 +147,28 @@ def test_flops_is_another_word_for_macs():
 @pytest.mark.parametrize('toy', [*TOYS, Loop])
 def test_arithmetic_equals_measurement(toy, seed):
     """Totals without random units are those of the compact model."""
-
-    def loss(model):
-        return square_loss(model(images()))
-
-    pruner = GroupFisherPruner(toy())
-    groups = pruner.prepare(loss, loss, 2).groups
-    rng = np.random.default_rng(seed)
-    pruner.units.kept = random_units(groups, rng.uniform(0.1, 0.9), rng)
+    pruner, rng = prepared(toy()), np.random.default_rng(seed)
+    groups, share = pruner.units.grouping.groups, rng.uniform(0.1, 0.9)
+    pruner.units.kept = random_units(groups, share, rng)
     assert pruner.units.removed.sum() > 0
-    measured = costs_of(pruner.compact(), loss, 2).totals(np.zeros(0))
+    measured = costs_of(pruner.compact(), toy_loss, 2).totals(np.zeros(0))
     assert values(pruner.units.totals) == values(measured)
 
 
 def test_savings_are_differences_of_totals():
-    def loss(model):
-        return square_loss(model(images()))
-
-    pruner = GroupFisherPruner(SharedHead())
-    pruner.prepare(loss, loss, 2)
-    removed = np.array([1, 3, 2])
+    pruner, removed = prepared(SharedHead()), np.array([1, 3, 2])
     savings = savings_of(pruner, removed)
+    now = values(pruner.units.costs.totals(removed))
     for g in range(3):
-        more = pruner.units.costs.totals(removed + np.eye(3, dtype=int)[g])
-        for now, then, saved in zip(
-            values(pruner.units.costs.totals(removed)),
-            values(more),
-            savings,
-            strict=True,
-        ):
-            assert now - then == saved[g]
+        then = values(pruner.units.costs.totals(removed + np.eye(3, dtype=int)[g]))
+        saved = [of_groups[g] for of_groups in savings]
+        assert [n - t for n, t in zip(now, then, strict=True)] == saved
 
 
 @pytest.mark.parametrize('toy', [*TOYS, Loop])
 def test_costs_that_follow_are_those_worked_out_anew(toy):
-    def loss(model):
-        return square_loss(model(images()))
-
-    pruner = GroupFisherPruner(toy())
-    sizes = [g.units for g in pruner.prepare(loss, loss, 2).groups]
-    rng = np.random.default_rng(0)
+    pruner, rng = prepared(toy()), np.random.default_rng(0)
+    sizes = [g.units for g in pruner.units.grouping.groups]
     removed, more = np.zeros(len(sizes), dtype=int), np.ones(len(sizes))
     running = RunningCosts(pruner.units.costs, removed)
     for _ in range(6):
@@ -215,11 +183,6 @@ def test_costs_that_follow_are_those_worked_out_anew(toy):
 
 
 def test_savings_of_two_units_at_once():
-    def loss(model):
-        return square_loss(model(images()))
-
-    pruner = GroupFisherPruner(Loop())
-    pruner.prepare(loss, loss, 2)
-    macs, *_ = savings_of(pruner, np.zeros(1), np.array([2]))
+    macs, *_ = savings_of(prepared(Loop()), np.zeros(1), np.array([2]))
     # stem 2·3, mid from 6·6 to 4·4, head 2·4, on 64 positions each
     assert macs.tolist() == [(6 + 20 + 8) * 64]
