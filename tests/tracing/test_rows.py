@@ -3,9 +3,9 @@
 import pytest
 import torch
 from mmcv.ops import RoIPool, roi_align
+from support.pruning import importance_of, iterate, prepared, seen_by
 from torch import nn
 
-from mmgfp import GroupFisherPruner
 from mmgfp.criteria.mask_gradients import MaskGradientTap
 from mmgfp.tracing import judge_rows, watch_rows
 from mmgfp.tracing.row_values import Lost, Rows
@@ -47,8 +47,12 @@ def images_of(tensor):
 def assign(base, chosen, values):
     """``base`` with the rows ``chosen`` overwritten."""
     base = base.clone()
-    base[chosen] = values
+    base[torch.tensor(chosen)] = values
     return base
+
+
+def zeros(rows):
+    return torch.zeros(rows, 4, 2, 2)
 
 
 KEPT = {
@@ -105,18 +109,9 @@ MOVED = {
     'flipped': (lambda x: x.flip(0), [2, 1, 0]),
     'repeated': (lambda x: x.repeat(2, 1, 1, 1), [0, 1, 2, 0, 1, 2]),
     'concatenated': (lambda x: torch.cat([x, x[:1]]), [0, 1, 2, 0]),
-    'overwritten': (
-        lambda x: assign(x, torch.tensor([0, 1]), x[torch.tensor([2, 2])]),
-        [2, 2, 2],
-    ),
-    'written into zeros': (
-        lambda x: assign(torch.zeros(4, 4, 2, 2), torch.tensor([3, 0, 2]), x),
-        [1, -1, 2, 0],
-    ),
-    'one row written into zeros': (
-        lambda x: assign(torch.zeros(2, 4, 2, 2), torch.tensor([1]), x[1:2]),
-        [-1, 1],
-    ),
+    'overwritten': (lambda x: assign(x, [0, 1], x[[2, 2]]), [2, 2, 2]),
+    'written into zeros': (lambda x: assign(zeros(4), [3, 0, 2], x), [1, -1, 2, 0]),
+    'one row written into zeros': (lambda x: assign(zeros(2), [1], x[1:2]), [-1, 1]),
     'one image': (lambda x: x[1], [1] * 4),
     'one image in a batch': (lambda x: x[-1][None], [2]),
     'image by image': (lambda x: torch.cat([i[None] for i in x.flip(0)]), [2, 1, 0]),
@@ -124,10 +119,7 @@ MOVED = {
     'stacked': (lambda x: torch.stack([x[2], x[0]]), [2, 0]),
     'RoIs': (lambda x: roi_align(x, boxes(ROIS), 1), [2, 0, 0, 1]),
     'RoIs by RoIPool': (lambda x: RoIPool(1)(x, boxes(ROIS)), [2, 0, 0, 1]),
-    'RoIs of picked images': (
-        lambda x: roi_align(x[torch.tensor([1, 1, 0])], boxes(ROIS), 1),
-        [0, 1, 1, 1],
-    ),
+    'RoIs of picked': (lambda x: roi_align(x[[1, 1, 0]], boxes(ROIS), 1), [0, 1, 1, 1]),
 }
 
 
@@ -169,8 +161,7 @@ def test_rows_that_are_lost(x, op, reason):
 
 
 def test_pooling_that_hides_its_rois_is_lost(x):
-    torchvision = pytest.importorskip('torchvision')
-    features = torchvision.ops.roi_align(x, boxes(ROIS[:3]), 1)  # as many as images
+    features = roi_align_of_torchvision(x, boxes(ROIS[:3]))  # as many as images
     assert 'does not show' in rows_of(features).reason
 
 
@@ -193,16 +184,6 @@ class TwoStage(nn.Module):
         return self.b(features), self.fc(rois.flatten(1))
 
 
-def total(net, x):
-    return sum(o.sum() for o in net(x))
-
-
-def prepared(net, x):
-    pruner = GroupFisherPruner(net, interval=10**6)
-    pruner.prepare(lambda m: total(m, x), lambda m: m(x), len(x))
-    return pruner
-
-
 @pytest.fixture
 def net():
     net = TwoStage(lambda x, rois: roi_align(x, rois, 1))
@@ -212,52 +193,51 @@ def net():
     return net
 
 
-@pytest.fixture
-def images():
-    """Two images of 2 x 2 pixels, all 1 and all 2."""
-    return torch.tensor([1.0, 2]).reshape(2, 1, 1, 1).expand(2, 1, 2, 2)
+#: Two images of 2 x 2 pixels, all 1 and all 2.
+BATCH = torch.tensor([1.0, 2]).reshape(2, 1, 1, 1).expand(2, 1, 2, 2)
 
 
-def test_rois_of_an_image_are_summed_before_the_square(net, images):
+def total(net):
+    return sum(o.sum() for o in net(BATCH))
+
+
+def roi_align_of_torchvision(x, rois):
+    torchvision = pytest.importorskip('torchvision')
+    return torchvision.ops.roi_align(x, rois, 1)
+
+
+def test_rois_of_an_image_are_summed_before_the_square(net):
     # The first image has two RoIs, the second one; a RoI reads what a pixel holds.
     # Unit 0 is (1, 2): b gives 5·1·4 = 20 and 5·2·4 = 40, the RoIs 2·3·1 = 6 and
     # 3·2 = 6: (20 + 6)² + (40 + 6)² = 2792.
     # Unit 1 is (2, 4): b gives 1·2·4 = 8 and 16, the RoIs 2·-1·2 = -4 and -1·4 = -4:
     # (8 - 4)² + (16 - 4)² = 160.
-    pruner = prepared(net, images)
-    total(net, images).backward()
-    pruner.step()
-    assert pruner.criterion.statistics.importance.tolist() == pytest.approx([2792, 160])
+    pruner = prepared(net, total)
+    iterate(pruner, total)
+    assert importance_of(pruner).tolist() == pytest.approx([2792, 160])
 
 
-def test_what_reads_unknown_rows_is_frozen_with_the_reason(net, images):
-    torchvision = pytest.importorskip('torchvision')
-    net.pool = lambda x, rois: torchvision.ops.roi_align(x, rois, 1)
+def test_what_reads_unknown_rows_is_frozen_with_the_reason(net):
+    net.pool = roi_align_of_torchvision
     with pytest.raises(Exception, match='read by fc: its rows cannot be told to im'):
-        prepared(net, images)
+        prepared(net, total)
 
 
-def test_rows_that_get_lost_later_are_said_and_not_counted(net, images, caplog):
-    pruner = prepared(net, images)
-    torchvision = pytest.importorskip('torchvision')
-    net.pool = lambda x, rois: torchvision.ops.roi_align(x, rois, 1)
+def test_rows_that_get_lost_later_are_said_and_not_counted(net, caplog):
+    pruner = prepared(net, total)
+    net.pool = roi_align_of_torchvision
     for _ in range(2):
-        total(net, images).backward()
-        pruner.step()
-    assert pruner.criterion.statistics.importance.tolist() == [
-        0,
-        0,
-    ] and pruner.criterion.statistics.seen.tolist() == [0]
+        iterate(pruner, total)
+    assert importance_of(pruner).tolist() == [0, 0] and seen_by(pruner).tolist() == [0]
     messages = [r.message for r in caplog.records if 'inputs of fc' in r.message]
     assert len(messages) == 1 and 'does not show which image' in messages[0]
 
 
-def test_rois_of_frozen_features_are_not_taken_for_images(net, images):
+def test_rois_of_frozen_features_are_not_taken_for_images(net):
     net.fc = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
-    pruner = prepared(net, images)
+    pruner = prepared(net, total)
     net.a.requires_grad_(False)
-    total(net, images).backward()
-    pruner.step()
+    iterate(pruner, total)
     first, second = sorted(pruner.criterion.warned)
     assert 'inputs of b, fc.0 are not counted' in first
     assert 'needs no gradient, as behind frozen layers' in first
@@ -265,37 +245,37 @@ def test_rois_of_frozen_features_are_not_taken_for_images(net, images):
     assert 'needs no gradient' in second
 
 
-def test_no_row_at_all_is_no_gradient(net, images):
+def test_no_row_at_all_is_no_gradient(net):
     tap = MaskGradientTap({'fc': net.fc})
     tap.attach()
-    features = net.a(images)
+    features = net.a(BATCH)
     net.fc(roi_align(features, boxes(torch.zeros(0)), 1).flatten(1)).sum().backward()
     assert tap.take() == {} and tap.take_lost() == {}
 
 
-def test_batches_of_different_size_in_one_iteration_are_said(net, images):
+def test_batches_of_different_size_in_one_iteration_are_said(net):
     tap = MaskGradientTap({'b': net.b, 'fc': net.fc})
     tap.attach()
-    net.b(net.a(images)).sum().backward()
-    net.b(net.a(images[:1])).sum().backward()
+    net.b(net.a(BATCH)).sum().backward()
+    net.b(net.a(BATCH[:1])).sum().backward()
     reason = 'its rows cannot be told to images: 1 images where others saw 2'
     assert tap.take_lost() == {'b': reason}
 
 
-def test_what_layers_read_is_summed_up(net, images):
+def test_what_layers_read_is_summed_up(net):
     with watch_rows(net) as calls:
-        net(images)
+        net(BATCH)
     use = judge_rows(calls)
     assert use.called == {'a', 'b', 'fc'} and use.first == {'a'}
     assert use.images == {'a', 'b'} and use.rois == {'fc'} and not use.lost
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
 
 
-def test_calls_without_a_gradient_say_nothing_of_rows(net, images):
+def test_calls_without_a_gradient_say_nothing_of_rows(net):
     """A sampler of PISA scores RoIs of one image at a time before they are chosen."""
     with watch_rows(net) as calls:
-        net(images)
+        net(BATCH)
         with torch.no_grad():
-            net.fc(net.a(images[:1]).mean((2, 3)).expand(5, -1))
+            net.fc(net.a(BATCH[:1]).mean((2, 3)).expand(5, -1))
     use = judge_rows(calls)
     assert use.rois == {'fc'} and not use.lost
