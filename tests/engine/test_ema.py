@@ -8,6 +8,7 @@ import pytest
 import torch
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS
+from support.roundtrip import pruned_model
 from support.toy_runner import Call, pruner_of, toy_loader, toy_runner
 
 from mmgfp.discovery.verify import difference
@@ -107,9 +108,9 @@ def test_artifact_holds_the_averaged_weights_cut(run):
 
 
 def test_artifact_works_like_the_masked_average(run):
-    toy, file = dict(type='ToyDetector'), str(run['artifact'])
-    small = MODELS.build(dict(type='PrunedModel', architecture=toy, structure=file))
-    checkpoint = torch.load(file, weights_only=True)
+    toy = dict(type='ToyDetector')
+    small = pruned_model(toy, run['artifact'])
+    checkpoint = torch.load(run['artifact'], weights_only=True)
     small.load_state_dict(checkpoint['state_dict'])
     masked = MODELS.build(toy)
     state = dict(run['sources'][-1])

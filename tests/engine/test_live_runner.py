@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.hooks import EMAHook
-from mmengine.registry import MODEL_WRAPPERS, MODELS
+from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
 from support.configs import FASTER, slim, small_prune_config
-from support.roundtrip import seeded_loss, traced
+from support.roundtrip import pruned_model, seeded_loss, traced
 from support.runs import (
     Cut,
     artifacts,
@@ -21,6 +21,7 @@ from support.runs import (
     train,
 )
 from support.toy_runner import Call, hook_of, pruner_of, toy_loader, toy_runner
+from support.toys import parameters_in
 
 from mmgfp import FisherPruningHook, GroupFisherPruner, PruneStructure
 from mmgfp.discovery.verify import difference
@@ -47,20 +48,17 @@ def validated(folder, compact_interval, averages):
 
 def test_run_with_a_loss_scaler_ends_like_a_masked_one(tmp_path):
     """Gradients overflow at first; the scaler finds out on parameters that are new."""
-    scaler = dict(init_scale=2.0**122, growth_interval=5)
+    optim = dict(
+        type='CpuAmpOptimWrapper',
+        optimizer=dict(type='SGD', lr=1e-6, momentum=0.9),
+        scaler=dict(init_scale=2.0**122, growth_interval=5),
+    )
+    model = dict(type='ToyDetector', double=False, factor=2.0**8)
     results = []
     for every in (None, 1):
-        runner = toy_runner(
-            tmp_path / f'{every}',
-            iters=12,
-            model=dict(type='ToyDetector', double=False, factor=2.0**8),
-            hook=dict(units_per_step=3, compact_interval=every, target=dict(flops=0.1)),
-            optim=dict(
-                type='CpuAmpOptimWrapper',
-                optimizer=dict(type='SGD', lr=1e-6, momentum=0.9),
-                scaler=scaler,
-            ),
-        )
+        hook = dict(units_per_step=3, compact_interval=every, target=dict(flops=0.1))
+        folder = tmp_path / f'{every}'
+        runner = toy_runner(folder, 12, model=model, hook=hook, optim=optim)
         runner.train()
         results.append(runner)
     masked, live = map(pruner_of, results)
@@ -77,9 +75,8 @@ def artifact(runner):
 
 @pytest.mark.parametrize('buffers', [False, True])
 def test_averaged_and_validated_run_ends_like_a_masked_one(tmp_path, buffers):
-    runners = [
-        validated(tmp_path / f'{every}', every, averages=buffers) for every in (None, 1)
-    ]
+    folders = {None: tmp_path / 'masked', 1: tmp_path / 'live'}
+    runners = [validated(folder, n, averages=buffers) for n, folder in folders.items()]
     for runner in runners:
         runner.train()
     masked, live = map(artifact, runners)
@@ -104,9 +101,7 @@ def test_checkpoint_of_a_cut_model_holds_its_structure(tmp_path):
     structure = PruneStructure.from_dict(checkpoint['prune_structure'])
     in_model, kept = (checkpoint['pruner'][k] for k in ('in_model', 'kept'))
     assert torch.equal(in_model, kept) and not in_model.all()
-    config = dict(type='ToyDetector')
-    config = dict(type='PrunedModel', architecture=config, structure=str(path))
-    small = MODELS.build(config)
+    small = pruned_model(dict(type='ToyDetector'), path)
     small.load_state_dict(checkpoint['state_dict'], strict=True)
     kept = structure.kept['net.stage2.weight'][0]
     assert small.net.stage2.out_channels == len(kept) < 6
@@ -125,26 +120,19 @@ def test_model_is_cut_at_decisions_after_so_many_iterations(tmp_path, every, exp
     sizes = []
 
     def note(runner):
-        sizes.append(sum(p.numel() for p in runner.model.parameters()))
+        sizes.append(parameters_in(runner.model))
 
-    runner = toy_runner(
-        tmp_path,
-        iters=9,
-        hook=dict(compact_interval=every, target=dict(flops=0.05)),
-        hooks=[Call(after_train_iter=note)],
-    )
-    runner.train()
-    cut = [n for n in range(2, 10) if sizes[n - 1] != sizes[n - 2]]
-    assert cut == expected
+    hook = dict(compact_interval=every, target=dict(flops=0.05))
+    toy_runner(tmp_path, 9, hook=hook, hooks=[Call(after_train_iter=note)]).train()
+    assert [n for n in range(2, 10) if sizes[n - 1] != sizes[n - 2]] == expected
 
 
 def test_detector_ends_like_a_masked_one(tmp_path):
     """RetinaNet with AdamW and clipping, at the demo's precision."""
     results = []
     for every in (None, 2):
-        config = small_prune_config(
-            tmp_path / f'{every}', compact_interval=every, units_per_step=60
-        )
+        hook = dict(compact_interval=every, units_per_step=60)
+        config = small_prune_config(tmp_path / f'{every}', **hook)
         config.train_dataloader.dataset.data_root = str(tmp_path / 'digits') + '/'
         runner = Runner.from_cfg(config)
         runner.train()
@@ -207,9 +195,7 @@ def test_killed_run_ends_like_the_whole_one(whole, tmp_path):
     assert 'the pruned units are cut out' in logged(config)
 
 
-def test_weights_of_a_cut_model_are_refused_where_the_whole_one_is_meant(
-    whole, tmp_path
-):
+def test_weights_of_a_cut_model_are_refused_for_the_whole_one(whole, tmp_path):
     config = cut_classifier(tmp_path)
     config.load_from = str(Path(whole.work_dir) / 'iter_14.pth')
     config.resume = False
@@ -227,15 +213,13 @@ def test_processes_cut_alike_and_end_like_masked_ones(tmp_path):
         assert train(config, processes=2) == [0, 0]
     assert ended(live)['kept'] == ended(masked)['kept']
     assert_ranks_agree(live)
-    small, full = (
-        sum(t.numel() for t in ended(c)['weights'].values()) for c in (live, masked)
-    )
+    weights = [ended(config)['weights'] for config in (live, masked)]
+    small, full = (sum(t.numel() for t in w.values()) for w in weights)
     assert small < full
     one, two = (torch.load(artifacts(c)[0], weights_only=True) for c in (masked, live))
     for name, tensor in one['state_dict'].items():
-        torch.testing.assert_close(
-            tensor, two['state_dict'][name], rtol=1e-3, atol=1e-5, msg=name
-        )
+        other = two['state_dict'][name]
+        torch.testing.assert_close(tensor, other, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import MODELS
 from mmengine.runner import Runner, load_checkpoint
 from mmengine.structures import InstanceData
 from support.configs import (
@@ -21,7 +20,7 @@ from support.configs import (
 )
 from support.pruning import importance_of, iterate, seen_by, warnings_of
 from support.reference import mask_fisher
-from support.roundtrip import assert_prunes, traced, without_boxes
+from support.roundtrip import assert_prunes, pruned_model, traced, without_boxes
 from support.toys import reasons_of
 from torch import nn
 
@@ -391,9 +390,8 @@ def test_reload_by_config(mask_rcnn, pruned, tmp_path):
     path = tmp_path / 'structure.json'
     pruned.save(path)
     assert PruneStructure.load(path) == pruned
-    config = dict(type='PrunedModel', architecture=slim(MASK).model)
-    config |= dict(structure=str(path), backbone=dict(init_cfg=None))
-    rebuilt = MODELS.build(config).double()
+    rebuilt = pruned_model(slim(MASK).model, path, backbone=dict(init_cfg=None))
+    rebuilt.double()
     assert type(rebuilt) is type(model)
     _, masked, small = cut_at_random(model.eval(), pruner)
     rebuilt.load_state_dict(small.state_dict(), strict=True)
@@ -503,8 +501,7 @@ def test_runner_prunes_and_the_artefact_loads(tmp_path):
     runner = Runner.from_cfg(copy.deepcopy(config))
     runner.train()
     path = next((tmp_path / 'work').glob('*_flops20.pth'))
-    pruned = dict(type='PrunedModel', architecture=config.model, structure=str(path))
-    model = MODELS.build(pruned)
+    model = pruned_model(config.model, path)
     load_checkpoint(model, str(path), strict=True)
     calls = BatchCalls(model, demo_batch(config, 2, (64, 64)))
     assert torch.isfinite(calls.loss(model.train()))

@@ -24,6 +24,7 @@ from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model
 from mmgfp.groups import Grouping
 from mmgfp.surgery.structure import PruneStructure, shapes_of
+from support.toys import parameters_in, reasons_of
 
 
 @dataclass
@@ -38,9 +39,8 @@ class Traced:
     @property
     def macs(self):
         """Share of MACs in layers that can shrink."""
-        return coverage(self.model, self.grouping, self.calls.profile(self.model))[
-            'macs'
-        ]
+        profiles = self.calls.profile(self.model)
+        return coverage(self.model, self.grouping, profiles)['macs']
 
     def units(self, layer):
         """Units of the group in which ``layer`` makes channels."""
@@ -49,8 +49,7 @@ class Traced:
 
     def reason(self, layer):
         """Why ``layer`` keeps output channels."""
-        (reason,) = [f.reason for f in self.grouping.frozen if f.layer == layer]
-        return reason
+        return reasons_of(self.grouping)[layer]
 
 
 def traced(cfg, size):
@@ -70,9 +69,7 @@ def assert_prunes(found, tmp_path):
     assert disagreement(model, groups, kept, calls.forward) is None
 
     masked, small = masked_and_compact(model, groups, kept)
-    assert sum(p.numel() for p in small.parameters()) < 0.9 * sum(
-        p.numel() for p in model.parameters()
-    )
+    assert parameters_in(small) < 0.9 * parameters_in(model)
     losses = [seeded_loss(calls, m) for m in (masked, small)]
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-4)
     losses[1].backward()
@@ -82,14 +79,18 @@ def assert_prunes(found, tmp_path):
 
     file = tmp_path / 'structure.json'
     PruneStructure.of(groups, kept, shapes_of(model)).save(file)
-    rebuilt = MODELS.build(
-        {'type': 'PrunedModel', 'architecture': found.cfg.model, 'structure': str(file)}
-    )
+    rebuilt = pruned_model(found.cfg.model, file)
     assert type(rebuilt) is type(model)
     rebuilt.load_state_dict(small.state_dict())
     with torch.no_grad():
         outputs = [calls.forward(m.eval()) for m in (small, rebuilt)]
     assert difference(*outputs) == 0
+
+
+def pruned_model(architecture, file, **changes):
+    """What a config with the structure in ``file`` builds."""
+    config = dict(type='PrunedModel', architecture=architecture, structure=str(file))
+    return MODELS.build(config | changes)
 
 
 def seeded_loss(calls, model):

@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import MODELS
 from support.configs import classifier
+from support.pruning import importance_of, iterate, prepared
 from support.reference import mask_fisher
-from support.roundtrip import assert_prunes, traced
-from support.toys import Net, grouped, images, square_loss, widths
+from support.roundtrip import assert_prunes, pruned_model, traced
+from support.toys import Net, grouped, reasons_of, toy_forward, toy_loss, widths
 from torch import nn
 from torch.nn import functional as F
 
-from mmgfp import GroupFisherPruner
 from mmgfp.discovery.discover import DISAGREES
 from mmgfp.discovery.verify import disagreement, masked_and_compact
 from mmgfp.surgery.structure import PruneStructure, shapes_of
@@ -43,10 +42,8 @@ class ShapeBoundAttention(Attention):
     """Its attributes look like those of a module that copes; its code does not."""
 
     def forward(self, x):
-        q, k, v = (
-            self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )
-        x = fused(self, q, k, v).transpose(1, 2)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+        x = fused(self, *qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
         return self.proj(x.reshape(*x.shape[:2], HEADS * WIDTH))
 
 
@@ -125,7 +122,7 @@ def test_a_head_is_a_unit(attend, parts, also):
     assert rows['attn.proj.weight', 'in'] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
     kept = np.array([True, False, True, True])
-    assert disagreement(net, [group], kept, lambda net: net(images())) is None
+    assert disagreement(net, [group], kept, toy_forward) is None
     _, small = masked_and_compact(net, [group], kept)
     assert (small.attn.num_heads, small.attn.embed_dims) == (3, 6)
     assert small.attn.qkv.weight.shape == (18, 3)
@@ -139,15 +136,13 @@ def test_contracting_positions_leaves_heads_apart():
 def test_a_single_head_stays():
     grouping = grouped(net_of(Attention, plain, heads=1))
     assert grouping.groups == ()
-    reasons = {f.layer: f.reason for f in grouping.frozen}
-    assert reasons['attn.qkv'] == 'multiplied with an activation by Bmm'
+    assert reasons_of(grouping)['attn.qkv'] == 'multiplied with an activation by Bmm'
 
 
 def test_heads_of_an_unknown_module_stay():
     grouping = grouped(net_of(UncountedAttention))
-    reasons = {f.layer: f.reason for f in grouping.frozen}
     assert grouping.groups == ()
-    assert reasons['attn.qkv'] == (
+    assert reasons_of(grouping)['attn.qkv'] == (
         'in attention heads of UncountedAttention, which has no AttentionSpec, '
         'multiplied with an activation by ScaledDotProductFlashAttentionForCpu'
     )
@@ -166,75 +161,42 @@ def test_a_spec_can_be_added(monkeypatch):
             return self.proj(x.flatten(2))
 
     assert grouped(net_of(Renamed)).groups == ()
-    spec = AttentionSpec(('to_qkv', 'proj'), 'size', ('num_heads',))
-    specs = [*ATTENTION_SPECS, spec]
+    specs = [
+        *ATTENTION_SPECS,
+        AttentionSpec(('to_qkv', 'proj'), 'size', ('num_heads',)),
+    ]
     monkeypatch.setattr('mmgfp.tracing.attention.ATTENTION_SPECS', specs)
     net = net_of(Renamed)
     (group,) = grouped(net).groups
     assert group.units == HEADS
-    kept = np.arange(HEADS) != 2
-    assert disagreement(net, [group], kept, lambda net: net(images())) is None
+    assert disagreement(net, [group], np.arange(HEADS) != 2, toy_forward) is None
 
 
 def test_code_that_does_not_cope_is_found_by_verification():
     torch.manual_seed(0)
     parts = {'good': Attention(fused), 'bad': ShapeBoundAttention(fused)}
-    net = Net(
-        lambda net, x: net.bad(net.mlp(net.good(x.flatten(2).mT))),
-        mlp=nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)),
-        **parts,
-    )
-    pruner = GroupFisherPruner(net)
-    grouping = pruner.prepare(lambda m: square_loss(m(images())), forward, 2)
+    parts['mlp'] = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    net = Net(lambda net, x: net.bad(net.mlp(net.good(x.flatten(2).mT))), **parts)
+    grouping = prepared(net, forward=toy_forward).units.grouping
     found = [g.name for g in grouping.groups]
     assert 'good.qkv' in found and 'mlp.0' in found and 'bad.qkv' not in found
-    (reason,) = [f.reason for f in grouping.frozen if f.layer == 'bad.qkv']
-    assert DISAGREES in reason
-
-
-def forward(model):
-    return model(images())
+    assert DISAGREES in reasons_of(grouping)['bad.qkv']
 
 
 @pytest.mark.parametrize('attend', [fused, plain])
 def test_fisher_information_of_heads(attend):
     """A head's mask lies on the inputs of ``proj``, all channels of it together."""
     net = net_of(Attention, attend).double()
-
-    def loss(net):
-        return square_loss(net(images().double()))
-
-    pruner = GroupFisherPruner(net, interval=10**6)
-    groups = pruner.prepare(loss, loss, 2).groups
-    loss(net).backward()
-    pruner.step()
-    got = torch.from_numpy(pruner.criterion.statistics.importance)
+    pruner = prepared(net)
+    iterate(pruner)
     pruner.close()
-    expected = mask_fisher(net, loss, groups, 2)
+    expected = mask_fisher(net, toy_loss, pruner.units.grouping.groups, 2).numpy()
     assert len(expected) == HEADS and (expected > 0).all()
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+    assert importance_of(pruner) == pytest.approx(expected, rel=1e-5, abs=0)
 
 
-VIT = dict(
-    type='VisionTransformer',
-    arch=dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=40),
-    img_size=32,
-    patch_size=8,
-)
-MODELS_WITH_HEADS = {
-    'vit': (VIT, 3),
-    'eva02': (
-        dict(
-            type='ViTEVA02',
-            arch=dict(
-                embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=40
-            ),
-            img_size=32,
-            patch_size=8,
-        ),
-        3,
-    ),
-}
+ARCH = dict(embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=40)
+VIT = dict(type='VisionTransformer', arch=ARCH, img_size=32, patch_size=8)
 
 
 def vit(backbone):
@@ -244,14 +206,12 @@ def vit(backbone):
     return cfg
 
 
-@pytest.mark.parametrize('name', MODELS_WITH_HEADS)
-def test_heads_of_transformers(name, tmp_path):
-    backbone, heads = MODELS_WITH_HEADS[name]
-    found = traced(vit(backbone), 32)
-    assert [
-        found.units(f'backbone.layers.{i}.attn.qkv')
-        for i in range(len(found.model.backbone.layers))
-    ] == [heads, heads]
+@pytest.mark.parametrize('kind', ['VisionTransformer', 'ViTEVA02'])
+def test_heads_of_transformers(kind, tmp_path):
+    found = traced(vit(VIT | dict(type=kind)), 32)
+    assert len(found.model.backbone.layers) == 2
+    layers = (f'backbone.layers.{i}.attn.qkv' for i in range(2))
+    assert [found.units(layer) for layer in layers] == [3, 3]
     assert_prunes(found, tmp_path)
 
 
@@ -261,11 +221,7 @@ def test_a_config_rebuilds_the_counts_of_heads(tmp_path):
     kept = np.concatenate([np.arange(g.units) > 0 for g in groups])
     file = tmp_path / 'structure.json'
     PruneStructure.of(groups, kept, shapes_of(found.model)).save(file)
-    architecture = found.cfg.model
-    rebuilt = MODELS.build(
-        dict(type='PrunedModel', architecture=architecture, structure=str(file))
-    )
-    for layer in rebuilt.backbone.layers:
+    for layer in pruned_model(found.cfg.model, file).backbone.layers:
         attn = layer.attn
         assert (attn.num_heads, attn.head_dims, attn.embed_dims) == (2, 8, 16)
         assert attn.qkv.weight.shape == (48, 24)
@@ -273,18 +229,7 @@ def test_a_config_rebuilds_the_counts_of_heads(tmp_path):
 
 
 UNCOUNTED = {
-    'BEiTAttention': (
-        dict(
-            type='BEiTViT',
-            arch=dict(
-                embed_dims=24, num_layers=2, num_heads=3, feedforward_channels=40
-            ),
-            img_size=32,
-            patch_size=8,
-        ),
-        24,
-        'backbone.layers.0.attn.qkv',
-    ),
+    'BEiTAttention': (VIT | dict(type='BEiTViT'), 24, 'backbone.layers.0.attn.qkv'),
     'WindowMSA': (
         dict(
             type='SwinTransformer',
@@ -313,11 +258,8 @@ def test_biases_that_levit_keeps_ready_follow(eager):
     """It computes ``ab`` when it is switched to inference."""
     from mmpretrain.models.backbones.levit import Attention as LeViTAttention
 
-    torch.manual_seed(0)
-    net = Net(
-        lambda net, x: net.attn(x.flatten(2).mT),
-        attn=LeViTAttention(3, key_dim=2, num_heads=4, attn_ratio=2, resolution=8),
-    )
+    options = dict(key_dim=2, num_heads=4, attn_ratio=2, resolution=8)
+    net = net_of(LeViTAttention, 3, **options)
     nn.init.normal_(net.attn.attention_biases)
     (group,) = grouped(net).groups
     assert group.units == 4
@@ -327,4 +269,4 @@ def test_biases_that_levit_keeps_ready_follow(eager):
     if not eager:
         masked.eval(), small.eval()
     with torch.no_grad():
-        torch.testing.assert_close(masked(images()), small(images()))
+        torch.testing.assert_close(toy_forward(masked), toy_forward(small))
