@@ -2,9 +2,9 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
+from support.pruning import prepared
 from support.toys import (
     ConvPair,
     DepthWise,
@@ -12,9 +12,7 @@ from support.toys import (
     GroupConv,
     TinyDetector,
     Transposed,
-    grouped,
-    images,
-    square_loss,
+    structure_of,
 )
 
 from mmgfp import GroupFisherPruner
@@ -24,16 +22,10 @@ from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.errors import ConfigError, StructureError
 
 
-def loss(model):
-    return square_loss(model(images()))
-
-
 @pytest.fixture(scope='module')
 def state():
     """What a checkpoint of a pruning run holds, and a model to resume it with."""
-    pruner = GroupFisherPruner(TinyDetector(), interval=1)
-    pruner.prepare(loss, loss, 2)
-    return pruner.state_dict()
+    return prepared(TinyDetector(), interval=1).state_dict()
 
 
 def resume(state, watched=False):
@@ -49,40 +41,62 @@ def resume(state, watched=False):
         assert bool(hooks) == watched
 
 
-def member(state, which=0):
-    """A member of the first group, by the names of its fields."""
-    return state['discovery']['groups'][0]['members'][which]
+def members(state):
+    """Those of the first group, each by the names of its fields."""
+    return state['discovery']['groups'][0]['members']
 
 
 def set_member(place, value, which=0):
     def change(state):
-        member(state, which)[place] = value
+        members(state)[which][place] = value
 
     return change
 
 
 def set_index(change_index):
     def change(state):
-        entry = member(state)
+        entry = members(state)[0]
         entry['index'] = change_index(entry['index'].clone())
 
     return change
 
 
-def put(index, entry, value):
-    index[entry] = value
-    return index
+def first_index(value):
+    """The first channel of the first unit becomes another one."""
+
+    def change(state):
+        index = members(state)[0]['index']
+        index[0, 0] = value(index) if callable(value) else value
+
+    return change
 
 
-def in_profile(**fields):
-    return lambda state: state['discovery']['profiles']['stem.weight'].update(fields)
+def fields(**values):
+    return lambda state: state.update(values)
 
 
+def option(**values):
+    return lambda state: state['options'].update(values)
+
+
+def found(part, **values):
+    return lambda state: state['discovery'][part].update(values)
+
+
+def in_profile(**values):
+    return lambda state: state['discovery']['profiles']['stem.weight'].update(values)
+
+
+def units_of_inputs(value):
+    return lambda state: state['discovery']['inputs']['stage1.weight'].fill_(value)
+
+
+INF = float('inf')
 CRAFTED = {
     'no such tensor': (set_member('name', 'stem.nothing'), "KeyError: 'stem.nothing'"),
     'no name': (set_member('name', ['stem']), 'AttributeError'),
     'attribute that counts no channels': (
-        lambda s: member(s, 1).update(name='stem.stride', role='attribute'),
+        lambda s: members(s)[1].update(name='stem.stride', role='attribute'),
         "KeyError: 'stem.stride'",
     ),
     'role': (set_member('role', 'evil', which=1), r"\w+\.\w+: role 'evil'"),
@@ -92,16 +106,10 @@ CRAFTED = {
         set_member('dim', 0.0),
         r'stem.weight has no dimension 0\.0',
     ),
-    'huge index': (
-        set_index(lambda i: put(i, (0, 0), 2**62)),
-        'stem.weight has no such channels',
-    ),
-    'negative index': (
-        set_index(lambda i: put(i, (0, 0), -1)),
-        'stem.weight has no such channels',
-    ),
+    'huge index': (first_index(2**62), 'stem.weight has no such channels'),
+    'negative index': (first_index(-1), 'stem.weight has no such channels'),
     'one channel twice': (
-        set_index(lambda i: put(i, (0, 0), i[1, 0])),
+        first_index(lambda index: index[1, 0].item()),
         'stem.weight: channels of several units',
     ),
     'floats': (set_index(lambda i: i.double()), 'stem.weight: indices of float64'),
@@ -113,49 +121,34 @@ CRAFTED = {
         r'\w+\.\w+: 3 units, not 4',
     ),
     'no maker': (
-        lambda s: [
-            m.update(role='with') for m in s['discovery']['groups'][0]['members']
-        ],
+        lambda s: [m.update(role='with') for m in members(s)],
         'no layer makes the group stem',
     ),
     'not a tensor': (set_member('index', [[0]]), 'AttributeError'),
-    'missing part of a member': (lambda s: member(s).pop('role'), "argument: 'role'"),
+    'missing part of a member': (
+        lambda s: members(s)[0].pop('role'),
+        "argument: 'role'",
+    ),
     'inputs of no weight': (
-        lambda s: s['discovery']['inputs'].update(nothing=torch.zeros(3).long()),
+        found('inputs', nothing=torch.zeros(3).long()),
         'no weight nothing',
     ),
-    'huge unit': (
-        lambda s: s['discovery']['inputs']['stage1.weight'].fill_(10**9),
-        'stage1.weight reads no such units',
-    ),
-    'negative unit': (
-        lambda s: s['discovery']['inputs']['stage1.weight'].fill_(-2),
-        'stage1.weight reads no such units',
-    ),
+    'huge unit': (units_of_inputs(10**9), 'stage1.weight reads no such units'),
+    'negative unit': (units_of_inputs(-2), 'stage1.weight reads no such units'),
     'more inputs than channels': (
-        lambda s: s['discovery']['inputs'].update(
-            {'stage1.weight': torch.zeros(10**6).long()}
-        ),
+        found('inputs', **{'stage1.weight': torch.zeros(10**6).long()}),
         'stage1.weight reads 4 channels, not 1000000',
     ),
     'rows of no layer': (
         lambda s: s['discovery']['rows']['first'].append('nothing'),
         r"no layers \['nothing'\]",
     ),
-    'unknown kind of rows': (
-        lambda s: s['discovery']['rows'].update(evil=[]),
-        'TypeError: .*evil',
-    ),
+    'unknown kind of rows': (found('rows', evil=[]), 'TypeError: .*evil'),
     'profile of no weight': (
-        lambda s: s['discovery']['profiles'].update(
-            nothing=dict(macs_positions=1.0, out_positions=1.0)
-        ),
+        found('profiles', nothing=dict(macs_positions=1.0, out_positions=1.0)),
         'no weight nothing',
     ),
-    'infinite positions': (
-        in_profile(macs_positions=float('inf')),
-        'stem.weight: LayerProfile',
-    ),
+    'infinite positions': (in_profile(macs_positions=INF), 'stem.weight: LayerProfile'),
     'no number': (in_profile(out_positions='many'), 'stem.weight: LayerProfile'),
     'negative positions': (in_profile(out_positions=-1.0), 'stem.weight: LayerProf'),
     'another dimension': (in_profile(out_dim=3), 'stem.weight: LayerProfile'),
@@ -164,33 +157,30 @@ CRAFTED = {
         r"a pruning state \(got KeyError: 'options'",
     ),
     'other version': (
-        lambda s: s.update(version=1),
+        fields(version=1),
         r'a pruning state of version 2 \(got version 1\); start pruning anew from the',
     ),
     'other option': (
-        lambda s: s['options'].update(coupled=False),
+        option(coupled=False),
         r'coupled must be False \(got True\); resume with the configuration that',
     ),
     'other layers kept': (
-        lambda s: s['options'].update(keep=['stem']),
+        option(keep=['stem']),
         r"keep must be \['stem'\] \(got \[\]\); ",
     ),
     'other criterion': (
-        lambda s: s['options'].update(criterion='l1'),
+        option(criterion='l1'),
         r"criterion must be 'l1' \(got 'fisher'\); ",
     ),
-    'no discovery': (
-        lambda s: s.update(discovery={}),
-        r"got KeyError: 'groups'\); res",
-    ),
-    'short mask': (lambda s: s.update(kept=torch.ones(3)), r'mask of 40 units \(got 3'),
-    'no mask': (lambda s: s.update(kept=None), r'a pruning state \(got AttributeError'),
+    'no discovery': (fields(discovery={}), r"got KeyError: 'groups'\); res"),
+    'short mask': (fields(kept=torch.ones(3)), r'mask of 40 units \(got 3'),
+    'no mask': (fields(kept=None), r'a pruning state \(got AttributeError'),
     'mask of numbers': (
-        lambda s: s.update(kept=s['kept'].float()),
+        fields(kept=torch.ones(40)),
         r'a mask of 40 units that leaves some of each group \(got float32',
     ),
     'two masks': (
-        lambda s: s.update(kept=s['kept'][None]),
+        fields(kept=torch.ones(1, 40, dtype=torch.bool)),
         r'a mask of 40 units \(got',
     ),
     'no units left': (lambda s: s.pop('in_model'), "got KeyError: 'in_model'"),
@@ -203,7 +193,7 @@ CRAFTED = {
         r'a mask of 40 units that leaves some of each group \(got none of stem',
     ),
     'target': (
-        lambda s: s.update(reached=[dict(cost='flops', ratio=7)]),
+        fields(reached=[dict(cost='flops', ratio=7)]),
         r'target\.flops must be a ratio',
     ),
 }
@@ -246,12 +236,6 @@ def test_state_of_another_model_is_refused(state):
 # -- structures -------------------------------------------------------------------
 
 
-def structure_of(net, gone=(0, 1)):
-    grouping = grouped(net)
-    kept = ~np.isin(np.arange(grouping.units), gone)
-    return PruneStructure.of(grouping.groups, kept, shapes_of(net)).to_dict()
-
-
 @pytest.mark.parametrize(
     ('toy', 'tensor', 'kept', 'words'),
     [
@@ -270,7 +254,7 @@ def structure_of(net, gone=(0, 1)):
     ],
 )
 def test_structure_whose_tensors_disagree_is_refused(toy, tensor, kept, words):
-    raw = structure_of(toy())
+    raw = structure_of(toy(), [0, 1]).to_dict()
     if kept is None:
         raw['tensors'].pop(tensor)
     else:
@@ -281,9 +265,7 @@ def test_structure_whose_tensors_disagree_is_refused(toy, tensor, kept, words):
     with pytest.raises(StructureError, match=words) as caught:
         compact_(net, PruneStructure.from_dict(raw))
     assert '\n' not in str(caught.value)
-    assert {n: t.shape for n, t in net.state_dict().items()} == {
-        n: t.shape for n, t in toy().state_dict().items()
-    }
+    assert shapes_of(net) == shapes_of(toy())
 
 
 @pytest.mark.parametrize('kept', [[0.0, 1.0], [True, 2], '01', {0: 1}, [0, None]])
@@ -307,7 +289,7 @@ def test_tied_weights_keep_what_their_first_name_says():
         def forward(self, x):
             return self.head((self.a(x) + self.b(x)).relu())
 
-    raw = structure_of(Tied())
+    raw = structure_of(Tied(), [0, 1]).to_dict()
     assert {'a.weight', 'a.bias', 'b.bias'} <= set(raw['tensors'])
     small = compact_(Tied(), PruneStructure.from_dict(raw))
     assert small.a.weight is small.b.weight and len(small.b.bias) == 2
