@@ -6,8 +6,9 @@ import logging
 import numpy as np
 import pytest
 import torch
+from support.pruning import importance_of, iterate, prepared, seen_by
 from support.reference import mask_fisher
-from support.states import picked, saved, saved_and_loaded
+from support.states import picked, saved, saved_and_loaded, state_of
 from support.toys import (
     TOYS,
     ConvPair,
@@ -17,7 +18,10 @@ from support.toys import (
     TinyDetector,
     conv,
     images,
+    parameters_in,
+    reasons_of,
     square_loss,
+    toy_loss,
 )
 from torch import nn
 
@@ -25,6 +29,10 @@ from mmgfp import GroupFisherPruner
 from mmgfp.selection.costs import RunningCosts
 from mmgfp.selection.targets import Target
 from mmgfp.utils.errors import ConfigError, StatisticsError, TraceError
+
+
+def sgd(model, lr=0.05):
+    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=0.01)
 
 
 class Run:
@@ -42,15 +50,22 @@ class Run:
         self.model = toy().double()
         self.scale = scale
         self.iteration = 0
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr, momentum=0.9, weight_decay=0.01
-        )
+        self.optimizer = sgd(self.model, lr)
         self.pruner = GroupFisherPruner(self.model, **options)
         self.pruner.prepare(self.loss, self.loss, 2)
+        self.groups = self.units.grouping.groups
+
+    @property
+    def units(self):
+        return self.pruner.units
 
     def loss(self, model, iteration=0):
         shift = 0.1 * iteration  # another batch each time
         return square_loss(model(images().double() + shift))
+
+    def share(self, cost='macs'):
+        """What remains of a cost, as a share of that of the whole model."""
+        return self.units.totals[cost] / self.units.full[cost]
 
     def train(self, iterations):
         """The results of `step`."""
@@ -87,27 +102,25 @@ def test_prunes_one_unit_after_each_interval():
 def test_accumulators_start_anew_after_each_decision():
     run = Run(interval=2)
     run.train(1)
-    assert run.pruner.criterion.statistics.importance.any()
+    assert importance_of(run.pruner).any()
     run.train(1)
-    assert not run.pruner.criterion.statistics.importance.any()
-    assert not run.pruner.criterion.statistics.seen.any()
+    assert not importance_of(run.pruner).any() and not seen_by(run.pruner).any()
 
 
 @pytest.mark.parametrize('normalize', ['memory', 'flops', 'none'])
 def test_decision_is_that_of_the_paper(normalize):
     """Accumulated Fisher information over what the removal saves, the least goes."""
     run = Run(interval=3, normalize=normalize)
-    groups, pruner = run.pruner.units.grouping.groups, run.pruner
-    total = np.zeros(pruner.units.grouping.units)
+    groups, tap, total = run.groups, run.pruner.criterion.tap, 0
     for _ in range(3):
-        pruner.criterion.tap.detach()
+        tap.detach()
         fisher = mask_fisher(run.model, lambda m: run.loss(m, run.iteration), groups, 2)
-        pruner.criterion.tap.attach()
+        tap.attach()
         total += fisher.numpy()
         (step,) = run.train(1)
-    costs = RunningCosts(pruner.units.costs, np.zeros(len(groups)))
+    costs = RunningCosts(run.units.costs, np.zeros(len(groups)))
     cost = np.ones(len(groups)) if normalize == 'none' else costs.savings(normalize)
-    assert step.units.tolist() == [(total / cost[pruner.units.group_of]).argmin()]
+    assert step.units.tolist() == [(total / cost[run.units.group_of]).argmin()]
 
 
 @pytest.mark.parametrize('normalize', ['memory', 'flops', 'none'])
@@ -123,10 +136,9 @@ def test_scale_of_the_loss_changes_no_decision(normalize):
 def test_overflowed_iterations_do_not_count():
     run = Run(interval=2)
     for scale in (float('inf'), 1.0):
-        (run.loss(run.model) * scale).backward()
-        step = run.pruner.step()
+        step = iterate(run.pruner, lambda model, by=scale: run.loss(model) * by)
     assert len(step.units) == 1
-    assert np.isfinite(run.pruner.criterion.statistics.importance).all()
+    assert np.isfinite(importance_of(run.pruner)).all()
 
 
 def test_a_run_without_a_good_iteration_stops(caplog):
@@ -138,23 +150,21 @@ def test_a_run_without_a_good_iteration_stops(caplog):
     )
     with pytest.raises(StatisticsError, match=words):
         for value in (1, float('nan'), float('nan'), float('inf'), float('nan')):
-            (run.loss(run.model) * value).backward()
-            run.pruner.step()
+            iterate(run.pruner, lambda model, by=value: run.loss(model) * by)
     assert 'gradients were not finite in 1 iterations so far' in caplog.text
 
 
 def test_a_good_iteration_ends_the_row():
     run = Run(interval=1, max_nonfinite=2)
     for value in (float('nan'), 1, float('nan'), 1):
-        (run.loss(run.model) * value).backward()
-        run.pruner.step()
-    assert run.pruner.units.kept.sum() == len(run.pruner.units.kept) - 2
+        iterate(run.pruner, lambda model, by=value: run.loss(model) * by)
+    assert run.units.kept.sum() == len(run.units.kept) - 2
 
 
 def test_pruned_units_stay_pruned():
     run = Run(interval=1, units_per_step=4)
     gone = np.concatenate([s.units for s in run.train(5)])
-    assert len(set(gone.tolist())) == len(gone) == (~run.pruner.units.kept).sum()
+    assert len(set(gone.tolist())) == len(gone) == (~run.units.kept).sum()
 
 
 # -- how many at once ---------------------------------------------------------
@@ -163,19 +173,15 @@ def test_pruned_units_stay_pruned():
 @pytest.mark.parametrize('iterations', [12, 13])
 def test_iterations_reach_the_target_along_a_straight_line(iterations):
     run = Run(interval=2, iterations=iterations, target=dict(flops=0.4))
-    full = run.pruner.units.full['macs']
     for decision in range(1, 7):
-        before = run.pruner.units.totals['macs'] / full
+        before = run.share()
         step = run.train(2)[-1]
         point = before + (0.4 - before) / (7 - decision)
-        assert (
-            step.totals['macs'] / full <= point + 1e-12 <= 1 - 0.6 * decision / 6 + 1e-9
-        )
-        run.pruner.units.kept[step.units[-1]] = True
-        assert (
-            run.pruner.units.totals['macs'] / full > point
-        )  # and not further than that
-        run.pruner.units.kept[step.units[-1]] = False
+        assert step.totals['macs'] / run.units.full['macs'] == run.share()
+        assert run.share() <= point + 1e-12 <= 1 - 0.6 * decision / 6 + 1e-9
+        run.units.kept[step.units[-1]] = True
+        assert run.share() > point  # and not further than that
+        run.units.kept[step.units[-1]] = False
     assert run.pruner.done and run.iteration == 12
 
 
@@ -199,10 +205,9 @@ def test_late_iterations_go_on_to_the_target():
 
 def test_auto_takes_what_is_least_important_together():
     run = Run(interval=1, units_per_step='auto', normalize='none')
-    importance = np.full(run.pruner.units.grouping.units, 1000.0)
+    importance = np.full(run.units.grouping.units, 1000.0)
     importance[[1, 4, 7, 9]] = 1, 2, 5, 400
-    others = 1000 * (len(importance) - 4)
-    bound = 0.01 * (others + 408)
+    bound = 0.01 * (1000 * (len(importance) - 4) + 408)
     assert 3 * (1 + 2 + 5) <= bound < 4 * (1 + 2 + 5 + 400)
     state = run.pruner.criterion.state_dict()
     state['importance'], state['seen'] = torch.from_numpy(importance), state['seen'] + 1
@@ -216,17 +221,16 @@ def test_auto_takes_what_is_least_important_together():
 @pytest.mark.parametrize(('toy', 'divisor'), [(TinyDetector, 2), (GroupConv, 4)])
 def test_groups_end_at_multiples_of_the_divisor(toy, divisor, pace):
     run = Run(toy, interval=1, divisor=divisor, target=dict(flops=0.6), **pace)
-    groups = run.pruner.units.grouping.groups
-    assert {g.members[0].width for g in groups} == {2 if toy is GroupConv else 1}
+    assert {g.members[0].width for g in run.groups} == {2 if toy is GroupConv else 1}
     for _ in range(30):
         run.train(1)
-        left = np.array([g.units for g in groups]) - run.pruner.units.removed
-        for group, units in zip(groups, left, strict=True):
-            if units < group.units:
-                assert units * group.members[0].width % divisor == 0
+        for group, removed in zip(run.groups, run.units.removed, strict=True):
+            if removed:
+                width = (group.units - removed) * group.members[0].width
+                assert width % divisor == 0
         if run.pruner.done:
             break
-    assert run.pruner.done and run.pruner.units.removed.any()
+    assert run.pruner.done and run.units.removed.any()
 
 
 # -- limits, targets, keep ----------------------------------------------------
@@ -235,13 +239,12 @@ def test_groups_end_at_multiples_of_the_divisor(toy, divisor, pace):
 def test_stops_at_the_target():
     run = Run(interval=1, target=dict(flops=0.6), units_per_step=2)
     step = run.train_until(lambda: run.pruner.done)
-    left = run.pruner.units.totals['macs'] / run.pruner.units.full['macs']
-    assert left <= 0.6
+    assert run.share() <= 0.6
     assert step.reached == (Target('flops', 0.6),)
     # one unit earlier the target was not met
-    run.pruner.units.kept[step.units[-1]] = True
-    assert run.pruner.units.totals['macs'] / run.pruner.units.full['macs'] > 0.6
-    run.pruner.units.kept[step.units[-1]] = False
+    run.units.kept[step.units[-1]] = True
+    assert run.share() > 0.6
+    run.units.kept[step.units[-1]] = False
     assert run.train(2) == [None, None]
 
 
@@ -253,7 +256,7 @@ def test_several_targets_are_stations():
     assert tuple(r for s in steps[:3] for r in s.reached) == run.pruner.reached
     for step in steps[:3]:
         for target in step.reached:
-            ratio = step.totals[target.cost] / run.pruner.units.full[target.cost]
+            ratio = step.totals[target.cost] / run.units.full[target.cost]
             assert target.ratio - 0.15 < ratio <= target.ratio
     assert run.pruner.done
 
@@ -272,7 +275,7 @@ def test_several_targets_are_stations():
 def test_limits_count_channels(options, least):
     run = Run(GroupConv, interval=1, target=dict(flops=0.01), **options)
     run.train(6)
-    left = run.pruner.units.grouping.units - run.pruner.units.removed
+    left = run.units.grouping.units - run.units.removed
     assert left.tolist() == least
     assert len(run.train(1)[0].units) == 0
 
@@ -287,15 +290,15 @@ def test_limits_count_channels(options, least):
     ],
 )
 def test_keep_leaves_layers_alone(keep, gone):
-    every = {g.name for g in Run().pruner.units.grouping.groups}
-    kept = Run(keep=keep).pruner.units.grouping
+    every = {g.name for g in Run().groups}
+    kept = Run(keep=keep).units.grouping
     assert {g.name for g in kept.groups} == every - gone
     assert 'kept as configured' in {f.reason for f in kept.frozen}
 
 
 def test_keep_takes_whole_modules():
     run = Run(TwoBranches, keep=['left'])
-    assert [g.name for g in run.pruner.units.grouping.groups] == ['right.conv1']
+    assert [g.name for g in run.groups] == ['right.conv1']
 
 
 @pytest.mark.parametrize(
@@ -307,15 +310,12 @@ def test_keep_takes_whole_modules():
     ],
 )
 def test_uncoupled_leaves_pairs_of_layers(toy, left):
-    every, pairs = (
-        Run(toy).pruner.units.grouping,
-        Run(toy, coupled=False).pruner.units.grouping,
-    )
+    pairs = Run(toy, coupled=False).units.grouping
     assert [g.name for g in pairs.groups] == left
-    reasons = {f.layer: f.reason for f in pairs.frozen}
-    for group in every.groups:
+    reasons = reasons_of(pairs)
+    shared = 'its channels are shared by several layers, and coupled=False'
+    for group in Run(toy).groups:
         for layer in group.layers('out'):
-            shared = 'its channels are shared by several layers, and coupled=False'
             assert reasons.get(layer) == (None if group.name in left else shared)
 
 
@@ -367,15 +367,11 @@ def test_group_without_gradient_is_left_alone_and_named_once(caplog):
     run = Run(TwoBranches, interval=1)
     with caplog.at_level(logging.WARNING, 'mmgfp'):
         for _ in range(3):
-            square_loss(run.model(images().double())[0]).backward()
-            run.pruner.step()
-    assert run.pruner.units.removed.tolist() == [3, 0]
-    warnings = [r.getMessage() for r in caplog.records]
-    assert warnings == [
-        'group right.conv1 got no gradient in 1 iterations and is left alone until it '
-        'does'
-    ]
-    run.train_until(lambda: run.pruner.units.removed[1] > 0)
+            iterate(run.pruner, lambda model: square_loss(model(images().double())[0]))
+    assert run.units.removed.tolist() == [3, 0]
+    words = 'group right.conv1 got no gradient in 1 iterations and is left alone until '
+    assert [r.getMessage() for r in caplog.records] == [f'{words}it does']
+    run.train_until(lambda: run.units.removed[1] > 0)
 
 
 def test_frozen_stage_is_left_alone():
@@ -387,10 +383,10 @@ def test_frozen_stage_is_left_alone():
         return model
 
     run = Run(frozen_stem, interval=1, units_per_step=9)
-    assert run.pruner.units.grouping.groups[0].name == 'stem'
+    assert run.groups[0].name == 'stem'
     run.train(2)
-    assert run.pruner.units.removed[0] == 0
-    assert run.pruner.units.removed[1:].sum() > 0
+    assert run.units.removed[0] == 0
+    assert run.units.removed[1:].sum() > 0
     assert not any(p.requires_grad for p in run.model.stem.parameters())
 
 
@@ -400,7 +396,7 @@ def test_step_without_backward_is_harmless():
     with torch.no_grad():
         run.loss(run.model.eval())
     assert len(run.pruner.step().units) == 0
-    assert run.pruner.units.kept.all()
+    assert run.units.kept.all()
 
 
 # -- the compact model --------------------------------------------------------
@@ -410,14 +406,12 @@ def test_step_without_backward_is_harmless():
 def test_masked_and_compact_model_train_alike(toy):
     run = Run(toy, interval=1, units_per_step=3, target=dict(flops=0.55))
     run.train_until(lambda: run.pruner.done or run.iteration == 8)
-    assert run.pruner.units.removed.any()
+    assert run.units.removed.any()
     losses = []
     small = run.pruner.compact()
     assert type(small) is type(run.model)
     for model in (run.model, small):
-        optimizer = torch.optim.SGD(
-            model.parameters(), 0.05, momentum=0.9, weight_decay=0.01
-        )
+        optimizer = sgd(model)
         losses.append([])
         for iteration in range(5):
             optimizer.zero_grad()
@@ -425,7 +419,7 @@ def test_masked_and_compact_model_train_alike(toy):
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 0.1)
             optimizer.step()
-            run.pruner.units.masks[0].apply()
+            run.units.masks[0].apply()
             losses[-1].append(loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
     assert len(set(losses[0])) == 5
@@ -438,9 +432,7 @@ def test_compact_is_a_copy_without_hooks():
     small = run.pruner.compact()
     assert not any(m._forward_pre_hooks for m in small.modules())
     assert not any(p._backward_hooks for p in small.parameters())
-    assert (
-        sum(p.numel() for p in small.parameters()) == run.pruner.units.totals['params']
-    )
+    assert parameters_in(small) == run.units.totals['params']
     after = run.model.state_dict()
     assert all(torch.equal(after[n], t) for n, t in before.items())
     assert len(run.train(1)[0].units) == 1  # the pruner goes on
@@ -448,8 +440,8 @@ def test_compact_is_a_copy_without_hooks():
 
 def test_structure_names_what_is_kept():
     run = Run(ConvPair)
-    run.pruner.units.kept[[1, 4]] = False
-    kept = run.pruner.units.structure().kept
+    run.units.kept[[1, 4]] = False
+    kept = run.units.structure().kept
     assert kept['conv1.weight'] == {0: [0, 2, 3, 5]}
     assert kept['conv2.weight'] == {1: [0, 2, 3, 5]}
     assert kept['bn.running_var'] == {0: [0, 2, 3, 5]}
@@ -468,15 +460,10 @@ def test_state_dict_round_trip():
     other.pruner.load_state_dict(state)
     assert other.pruner.iteration == 3
     assert other.pruner.reached == run.pruner.reached != ()
-    assert (other.pruner.units.kept == run.pruner.units.kept).all()
-    assert (
-        other.pruner.criterion.statistics.importance
-        == run.pruner.criterion.statistics.importance
-    ).all()
-    assert (
-        other.pruner.criterion.statistics.seen == run.pruner.criterion.statistics.seen
-    ).all()
-    assert other.pruner.units.totals == run.pruner.units.totals
+    assert (other.units.kept == run.units.kept).all()
+    assert (importance_of(other.pruner) == importance_of(run.pruner)).all()
+    assert (seen_by(other.pruner) == seen_by(run.pruner)).all()
+    assert other.units.totals == run.units.totals
     # Tensors of groups and all: nothing is lost on the way.
     assert saved(other.pruner.state_dict()) == saved(run.pruner.state_dict())
 
@@ -505,22 +492,15 @@ def test_resumed_run_decides_as_if_it_had_not_stopped(cut, pace):
     expected = picked(whole.train(12))
     first = Run(**options)
     begun = picked(first.train(cut))
-    state = saved_and_loaded(
-        {
-            'model': first.model.state_dict(),
-            'optimizer': first.optimizer.state_dict(),
-            'pruner': first.pruner.state_dict(),
-        }
-    )
+    state = state_of(first)
     resumed = Run(lambda: _loaded(TinyDetector(), state['model']), **options)
     resumed.optimizer.load_state_dict(state['optimizer'])
     resumed.pruner.load_state_dict(state['pruner'])
     resumed.iteration = cut
     assert begun + picked(resumed.train(12 - cut)) == expected
     weights = whole.model.state_dict()
-    assert all(
-        torch.equal(t, weights[n]) for n, t in resumed.model.state_dict().items()
-    )
+    for name, tensor in resumed.model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
 
 
 def _loaded(model, state):
@@ -545,19 +525,15 @@ def test_resuming_needs_no_batch_and_keeps_the_costs():
     state = saved_and_loaded(run.pruner.state_dict())
     pruner = GroupFisherPruner(TinyDetector().double(), interval=2)
     pruner.load_state_dict(state)
-    assert (
-        pruner.units.full == run.pruner.units.full
-        and pruner.units.totals == run.pruner.units.totals
-    )
-    assert pruner.units.structure() == run.pruner.units.structure()
-    assert pruner.units.grouping.frozen == run.pruner.units.grouping.frozen
+    assert pruner.units.full == run.units.full
+    assert pruner.units.totals == run.units.totals
+    assert pruner.units.structure() == run.units.structure()
+    assert pruner.units.grouping.frozen == run.units.grouping.frozen
 
 
 def test_target_met_before_resuming_costs_no_unit():
     run = Run(interval=1, target=dict(flops=0.5), units_per_step=9)
-    run.train_until(
-        lambda: run.pruner.units.totals['macs'] < 0.7 * run.pruner.units.full['macs']
-    )
+    run.train_until(lambda: run.share() < 0.7)
     easier = Run(interval=1, target=dict(flops=0.75))
     easier.pruner.load_state_dict(run.pruner.state_dict())
     (step,) = easier.train(1)
@@ -598,7 +574,7 @@ def test_closed_pruner_leaves_no_hooks_and_zeroed_columns():
     run.pruner.close()
     assert not any(m._forward_pre_hooks for m in run.model.modules())
     assert not any(p._backward_hooks for p in run.model.parameters())
-    gone = ~run.pruner.units.kept
+    gone = ~run.units.kept
     assert gone.sum() == 2
     assert not run.model.conv2.weight[:, torch.from_numpy(gone)].any()
 
@@ -611,20 +587,11 @@ def test_checkpoints_hold_no_key_of_the_pruner():
 
 def test_mixed_precision_gathers_nearly_the_same():
     torch.manual_seed(0)
-    model = ConvPair()
-
-    def loss(model):
-        return square_loss(model(images())).float()
-
-    pruner = GroupFisherPruner(model, interval=99)
-    pruner.prepare(loss, loss, 2)
-    loss(model).backward()
-    pruner.step()
-    exact = pruner.criterion.statistics.importance.copy()
+    pruner = prepared(ConvPair())
+    iterate(pruner)
+    exact = importance_of(pruner)
     with torch.autocast('cpu', torch.bfloat16):
-        value = loss(model)
+        value = toy_loss(pruner.model).float()
     value.backward()
     pruner.step()
-    assert pruner.criterion.statistics.importance - exact == pytest.approx(
-        exact, rel=0.1
-    )
+    assert importance_of(pruner) - exact == pytest.approx(exact, rel=0.1)

@@ -21,7 +21,8 @@ from support.toys import (
     Transposed,
     conv,
     grouped,
-    images,
+    reasons_of,
+    toy_forward,
     traced,
     widths,
 )
@@ -36,8 +37,13 @@ from mmgfp.utils.errors import ConfigError
 
 def made(*layers, entries=1, bias=True):
     """Output dimension and bias of ``layers``, ``entries`` a unit."""
-    tensors = ('weight', 'bias') if bias else ('weight',)
-    return {(f'{layer}.{t}', 0): entries for layer in layers for t in tensors}
+    names = ('weight', 'bias') if bias else ('weight',)
+    return {(f'{layer}.{n}', 0): entries for layer in layers for n in names}
+
+
+def tensors(*names):
+    """The first dimension of tensors."""
+    return {(name, 0): 1 for name in names}
 
 
 def read(*layers, entries=1):
@@ -46,36 +52,27 @@ def read(*layers, entries=1):
 
 
 def batch_norm(*layers):
-    tensors = ('weight', 'bias', 'running_mean', 'running_var')
-    return {(f'{layer}.{t}', 0): 1 for layer in layers for t in tensors}
+    names = ('weight', 'bias', 'running_mean', 'running_var')
+    return tensors(*(f'{layer}.{n}' for layer in layers for n in names))
+
+
+def normed_conv(layer, norm):
+    """A convolution without bias and its batch norm."""
+    return made(layer, bias=False) | batch_norm(norm)
 
 
 EXPECTED = {
-    ConvPair: [(6, made('conv1', bias=False) | batch_norm('bn') | read('conv2'))],
+    ConvPair: [(6, normed_conv('conv1', 'bn') | read('conv2'))],
     ResidualPair: [
-        (
-            6,
-            made('stem')
-            | made('conv2', bias=False)
-            | batch_norm('bn2')
-            | read('conv1', 'head'),
-        ),
-        (5, made('conv1', bias=False) | batch_norm('bn1') | read('conv2')),
+        (6, made('stem') | normed_conv('conv2', 'bn2') | read('conv1', 'head')),
+        (5, normed_conv('conv1', 'bn1') | read('conv2')),
     ],
     SharedHead: [
         (6, made('stem') | read('level1', 'level2')),
         (8, made('level1', 'level2') | read('tower')),
         (5, made('tower') | read('pred')),
     ],
-    DepthWise: [
-        (
-            6,
-            made('expand')
-            | made('dw', bias=False)
-            | batch_norm('bn')
-            | read('project'),
-        )
-    ],
+    DepthWise: [(6, made('expand') | normed_conv('dw', 'bn') | read('project'))],
     GroupConv: [
         (4, made('stem', entries=2) | made('mid', entries=3) | read('head', entries=3))
     ],
@@ -83,9 +80,9 @@ EXPECTED = {
     Shuffle: [
         (
             4,
-            made('stem', entries=2)
-            | made('branch')
+            made('branch')
             | read('branch')
+            | made('stem', entries=2)
             | read('head', entries=2),
         )
     ],
@@ -95,16 +92,16 @@ EXPECTED = {
         (5, made('fc1') | read('fc2')),
     ],
     Transposed: [
-        (5, made('stem') | {('up.weight', 0): 1}),
+        (5, made('stem') | tensors('up.weight')),
         (6, {('up.weight', 1): 1, ('up.bias', 0): 1} | read('head')),
     ],
-    Scaled: [(6, made('stem') | {('gamma', 0): 1} | read('head'))],
+    Scaled: [(6, made('stem') | tensors('gamma') | read('head'))],
     SqueezeExcite: [
         (6, made('stem', 'expand') | read('squeeze', 'head')),
         (3, made('squeeze') | read('expand')),
     ],
     TinyDetector: [
-        (4, made('stem', bias=False) | batch_norm('bn') | read('stage1')),
+        (4, normed_conv('stem', 'bn') | read('stage1')),
         (6, made('stage1') | read('lateral1', 'stage2')),
         (6, made('lateral1', 'lateral2') | read('fpn1', 'fpn2')),
         (8, made('stage2') | read('lateral2')),
@@ -189,6 +186,17 @@ def test_roles():
 # -- hard cases --
 
 
+def chain(**parts):
+    """Layers one after the other."""
+
+    def run(net, x):
+        for name in parts:
+            x = net.get_submodule(name)(x)
+        return x
+
+    return Net(run, **parts)
+
+
 def one_channel_gate():
     """A conv with one output channel beside a depth-wise one."""
     return Net(
@@ -201,12 +209,7 @@ def one_channel_gate():
 
 
 def depth_wise_with_multiplier():
-    return Net(
-        lambda net, x: net.head(net.dw(net.a(x))),
-        a=conv(3, 4),
-        dw=conv(4, 12, groups=4),
-        head=conv(12, 2),
-    )
+    return chain(a=conv(3, 4), dw=conv(4, 12, groups=4), head=conv(12, 2))
 
 
 def roi_scatter():
@@ -220,27 +223,18 @@ def roi_scatter():
         rois[torch.tensor([False, True, False])] = coarse[:1, :, 1:3, 1:3]
         return net.fc((rois + coarse.sum() * 0).flatten(1))
 
-    return Net(
-        run, fine=conv(3, 4), coarse=conv(3, 4, stride=2), fc=nn.Linear(4 * 4, 2)
-    )
+    parts = dict(fine=conv(3, 4), coarse=conv(3, 4, stride=2), fc=nn.Linear(4 * 4, 2))
+    return Net(run, **parts)
 
 
 def tied():
-    net = Net(
-        lambda net, x: net.head(net.b(net.a(net.stem(x)).relu()).relu()),
-        stem=conv(3, 6),
-        a=conv(6, 6),
-        b=conv(6, 6),
-        head=conv(6, 4),
-    )
+    net = chain(stem=conv(3, 6), a=conv(6, 6), b=conv(6, 6), head=conv(6, 4))
     net.b.weight = net.a.weight
     return net
 
 
 def normed(norm):
-    return Net(
-        lambda net, x: net.b(net.norm(net.a(x))), a=conv(3, 6), norm=norm, b=conv(6, 4)
-    )
+    return chain(a=conv(3, 6), norm=norm, b=conv(6, 4))
 
 
 HARD = {
@@ -255,25 +249,11 @@ HARD = {
     'RoI scatter': (roi_scatter, [(4, made('fine', 'coarse') | read('fc', entries=4))]),
     'tied weights': (
         tied,
-        [
-            (
-                6,
-                made('stem', 'a')
-                | {('a.weight', 1): 1, ('b.bias', 0): 1}
-                | read('head'),
-            )
-        ],
+        [(6, made('stem', 'a') | tensors('b.bias') | read('a', 'head'))],
     ),
     'BN without affine': (
         lambda: normed(nn.BatchNorm2d(6, affine=False)),
-        [
-            (
-                6,
-                made('a')
-                | {('norm.running_mean', 0): 1, ('norm.running_var', 0): 1}
-                | read('b'),
-            )
-        ],
+        [(6, made('a') | tensors('norm.running_mean', 'norm.running_var') | read('b'))],
     ),
     'BN without statistics': (
         lambda: normed(nn.BatchNorm2d(6, track_running_stats=False)),
@@ -296,17 +276,11 @@ def test_hard_cases(make, expected):
     grouping = grouped(net)
     found = [(g.units, dict(sorted(widths(g).items()))) for g in grouping.groups]
     assert found == [(units, dict(sorted(w.items()))) for units, w in expected]
-    assert find_disagreements(net, grouping, lambda net: net(images())) == []
+    assert find_disagreements(net, grouping, toy_forward) == []
 
 
 def test_a_chain_of_single_channels_has_nothing_to_prune():
-    net = Net(
-        lambda net, x: net.head(net.b(net.a(x))),
-        a=conv(3, 1),
-        b=conv(1, 1),
-        head=conv(1, 2),
-    )
-    grouping = grouped(net)
+    grouping = grouped(chain(a=conv(3, 1), b=conv(1, 1), head=conv(1, 2)))
     assert grouping.groups == ()
     reasons = {f.layer: (f.reason, f.channels) for f in grouping.frozen}
     no_labels = 'its output channels carry no labels'
@@ -321,10 +295,7 @@ def test_channels_that_are_all_one_unit_stay():
 
 
 def test_a_group_conv_on_the_image_stays():
-    net = Net(
-        lambda net, x: net.head(net.a(x)), a=conv(3, 6, groups=3), head=conv(6, 2)
-    )
-    (a, _) = grouped(net).frozen
+    (a, _) = grouped(chain(a=conv(3, 6, groups=3), head=conv(6, 2))).frozen
     words = 'input channels that no layer makes are read by Convolution'
     assert (a.layer, a.channels, a.reason) == ('a', 6, words)
 
@@ -368,7 +339,7 @@ def test_a_zero_padded_shortcut(pad, stem, alone):
 def test_constants_as_wide_as_the_channels_fail_verification():
     """What is no operand in the graph shows when the compact network runs."""
     net = normed(torchvision.ops.FrozenBatchNorm2d(6))
-    (wrong,) = find_disagreements(net, grouped(net), lambda net: net(images()))
+    (wrong,) = find_disagreements(net, grouped(net), toy_forward)
     assert wrong.group.name == 'a'
     assert 'must match the size' in wrong.reason
 
@@ -380,9 +351,8 @@ def test_keep_leaves_both_sides_of_a_layer_alone():
     grouping = grouped(TinyDetector(), keep=['lateral1'])
     names = [g.name for g in grouping.groups]
     assert names == ['stem', 'stage2', 'fpn1', 'cls_tower', 'reg_tower']
-    frozen = {f.layer: f.reason for f in grouping.frozen}
     for layer in ('stage1', 'lateral1', 'lateral2'):
-        assert frozen[layer] == 'kept as configured'
+        assert reasons_of(grouping)[layer] == 'kept as configured'
 
 
 @pytest.mark.parametrize(
@@ -404,7 +374,7 @@ def test_keep_of_a_group_conv_keeps_what_it_reads():
 
 
 def test_keep_finds_tied_weights_under_either_name():
-    frozen = {f.layer: f.reason for f in grouped(tied(), keep=['b']).frozen}
+    frozen = reasons_of(grouped(tied(), keep=['b']))
     assert frozen['stem'] == frozen['a'] == frozen['b'] == 'kept as configured'
 
 
@@ -426,7 +396,7 @@ def test_a_group_is_frozen_with_its_reason():
     level = build_groups(net, trace).groups[1]
     grouping = build_groups(net, trace, frozen_groups=[(level, 'it failed')])
     assert [g.name for g in grouping.groups] == ['stem', 'tower']
-    frozen = {f.layer: f.reason for f in grouping.frozen}
+    frozen = reasons_of(grouping)
     assert frozen['level1'] == frozen['level2'] == 'it failed'
 
 
@@ -472,31 +442,20 @@ def test_weights_that_a_controller_makes_freeze_both_factors():
         y = F.conv2d(net.b(x), kernels[:, :, None, None])
         return net.head(net.last(y.relu()))
 
-    net = Net(
-        run,
-        a=conv(3, 5),
-        controller=conv(5, 6),
-        b=conv(3, 6),
-        last=conv(2, 4),  # reads one channel for each of the two images
-        head=conv(4, 4),
-    )
-    grouping = grouped(net)
+    parts = dict(a=conv(3, 5), controller=conv(5, 6), b=conv(3, 6), head=conv(4, 4))
+    # The last layer reads one channel for each of the two images.
+    grouping = grouped(Net(run, last=conv(2, 4), **parts))
     assert [g.name for g in grouping.groups] == ['a', 'last']
-    reasons = {f.layer: f.reason for f in grouping.frozen}
+    reasons = reasons_of(grouping)
     what = 'multiplied with an activation by Convolution'
     assert what in reasons['b'] and what in reasons['controller']
 
 
 def test_a_shared_layer_that_also_reads_the_image_reads_all_channels():
     """What it reads in one call cannot go, as the image keeps its channels."""
-    net = Net(
-        lambda net, x: net.head(net.shared(x) + net.shared(net.a(x))),
-        a=conv(3, 3),
-        shared=conv(3, 5),
-        head=conv(5, 4),
-    )
+    parts = dict(a=conv(3, 3), shared=conv(3, 5), head=conv(5, 4))
+    net = Net(lambda n, x: n.head(n.shared(x) + n.shared(n.a(x))), **parts)
     grouping = grouped(net)
     assert [g.name for g in grouping.groups] == ['shared']
-    reasons = {f.layer: f.reason for f in grouping.frozen}
-    assert 'channels that no layer makes' in reasons['a']
-    assert find_disagreements(net, grouping, lambda m: m(images())) == []
+    assert 'channels that no layer makes' in reasons_of(grouping)['a']
+    assert find_disagreements(net, grouping, toy_forward) == []

@@ -18,3 +18,9 @@ def saved(state):
 
 def saved_and_loaded(state):
     return torch.load(io.BytesIO(saved(state)), weights_only=True)
+
+
+def state_of(run):
+    """All that a test's training goes on from, as it is after saving and loading."""
+    parts = ('model', 'optimizer', 'pruner')
+    return saved_and_loaded({part: getattr(run, part).state_dict() for part in parts})

@@ -5,8 +5,17 @@ import copy
 import numpy as np
 import pytest
 import torch
-from support.states import picked, saved_and_loaded
-from support.toys import TOYS, ConvPair, TinyDetector, conv, images, square_loss
+from support.pruning import importance_of
+from support.states import picked, saved_and_loaded, state_of
+from support.toys import (
+    TOYS,
+    ConvPair,
+    TinyDetector,
+    conv,
+    images,
+    parameters_in,
+    square_loss,
+)
 from torch import nn
 
 from mmgfp import GroupFisherPruner
@@ -52,9 +61,17 @@ class Training:
         self.pruner = GroupFisherPruner(self.model, **{'interval': 2, **options})
         self.iteration = 0
 
+    @property
+    def units(self):
+        return self.pruner.units
+
     def prepare(self):
         self.pruner.prepare(self.loss, self.loss, 2)
         return self
+
+    def cut(self):
+        """Cut the model to the units that are kept; whether any was cut out."""
+        return self.pruner.compact_([self.optimizer])
 
     def loss(self, model, iteration=0):
         return square_loss(model(images().double() + 0.1 * iteration))
@@ -72,18 +89,17 @@ class Training:
                 self.optimizer.zero_grad()
             steps.append(self.pruner.step())
             if self.live and steps[-1]:
-                self.pruner.compact_([self.optimizer])
+                self.cut()
         return steps
 
 
 def assert_same_result(one, two, tolerance=1e-9):
     """Compare structures exactly, weights but for rounding."""
-    assert one.pruner.units.structure() == two.pruner.units.structure()
+    assert one.units.structure() == two.units.structure()
     first, second = (t.pruner.compact().state_dict() for t in (one, two))
+    close = dict(rtol=tolerance, atol=tolerance)
     for name, tensor in first.items():
-        torch.testing.assert_close(
-            tensor, second[name], rtol=tolerance, atol=tolerance, msg=name
-        )
+        torch.testing.assert_close(tensor, second[name], msg=name, **close)
 
 
 def both(length, **options):
@@ -101,21 +117,16 @@ def both(length, **options):
 def test_ends_like_masks_with_any_optimizer(optimizer):
     masked, live = both(14, optimizer=optimizer, units_per_step=3)
     assert_same_result(masked, live)
-    full, small = (sum(p.numel() for p in r.model.parameters()) for r in (masked, live))
-    assert (
-        small
-        == live.pruner.units.totals['params']
-        < full
-        == live.pruner.units.full['params']
-    )
-    assert live.pruner.units.totals == masked.pruner.units.totals
+    full, small = (parameters_in(run.model) for run in (masked, live))
+    assert small == live.units.totals['params'] < full == live.units.full['params']
+    assert live.units.totals == masked.units.totals
 
 
 @pytest.mark.parametrize('toy', TOYS, ids=lambda toy: toy.__name__)
 def test_every_toy_ends_like_masks(toy):
     masked, live = both(10, toy=toy, units_per_step=2, normalize='flops')
     assert_same_result(masked, live)
-    assert not live.pruner.units.kept.all()
+    assert not live.units.kept.all()
 
 
 @pytest.mark.parametrize(
@@ -144,25 +155,20 @@ def test_nothing_masked_is_left_to_compute():
     small = live.pruner.compact()
     shapes = {n: p.shape for n, p in small.named_parameters()}
     assert {n: p.shape for n, p in live.model.named_parameters()} == shapes
-    assert not live.pruner.units.masks[0]._index
-    widths = {n: m.out_channels for n, m in live.model.named_modules() if _conv(m)}
-    assert widths == {n: len(live.model.get_parameter(f'{n}.weight')) for n in widths}
-
-
-def _conv(module):
-    return isinstance(module, nn.Conv2d)
+    assert not live.units.masks[0]._index
+    convs = [m for m in live.model.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convs] == [len(m.weight) for m in convs]
 
 
 def test_cutting_less_often_ends_the_same():
     every, seldom = (Training(units_per_step=2, live=False).prepare() for _ in range(2))
     for n in range(12):
         every.train(1), seldom.train(1)
-        every.pruner.compact_([every.optimizer])
+        every.cut()
         if n in (4, 9):
-            cut = seldom.pruner.compact_([seldom.optimizer])
-            assert cut and not seldom.pruner.compact_([seldom.optimizer])
-            assert (seldom.pruner.units.in_model == seldom.pruner.units.kept).all()
-    assert not (seldom.pruner.units.in_model == seldom.pruner.units.kept).all()
+            assert seldom.cut() and not seldom.cut()
+            assert (seldom.units.in_model == seldom.units.kept).all()
+    assert not (seldom.units.in_model == seldom.units.kept).all()
     assert_same_result(every, seldom)
 
 
@@ -203,18 +209,18 @@ class Wide(ConvPair):
 
 def test_masked_units_may_stay_for_a_while():
     masked, live = both(8, toy=Wide, units_per_step=5, target=dict(flops=0.1))
-    assert live.pruner.units.kept.sum() == 44
-    assert live.model.conv1.out_channels == live.pruner.units.in_model.sum() == 44
+    assert live.units.kept.sum() == 44
+    assert live.model.conv1.out_channels == live.units.in_model.sum() == 44
     masked.train(2), live.train(2)
-    assert live.pruner.units.kept.sum() == 39
-    assert live.model.conv2.in_channels == live.pruner.units.in_model.sum() == 40
+    assert live.units.kept.sum() == 39
+    assert live.model.conv2.in_channels == live.units.in_model.sum() == 40
     zeros = live.model.conv2.weight.flatten(2).abs().sum((0, 2)) == 0
     assert zeros.sum() == 1
     assert_same_result(masked, live)
     state, again = saved_and_loaded(live.pruner.state_dict()), Training(Wide)
     again.pruner.load_state_dict(state, [again.optimizer])
     assert again.model.conv1.out_channels == 40
-    assert again.pruner.units.masks[0]._index
+    assert again.units.masks[0]._index
 
 
 def test_statistics_between_decisions_survive():
@@ -222,9 +228,9 @@ def test_statistics_between_decisions_survive():
     masked, live = (Training(interval=5, live=False).prepare() for _ in range(2))
     for run in (masked, live):
         run.train(7)
-    before = live.pruner.criterion.statistics.importance.copy()
-    assert live.pruner.compact_([live.optimizer]) and before.any()
-    assert (live.pruner.criterion.statistics.importance == before).all()
+    before = importance_of(live.pruner)
+    assert live.cut() and before.any()
+    assert (importance_of(live.pruner) == before).all()
     assert picked(masked.train(8)) == picked(live.train(8))
     assert_same_result(masked, live)
 
@@ -239,7 +245,7 @@ def test_copies_that_follow_are_masked_and_cut():
     live.train(2)
     inputs = images().double()
     before = averaged.eval()(inputs)
-    live.pruner.compact_([live.optimizer])
+    live.cut()
     assert difference(before, averaged(inputs)) < 1e-12
     shapes = {n: t.shape for n, t in live.model.state_dict().items()}
     assert {n: t.shape for n, t in averaged.state_dict().items()} == shapes
@@ -247,9 +253,7 @@ def test_copies_that_follow_are_masked_and_cut():
     before = averaged(inputs)
     small = live.pruner.compact(averaged)
     assert difference(before, small(inputs)) < 1e-12
-    assert (
-        sum(p.numel() for p in small.parameters()) == live.pruner.units.totals['params']
-    )
+    assert parameters_in(small) == live.units.totals['params']
 
 
 def test_memory_format_stays():
@@ -257,7 +261,7 @@ def test_memory_format_stays():
     live.model.to(memory_format=torch.channels_last)
     live.prepare().train(2)
     weight = live.model.fpn1.weight
-    live.pruner.compact_([live.optimizer])
+    live.cut()
     smaller = live.model.fpn1.weight
     for cut in (weight, smaller):
         assert cut.is_contiguous(memory_format=torch.channels_last)
@@ -297,7 +301,7 @@ def test_optimizer_with_other_state_is_refused_and_nothing_changes():
     before = copy.deepcopy(live.model.state_dict())
     words = r'optimizer must be one that keeps .*\(got row_var of Adafactor, Tensor'
     with pytest.raises(ConfigError, match=words):
-        live.pruner.compact_([live.optimizer])
+        live.cut()
     after = live.model.state_dict()
     assert all(torch.equal(tensor, after[n]) for n, tensor in before.items())
     live.train(2)  # goes on with masks
@@ -315,7 +319,7 @@ def test_parameters_that_do_not_train_shrink_too():
     live = Training(ConvPair, units_per_step=3, live=False)
     live.model.conv2.requires_grad_(False)
     live.prepare().train(2)
-    live.pruner.compact_([live.optimizer])
+    live.cut()
     assert live.model.conv2.weight.shape[1] == 3
     assert not live.model.conv2.weight.requires_grad
     assert live.model.conv1.weight.requires_grad
@@ -333,20 +337,14 @@ def test_resumed_run_goes_on_as_if_it_had_not_stopped(cut, optimizer):
     expected = picked(whole.train(12))
     first = Training(**options).prepare()
     begun = picked(first.train(cut))
-    state = saved_and_loaded(
-        {
-            'model': first.model.state_dict(),
-            'optimizer': first.optimizer.state_dict(),
-            'pruner': first.pruner.state_dict(),
-        }
-    )
+    state = state_of(first)
     resumed = Training(**options)
     resumed.pruner.load_state_dict(state['pruner'], [resumed.optimizer])
     resumed.model.load_state_dict(state['model'])
     resumed.optimizer.load_state_dict(state['optimizer'])
     resumed.iteration = cut
     assert begun + picked(resumed.train(12 - cut)) == expected
-    assert resumed.pruner.units.structure() == whole.pruner.units.structure()
+    assert resumed.units.structure() == whole.units.structure()
     weights = whole.model.state_dict()
     for name, tensor in resumed.model.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
@@ -358,7 +356,7 @@ def test_state_of_a_cut_model_is_of_the_unpruned_one():
     state = live.pruner.state_dict()
     again = Training()
     again.pruner.load_state_dict(saved_and_loaded(state), [again.optimizer])
-    assert again.pruner.units.full == live.pruner.units.full
-    assert again.pruner.units.totals == live.pruner.units.totals
-    assert again.pruner.units.structure() == live.pruner.units.structure()
-    assert np.array_equal(again.pruner.units.in_model, live.pruner.units.in_model)
+    assert again.units.full == live.units.full
+    assert again.units.totals == live.units.totals
+    assert again.units.structure() == live.units.structure()
+    assert np.array_equal(again.units.in_model, live.units.in_model)
