@@ -16,8 +16,9 @@ from support.toys import (
     TinyDetector,
     conv,
     grouped,
-    images,
-    square_loss,
+    reasons_of,
+    toy_forward,
+    toy_loss,
 )
 from torch import nn
 
@@ -32,14 +33,6 @@ from mmgfp.discovery.verify import (
 )
 from mmgfp.groups import Grouping
 from mmgfp.utils.errors import TraceError
-
-
-def forward(net):
-    return net(images())
-
-
-def loss(net):
-    return square_loss(net(images()))
 
 
 def misplaced(grouping, group, name):
@@ -96,9 +89,8 @@ def test_random_units_of_every_group():
 
 def test_random_units_follow_the_seed():
     groups = grouped(TinyDetector()).groups
-    one, two, other = (
-        random_units(groups, 0.5, np.random.default_rng(seed)) for seed in (1, 1, 2)
-    )
+    seeds = map(np.random.default_rng, (1, 1, 2))
+    one, two, other = (random_units(groups, 0.5, rng) for rng in seeds)
     assert (one == two).all()
     assert (one != other).any()
 
@@ -110,7 +102,7 @@ def test_random_units_follow_the_seed():
 @pytest.mark.parametrize('seed', [0, 1])
 def test_right_groups_agree(toy, seed):
     net = toy()
-    assert find_disagreements(net, grouped(net), forward, seed) == []
+    assert find_disagreements(net, grouped(net), toy_forward, seed) == []
 
 
 @pytest.mark.parametrize('zeroed', [False, True])
@@ -119,7 +111,7 @@ def test_units_in_another_order_disagree(zeroed):
     if zeroed:  # a norm that starts at zero must not hide the difference
         torch.nn.init.zeros_(net.bn.weight)
     wrong = misplaced(grouped(net), 0, 'conv2.weight')
-    (found,) = find_disagreements(net, wrong, forward)
+    (found,) = find_disagreements(net, wrong, toy_forward)
     assert found.group is wrong.groups[0]
     assert found.reason.startswith('outputs differ by')
 
@@ -130,7 +122,7 @@ def test_the_wrong_group_is_singled_out(group):
     grouping = grouped(net)
     reader = next(m.name for m in grouping.groups[group].members if m.role == 'in')
     wrong = misplaced(grouping, group, reader)
-    found = find_disagreements(net, wrong, forward)
+    found = find_disagreements(net, wrong, toy_forward)
     assert [f.group for f in found] == [wrong.groups[group]]
 
 
@@ -138,7 +130,7 @@ def test_several_wrong_groups_are_singled_out():
     net = TinyDetector()
     wrong = misplaced(grouped(net), 1, 'stage2.weight')
     wrong = misplaced(wrong, 5, 'cls_pred.weight')
-    found = find_disagreements(net, wrong, forward)
+    found = find_disagreements(net, wrong, toy_forward)
     assert [f.group for f in found] == [wrong.groups[1], wrong.groups[5]]
 
 
@@ -148,9 +140,8 @@ class Blocks(nn.Module):
     def __init__(self):
         super().__init__()
         parts = {'a': conv(4, 6), 'b': conv(4, 5), 'c': conv(6, 4), 'd': conv(5, 4)}
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(copy.deepcopy(parts)) for _ in range(8)
-        )
+        blocks = (nn.ModuleDict(copy.deepcopy(parts)) for _ in range(8))
+        self.blocks = nn.ModuleList(blocks)
         self.stem, self.head = conv(3, 4), conv(4, 4)
 
     def forward(self, x):
@@ -172,7 +163,7 @@ def test_groups_of_the_same_layers_fall_together(monkeypatch):
     net = Blocks()
     grouping = grouped(net)
     assert len(grouping.groups) == 17  # the residual stream, and two of each block
-    found = find_disagreements(net, grouping, forward)
+    found = find_disagreements(net, grouping, toy_forward)
     assert {f.group.name for f in found} == {f'blocks.{i}.a' for i in range(8)}
     assert len(trials) <= 2 + 2 * 5  # all of them, halving once, and what is left
 
@@ -189,7 +180,7 @@ def fixed_width():
 
 def test_an_error_of_the_compact_model_is_the_reason():
     net = fixed_width()
-    (found,) = find_disagreements(net, grouped(net), forward)
+    (found,) = find_disagreements(net, grouped(net), toy_forward)
     assert found.group.name == 'a'
     assert found.reason.startswith('RuntimeError: shape')
 
@@ -201,7 +192,7 @@ def test_an_error_without_words_is_a_reason_too():
         return net.head(y)
 
     net = Net(run, a=conv(3, 6), head=conv(6, 4))
-    (found,) = find_disagreements(net, grouped(net), forward)
+    (found,) = find_disagreements(net, grouped(net), toy_forward)
     assert found.reason.startswith('AssertionError: ')
 
 
@@ -216,7 +207,7 @@ def test_groups_that_only_fail_together_are_all_doubted():
 
     net = fixed_width()
     net.run = run
-    found = find_disagreements(net, grouped(net), forward)
+    found = find_disagreements(net, grouped(net), toy_forward)
     assert [f.group.name for f in found] == ['a', 'b']
 
 
@@ -231,21 +222,18 @@ def test_halves_that_stay_equal_by_chance_do_not_pass():
     net = Net(run, a=conv(3, 8), b=conv(3, 8), head=conv(8, 4), last=conv(8, 4))
     grouping = grouped(net)
     equal = random_units(grouping.groups, 0.5, np.random.default_rng(0))
-    assert disagreement(net, grouping.groups, equal, forward) is None
-    assert find_disagreements(net, grouping, forward)
+    assert disagreement(net, grouping.groups, equal, toy_forward) is None
+    assert find_disagreements(net, grouping, toy_forward)
 
 
 def test_random_ops_draw_alike():
-    net = Net(
-        lambda net, x: net.head(net.a(x) + torch.rand(2, 1, 8, 8)),
-        a=conv(3, 6),
-        head=conv(6, 4),
-    )
-    assert find_disagreements(net, grouped(net), forward) == []
+    parts = dict(a=conv(3, 6), head=conv(6, 4))
+    net = Net(lambda net, x: net.head(net.a(x) + torch.rand(2, 1, 8, 8)), **parts)
+    assert find_disagreements(net, grouped(net), toy_forward) == []
 
 
 def test_nothing_to_verify():
-    assert find_disagreements(ConvPair(), Grouping((), (), {}), forward) == []
+    assert find_disagreements(ConvPair(), Grouping((), (), {}), toy_forward) == []
 
 
 def test_an_error_of_the_model_itself_is_raised():
@@ -258,7 +246,7 @@ def test_verification_leaves_the_model_alone():
     net = ResidualPair()
     before = {n: t.clone() for n, t in net.state_dict().items()}
     grouping, state = grouped(net), torch.get_rng_state()
-    find_disagreements(net, grouping, forward)
+    find_disagreements(net, grouping, toy_forward)
     assert net.training
     assert torch.equal(torch.get_rng_state(), state)
     for name, tensor in net.state_dict().items():
@@ -283,10 +271,11 @@ def test_masked_and_compact_are_copies():
 def test_a_group_that_fails_is_frozen_and_reported(caplog):
     pruner = GroupFisherPruner(fixed_width())
     with caplog.at_level(logging.WARNING, 'mmgfp'):
-        grouping = pruner.prepare(loss, forward, 2)
+        grouping = pruner.prepare(toy_loss, toy_forward, 2)
     assert [g.name for g in grouping.groups] == ['b']
-    (reason,) = [f.reason for f in grouping.frozen if f.layer == 'a']
-    assert reason.startswith('masked and compact disagree: RuntimeError')
+    assert reasons_of(grouping)['a'].startswith(
+        'masked and compact disagree: RuntimeError'
+    )
     assert 'group a is left alone' in caplog.text
     assert 'members: a.weight[0], a.bias[0], head.weight[1]' in caplog.text
 
@@ -295,7 +284,7 @@ def test_a_group_that_fails_is_an_error_under_strict():
     pruner = GroupFisherPruner(fixed_width(), strict=True)
     words = r'groups a must have equal outputs in the masked and the compact model'
     with pytest.raises(TraceError, match=words):
-        pruner.prepare(loss, forward, 2)
+        pruner.prepare(toy_loss, toy_forward, 2)
 
 
 def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
@@ -305,7 +294,7 @@ def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
         'mmgfp.discovery.discover.find_disagreements',
         lambda model, grouping, forward: answers.pop(0)(grouping.groups),
     )
-    grouping = GroupFisherPruner(SharedHead()).prepare(loss, forward, 2)
+    grouping = GroupFisherPruner(SharedHead()).prepare(toy_loss, toy_forward, 2)
     assert [g.name for g in grouping.groups] == ['stem', 'tower']
 
 
@@ -317,6 +306,6 @@ def test_verification_is_repeated_until_it_holds(monkeypatch):
         return [] if wrong is None else [Disagreement(grouping.groups[wrong], 'no')]
 
     monkeypatch.setattr('mmgfp.discovery.discover.find_disagreements', find)
-    grouping = GroupFisherPruner(SharedHead()).prepare(loss, forward, 2)
+    grouping = GroupFisherPruner(SharedHead()).prepare(toy_loss, toy_forward, 2)
     assert [g.name for g in grouping.groups] == ['stem']
     assert answers == []

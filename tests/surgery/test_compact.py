@@ -20,6 +20,9 @@ from support.toys import (
     grouped,
     images,
     square_loss,
+    structure_of,
+    toy_forward,
+    widths,
 )
 from torch import nn
 
@@ -35,13 +38,11 @@ from mmgfp.surgery.structure import PruneStructure, shapes_of
 
 def without(net, gone):
     """Return a compact copy of ``net`` without these units, and its structure."""
-    grouping = grouped(net)
-    kept = ~np.isin(np.arange(grouping.units), gone)
-    structure = PruneStructure.of(grouping.groups, kept, shapes_of(net))
+    structure = structure_of(net, gone)
     return compact(net, structure), structure
 
 
-def pair(toy, share=0.4):
+def pair(toy):
     """A masked and a compact copy of a toy in double precision."""
     torch.manual_seed(0)
     net = toy().double()
@@ -49,11 +50,10 @@ def pair(toy, share=0.4):
         if isinstance(module, nn.BatchNorm2d):  # else a zero bias hides the mask
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
-    x = images().double()
-    grouping = grouped(net, lambda net: square_loss(net(x)))
-    kept = random_units(grouping.groups, share, np.random.default_rng(0))
-    structure = PruneStructure.of(grouping.groups, kept, shapes_of(net))
-    return *masked_and_compact(net, grouping.groups, kept), structure, x
+    groups = grouped(net).groups
+    kept = random_units(groups, 0.4, np.random.default_rng(0))
+    structure = PruneStructure.of(groups, kept, shapes_of(net))
+    return *masked_and_compact(net, groups, kept), structure, images().double()
 
 
 def slices(tensor, structure, name):
@@ -135,18 +135,15 @@ def conv_sizes(c_in, c_out, groups=1):
     return {'in_channels': c_in, 'out_channels': c_out, 'groups': groups}
 
 
+def fc_sizes(c_in, c_out):
+    return {'in_features': c_in, 'out_features': c_out}
+
+
 @pytest.mark.parametrize(
     ('toy', 'gone', 'expected'),
     [
-        (
-            ConvPair,
-            [0, 1],
-            {
-                'conv1': conv_sizes(3, 4),
-                'bn': {'num_features': 4},
-                'conv2': conv_sizes(4, 4),
-            },
-        ),
+        (ConvPair, [0, 1], {'conv1': conv_sizes(3, 4), 'conv2': conv_sizes(4, 4)}),
+        (ConvPair, [0, 1], {'bn': {'num_features': 4}}),
         (DepthWise, [5], {'expand': conv_sizes(3, 5), 'dw': conv_sizes(5, 5, 5)}),
         (GroupConv, [0, 3], {'stem': conv_sizes(3, 4), 'mid': conv_sizes(4, 6, 2)}),
         (
@@ -154,23 +151,9 @@ def conv_sizes(c_in, c_out, groups=1):
             [1],
             {'conv': conv_sizes(3, 6), 'gn': {'num_channels': 6, 'num_groups': 3}},
         ),
-        (
-            FlattenLinear,
-            [0, 4, 5],
-            {
-                'fc1': {'in_features': 12, 'out_features': 3},
-                'fc2': {'in_features': 3, 'out_features': 3},
-            },
-        ),
-        (
-            Transposed,
-            [0, 5, 6],
-            {
-                'stem': conv_sizes(3, 4),
-                'up': conv_sizes(4, 4),
-                'head': conv_sizes(4, 4),
-            },
-        ),
+        (FlattenLinear, [0, 4, 5], {'fc1': fc_sizes(12, 3), 'fc2': fc_sizes(3, 3)}),
+        (Transposed, [0, 5, 6], {'stem': conv_sizes(3, 4), 'up': conv_sizes(4, 4)}),
+        (Transposed, [0, 5, 6], {'head': conv_sizes(4, 4)}),
     ],
     ids=lambda x: x.__name__ if isinstance(x, type) else '',
 )
@@ -181,12 +164,8 @@ def test_attributes_are_true(toy, gone, expected):
 
 
 def test_attributes_of_a_prelu():
-    net = Net(
-        lambda net, x: net.b(net.act(net.a(x))),
-        a=conv(3, 6),
-        act=nn.PReLU(6),
-        b=conv(6, 4),
-    )
+    parts = dict(a=conv(3, 6), act=nn.PReLU(6), b=conv(6, 4))
+    net = Net(lambda net, x: net.b(net.act(net.a(x))), **parts)
     small, _ = without(net, [2, 3])
     assert attributes(small.act) == {'num_parameters': 4}
 
@@ -246,19 +225,12 @@ def test_untouched_tensors_are_not_copied():
 
 def test_dynamic_relu_counts_the_channels_that_it_splits_into():
     """One channel of ``a`` takes along the four coefficients that scale it."""
-    net = Net(
-        lambda net, x: net.head(net.relu(net.a(x))),
-        a=conv(3, 8),
-        relu=DyReLU(8),
-        head=conv(8, 4),
-    )
+    parts = dict(a=conv(3, 8), relu=DyReLU(8), head=conv(8, 4))
+    net = Net(lambda net, x: net.head(net.relu(net.a(x))), **parts)
     groups = grouped(net).groups
     assert {g.name: g.units for g in groups} == {'a': 8, 'relu.conv1.conv': 2}
-    (coefficients,) = (
-        m for m in groups[0].members if m.name == 'relu.conv2.conv.weight'
-    )
-    assert coefficients.width == 4
+    assert widths(groups[0])['relu.conv2.conv.weight', 0] == 4
     kept = random_units(groups, 0.4, np.random.default_rng(0))
-    assert disagreement(net, groups, kept, lambda m: m(images())) is None
+    assert disagreement(net, groups, kept, toy_forward) is None
     _, small = masked_and_compact(net, groups, kept)
     assert small.relu.channels == small.a.out_channels == 5

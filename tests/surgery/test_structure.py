@@ -3,22 +3,14 @@
 import copy
 import json
 
-import numpy as np
 import pytest
 import torch
-from support.toys import ConvPair, FlattenLinear, ResidualPair, Shuffle, grouped
+from support.toys import ConvPair, FlattenLinear, ResidualPair, Shuffle, structure_of
 
 from mmgfp.surgery.compact import compact_
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure, shapes_of
 from mmgfp.utils.errors import StructureError
 from mmgfp.utils.io import save_checkpoint
-
-
-def structure_of(net, gone):
-    """The structure of ``net`` without the units ``gone``."""
-    grouping = grouped(net)
-    kept = ~np.isin(np.arange(grouping.units), gone)
-    return PruneStructure.of(grouping.groups, kept, shapes_of(net))
 
 
 @pytest.fixture
@@ -50,9 +42,8 @@ def test_two_groups_meet_in_one_tensor():
 
 
 def test_wide_units_take_all_their_entries():
-    assert structure_of(FlattenLinear(), [2]).kept['fc1.weight'] == {
-        1: [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]
-    }
+    kept = structure_of(FlattenLinear(), [2]).kept['fc1.weight']
+    assert kept == {1: [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]}
     assert structure_of(Shuffle(), [1]).kept['head.weight'] == {1: [0, 1, 4, 5, 6, 7]}
 
 
@@ -219,10 +210,10 @@ def test_a_model_that_is_compact_already(structure):
 
 def test_a_refused_structure_changes_nothing(structure):
     net = ResidualPair()
-    before = {n: t.shape for n, t in net.state_dict().items()}
+    before = shapes_of(net)
     with pytest.raises(StructureError):
         compact_(net, structure)
-    assert {n: t.shape for n, t in net.state_dict().items()} == before
+    assert shapes_of(net) == before
 
 
 def test_a_crafted_structure_allocates_no_more_than_the_model_has(structure):
