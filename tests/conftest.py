@@ -20,9 +20,8 @@ def pruning_run(tmp_path_factory):
     runner = Runner.from_cfg(config)
     runner.train()
     artifact = Path(config.work_dir) / f'{PRUNE_CONFIG.stem}_flops50.pth'
-    return SimpleNamespace(
-        runner=runner, config=config, artifact=artifact, folder=folder
-    )
+    parts = dict(runner=runner, config=config, artifact=artifact, folder=folder)
+    return SimpleNamespace(**parts)
 
 
 @pytest.fixture

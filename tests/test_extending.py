@@ -13,7 +13,8 @@ from mmengine.runner import Runner
 from support.configs import small_prune_config
 from support.tooling import ROOT
 from support.toy_runner import hook_of
-from support.toys import Net, conv, images, square_loss
+from support.toys import Net, conv, images, toy_loss
+from torch.nn import functional as F
 
 from mmgfp import ChannelPruner
 from mmgfp.criteria.base import CRITERIA
@@ -32,11 +33,8 @@ def extended(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    for registry, name in (
-        (CRITERIA, 'l1_norm'),
-        (COSTS, 'traffic'),
-        (SCHEDULES, 'halving'),
-    ):
+    names = {'l1_norm': CRITERIA, 'traffic': COSTS, 'halving': SCHEDULES}
+    for name, registry in names.items():
         if name in registry:
             registry.remove(name)
     for name in FILES:
@@ -56,10 +54,8 @@ def test_config_with_a_criterion_a_cost_and_a_schedule_of_its_own(extended, capf
     runner = Runner.from_cfg(config)
     runner.train()
     pruner = hook_of(runner).pruner
-    assert [type(x).__name__ for x in (pruner.criterion, pruner.schedule)] == [
-        'L1Norm',
-        'HalvingSchedule',
-    ]
+    assert type(pruner.criterion).__name__ == 'L1Norm'
+    assert type(pruner.schedule).__name__ == 'HalvingSchedule'
     (artifact,) = Path(config.work_dir).glob('run_traffic70.pth')
     costs = torch.load(artifact, weights_only=True)['meta']['costs']
     assert 0.65 < costs['traffic']['ratio'] <= 0.7
@@ -73,19 +69,14 @@ def test_scores_and_costs_are_what_the_page_says(extended):
     net = Net(lambda net, x: net.b(net.a(x).relu()), a=conv(3, 4, 1), b=conv(4, 2, 1))
     with torch.no_grad():
         net.a.weight.copy_(torch.tensor([4.0, 2, 1, 3])[:, None, None, None])
-
-    def loss(net):
-        return square_loss(net(images()))
-
-    pruner = ChannelPruner(
-        net, criterion='l1_norm', normalize='none', interval=1, target=dict(flops=0.3)
-    )
-    pruner.prepare(loss, loss, 2)
+    options = dict(criterion='l1_norm', normalize='none', target=dict(flops=0.3))
+    pruner = ChannelPruner(net, interval=1, **options)
+    pruner.prepare(toy_loss, toy_loss, 2)
     assert pruner.criterion.scores().values.tolist() == [12, 6, 3, 9]
     positions = images()[0, 0].numel()
     weights = 12 + 8
     assert pruner.units.full['traffic'] == weights + (4 + 2) * positions
-    loss(net).backward()
+    toy_loss(net).backward()
     assert pruner.step().units.tolist() == [2]
     pruner.compact_()
     values = pruner.criterion.scores().values
@@ -96,17 +87,13 @@ def test_layer_that_fisher_cannot_watch_may_be_pruned_by_weights(extended):
     """A weight used by a function has no module call to tap."""
     import_module('l1_norm')
 
+    def run(net, x):
+        return F.conv2d(net.a(x).relu(), net.b.weight, net.b.bias)
+
     def build(criterion):
-        net = Net(
-            lambda net, x: torch.nn.functional.conv2d(
-                net.a(x).relu(), net.b.weight, net.b.bias
-            ),
-            a=conv(3, 4, 1),
-            b=conv(4, 2, 1),
-        )
+        net = Net(run, a=conv(3, 4, 1), b=conv(4, 2, 1))
         pruner = ChannelPruner(net, criterion=criterion)
-        discovery = pruner.discover(*(lambda net: square_loss(net(images())),) * 2, 2)
-        return discovery.grouping
+        return pruner.discover(toy_loss, toy_loss, 2).grouping
 
     with pytest.raises(Exception, match='its input cannot be watched for Fisher'):
         build('fisher')

@@ -59,9 +59,8 @@ def test_each_variant_changes_the_hook_wherever_it_stands():
         assert config.custom_hooks[0] == dict(type='EMAHook')
         changed = {k: v for k, v in config.custom_hooks[1].items() if k != 'type'}
         FisherPruningHook(**changed)  # raises on anything unknown
-        assert {k: changed[k] for k in parse_options(settings)} == (
-            parse_options(settings)
-        )
+        expected = parse_options(settings)
+        assert {k: changed[k] for k in expected} == expected
 
 
 def write_images(folder, count):
@@ -100,14 +99,12 @@ def test_ablation_ends_in_a_table(tmp_path, run_tool):
         assert row['macs'] <= baseline['macs'] / 2
         assert row['latency_ms'].keys() == {'1', '2'}
         assert row['also']['more'].keys() == {'accuracy/top1'}
-    assert set(results['seconds']) == {
-        *('prune_M', 'finetune_M', 'prune_I', 'finetune_I')
-    }
+    stages = {'prune_M', 'finetune_M', 'prune_I', 'finetune_I'}
+    assert set(results['seconds']) == stages
     text = (tmp_path / 'work/results.md').read_text()
     assert 'top-1, more' in text and '- I: `coupled=False, interval=1' in text
     # What -I leaves alone: the residual stream keeps its width.
-    structure = torch.load(
-        next((tmp_path / 'work/prune_I').glob('*_flops50.pth')), weights_only=True
-    )['state_dict']
-    assert structure['backbone.layer3.2.conv2.weight'].shape[0] == 64
-    assert structure['backbone.layer3.2.conv1.weight'].shape[0] < 64
+    (path,) = (tmp_path / 'work/prune_I').glob('*_flops50.pth')
+    weights = torch.load(path, weights_only=True)['state_dict']
+    assert weights['backbone.layer3.2.conv2.weight'].shape[0] == 64
+    assert weights['backbone.layer3.2.conv1.weight'].shape[0] < 64

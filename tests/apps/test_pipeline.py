@@ -82,9 +82,8 @@ def test_pipeline_ends_in_a_table_and_goes_on_after_an_interruption(tmp_path):
     assert first.returncode == 0, first.stdout[-2000:] + first.stderr[-2000:]
     results = json.loads((tmp_path / 'work/results.json').read_text())
     baseline, pruned, tuned = results['rows']
-    assert [row['model'] for row in results['rows']] == [
-        *('baseline', 'pruned', 'fine-tuned')
-    ]
+    models = [row['model'] for row in results['rows']]
+    assert models == ['baseline', 'pruned', 'fine-tuned']
     for cost in ('macs', 'memory', 'params'):
         assert pruned[cost] == tuned[cost] < baseline[cost]
     assert pruned['macs'] <= baseline['macs'] / 2

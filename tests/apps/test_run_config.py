@@ -52,9 +52,8 @@ def test_other_options_change_nothing_else(config):
 
 def test_missing_data_is_said(config, tmp_path):
     cfg = config()
-    words = (
-        r'train_dataloader.dataset must be present at data/cells/train.json.*data_root'
-    )
+    place = 'train_dataloader.dataset must be present at data/cells/train.json'
+    words = f'{place}.*data_root'
     with pytest.raises(ConfigError, match=words):
         prepare_config(cfg, ['train', 'val'])
     (tmp_path / 'train.json').touch()

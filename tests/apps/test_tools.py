@@ -37,16 +37,10 @@ def test_analyze_prints_and_writes_what_can_be_pruned(run_tool, tmp_path):
     outputs = {'bbox_head.retina_cls', 'bbox_head.retina_reg'}
     assert {f['layer'] for f in report['frozen']} == outputs
     kept = 9 * (10 + 4)  # anchors times (classes + box sides)
-    convs = [m for m in build_model(load_config(str(DEMO))).modules() if _is_conv(m)]
-    total = sum(conv.out_channels for conv in convs)
-    assert report['coverage'] == {
-        'channels': pytest.approx(1 - kept / total),
-        'macs': 1.0,
-    }
-
-
-def _is_conv(module):
-    return isinstance(module, torch.nn.Conv2d)
+    modules = build_model(load_config(str(DEMO))).modules()
+    total = sum(m.out_channels for m in modules if isinstance(m, torch.nn.Conv2d))
+    channels = pytest.approx(1 - kept / total)
+    assert report['coverage'] == {'channels': channels, 'macs': 1.0}
 
 
 @pytest.mark.parametrize(
@@ -64,9 +58,7 @@ def _is_conv(module):
         ),
     ],
 )
-def test_analyze_reproduces_the_papers_costs(
-    run_tool, tmp_path, config, shape, expected
-):
+def test_analyze_gives_the_papers_costs(run_tool, tmp_path, config, shape, expected):
     out = tmp_path / 'report.json'
     done = run_tool('analyze.py', config, '--input-shape', *shape, '--json', out)
     assert done.returncode == 0, done.stderr
@@ -78,9 +70,8 @@ def test_deploy_writes_a_folder_and_a_summary(run_tool, pruning_run, tmp_path):
     saved = tmp_path / 'config.py'
     pruning_run.config.dump(saved)
     out = tmp_path / 'out'
-    done = run_tool(
-        'deploy_pruned.py', saved, pruning_run.artifact, '--out', out, '--rounds', 2
-    )
+    command = ('deploy_pruned.py', saved, pruning_run.artifact, '--out', out)
+    done = run_tool(*command, '--rounds', 2)
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / 'summary.json').read_text())
     assert summary['input_shape'] == [3, 64, 64]
@@ -106,9 +97,8 @@ def test_deploy_times_two_stages_on_proposals_of_their_own(run_tool, tmp_path, n
     kept = random_units(groups, 0.3, np.random.default_rng(0))
     structure = PruneStructure.of(groups, kept, shapes_of(found.model))
     small = compact_(found.model, structure)
-    save_artifact(
-        tmp_path / 'small.pth', small, structure, {'input_shape': (3, 64, 96)}
-    )
+    meta = {'input_shape': (3, 64, 96)}
+    save_artifact(tmp_path / 'small.pth', small, structure, meta)
     command = ['deploy_pruned.py', tmp_path / 'config.py', tmp_path / 'small.pth']
     done = run_tool(*command, '--out', tmp_path / 'out', '--rounds', 1)
     assert done.returncode == 0, done.stderr
@@ -155,11 +145,8 @@ def test_train_says_what_is_wrong_in_one_line(run_tool, tmp_path, option, words)
     data = tmp_path / 'digits'
     spec = ['train_dataloader.dataset.spec.num_train=8', 'load_from=None']
     spec += [f'data_root={data}', 'train_dataloader.dataset.spec.num_val=2']
-    done = run_tool(
-        'train.py',
-        PRUNE_CONFIG,
-        *('--work-dir', tmp_path / 'work', '--cfg-options', option, *spec),
-    )
+    options = ('--work-dir', tmp_path / 'work', '--cfg-options', option, *spec)
+    done = run_tool('train.py', PRUNE_CONFIG, *options)
     assert words in error_line(done)
 
 

@@ -39,9 +39,7 @@ test_dataloader = train_dataloader
         (train, [*PRUNE, 'load_from=x.pth'], 'load_from must be a checkpoint file'),
     ],
 )
-def test_what_is_missing_gets_one_line(
-    tool, args, words, tmp_path, monkeypatch, capsys
-):
+def test_what_is_wrong_gets_one_line(tool, args, words, tmp_path, monkeypatch, capsys):
     (tmp_path / 'c.py').write_text(CONFIG)
     torch.save({'state_dict': {}}, tmp_path / 'w.pth')
     with pytest.raises(SystemExit) as stop:

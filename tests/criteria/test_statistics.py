@@ -8,11 +8,7 @@ from mmgfp.criteria.fisher import Fisher
 from mmgfp.criteria.statistics import UnitStatistics
 
 #: Units 0 and 1 are of group 0, which a and b read; unit 2 is group 1, which c reads.
-UNITS = {
-    'a': torch.tensor([0, 1]),
-    'b': torch.tensor([1, -1, 0]),
-    'c': torch.tensor([2]),
-}
+UNITS = dict(a=torch.tensor([0, 1]), b=torch.tensor([1, -1, 0]), c=torch.tensor([2]))
 GROUP_OF = np.array([0, 0, 1])
 
 

@@ -49,9 +49,8 @@ def test_boxes_hug_the_ink():
     glyph = np.zeros((1, 8, 8))
     glyph[0, 2:6, 3:5] = 1.0  # twice as high as wide
     spec = DigitsSpec(size=128, min_side=64, max_side=64, max_digits=1)
-    image, boxes, labels = draw_image(
-        np.random.default_rng(0), glyph, np.array([7]), spec
-    )
+    rng = np.random.default_rng(0)
+    image, boxes, labels = draw_image(rng, glyph, np.array([7]), spec)
     assert image.shape == (128, 128, 3) and image.dtype == np.uint8
     assert labels == [7]
     [[x, y, width, height]] = boxes

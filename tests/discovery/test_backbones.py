@@ -18,6 +18,8 @@ DCN = dict(
     dcn=dict(type='DCNv2', deform_groups=1, fallback_on_stride=False),
     stage_with_dcn=(False, True, True, True),
 )
+SHUFFLE = dict(type='ShuffleNetV2', widen_factor=0.5)
+RES2NET = dict(type='Res2Net', depth=50, scales=4, base_width=26)
 #: Backbone, channels of its last stage, groups and units, least share of MACs.
 CASES = {
     'resnet18': (dict(type='ResNet', depth=18), 512, 12, 2880, 1),
@@ -30,20 +32,8 @@ CASES = {
     'regnet': (dict(type='RegNet', arch='regnetx_400mf'), 384, 27, 1040, 1),
     'regnetx_1.6gf': (dict(type='RegNet', arch='regnetx_1.6gf'), 912, 23, 1872, 1),
     'shufflenet_v1': (dict(type='ShuffleNetV1'), 960, 1, 8, 0.97),
-    'shufflenet_v2': (
-        dict(type='ShuffleNetV2', widen_factor=0.5),
-        1024,
-        20,
-        1927,
-        0.99,
-    ),
-    'res2net': (
-        dict(type='Res2Net', depth=50, scales=4, base_width=26),
-        2048,
-        47,
-        7816,
-        1,
-    ),
+    'shufflenet_v2': (SHUFFLE, 1024, 20, 1927, 0.99),
+    'res2net': (RES2NET, 2048, 47, 7816, 1),
     'resnest': (dict(type='ResNeSt', depth=50), 2048, 55, 11_520, 1),
     'hrnet': (dict(type='HRNet', arch='w18'), 144, 135, 6980, 1),
     'densenet': (dict(type='DenseNet', arch='121'), 1024, 120, 10_240, 1),
@@ -115,9 +105,8 @@ def test_deformable_convs_shrink_and_their_offsets_do_not():
     found = traced(classifier(*CASES['dcn_resnet'][:2]), 64)
     offsets = [f for f in found.grouping.frozen if f.layer != 'head.fc']
     assert [f.layer.rpartition('.')[2] for f in offsets] == ['conv_offset'] * 13
-    assert {f.reason for f in offsets} == {
-        'read as offsets by ModulatedDeformConv2dFunction'
-    }
+    reason = 'read as offsets by ModulatedDeformConv2dFunction'
+    assert {f.reason for f in offsets} == {reason}
     assert found.units('backbone.layer2.0.conv2') == 32
 
 

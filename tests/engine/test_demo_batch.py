@@ -65,9 +65,8 @@ def test_norms_that_need_several_gpus_become_plain_ones():
     kept = copy.deepcopy(config.model)
     model = build_model(config)
     assert config.model == kept
-    norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
-    ]
+    base = nn.modules.batchnorm._NormBase
+    norms = [m for m in model.modules() if isinstance(m, base)]
     assert len(norms) == 20 + 8  # of ResNet-18 and of the FPN's convolutions
     assert {type(norm) for norm in norms} == {nn.BatchNorm2d}
 

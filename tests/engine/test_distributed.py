@@ -83,10 +83,8 @@ def test_two_processes_decide_like_one_with_twice_the_batch(made, tmp_path):
     assert len(got) == len(expected) == 4
     for number, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
         # Later ones also differ by the rounding of the weights in between.
-        tolerance = 1e-5 if number == 0 else 1e-3
-        torch.testing.assert_close(
-            mine, theirs, rtol=tolerance, atol=1e-12, equal_nan=True
-        )
+        close = dict(rtol=1e-5 if number == 0 else 1e-3, atol=1e-12)
+        torch.testing.assert_close(mine, theirs, equal_nan=True, **close)
     assert_equal(recorded(two, 0), recorded(two, 1))
     assert ended(two)['kept'] == ended(one)['kept']
     assert ended(two)['iteration'] == 20

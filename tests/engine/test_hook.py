@@ -28,9 +28,8 @@ def test_artifact_is_compact_and_loads_weights_only(pruning_run):
     checkpoint = torch.load(pruning_run.artifact, weights_only=True)
     pruner = hook_of(pruning_run.runner).pruner
     parameters = dict(pruner.model.named_parameters())
-    saved = sum(
-        t.numel() for n, t in checkpoint['state_dict'].items() if n in parameters
-    )
+    weights = checkpoint['state_dict']
+    saved = sum(t.numel() for n, t in weights.items() if n in parameters)
     assert saved == pruner.units.totals['params'] < pruner.units.full['params']
     assert checkpoint['meta']['dataset_meta']['classes'][3] == '3'
     assert checkpoint['meta']['costs']['macs']['ratio'] <= 0.5
@@ -76,17 +75,13 @@ def test_schedule_that_ends_early_says_so_and_saves(tmp_path, caplog):
 
 
 def test_several_targets_give_one_artifact_each(tmp_path):
-    config = small_prune_config(
-        tmp_path, target=[dict(flops=0.9), dict(memory=0.8)], units_per_step=120
-    )
-    runner = Runner.from_cfg(config)
-    runner.train()
-    costs = {
-        path.stem.rpartition('_')[2]: torch.load(path, weights_only=True)['meta'][
-            'costs'
-        ]
-        for path in Path(config.work_dir).glob('retina*.pth')
-    }
+    targets = [dict(flops=0.9), dict(memory=0.8)]
+    config = small_prune_config(tmp_path, target=targets, units_per_step=120)
+    Runner.from_cfg(config).train()
+    costs = {}
+    for path in Path(config.work_dir).glob('retina*.pth'):
+        meta = torch.load(path, weights_only=True)['meta']
+        costs[path.stem.rpartition('_')[2]] = meta['costs']
     assert costs.keys() == {'flops90', 'memory80'}
     assert 0.85 < costs['flops90']['macs']['ratio'] <= 0.9
     assert costs['memory80']['memory']['ratio'] <= 0.8

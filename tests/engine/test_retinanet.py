@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.hub import get_config
-from support.toys import widths
+from support.toys import parameters_in, widths
 
 from mmgfp.discovery.grouping import build_groups
 from mmgfp.discovery.verify import difference, disagreement, random_units
@@ -123,7 +123,7 @@ def test_the_compact_detector(retinanet):
     assert small.backbone.conv1.weight.shape == (32, 3, 7, 7)
     assert small.neck.fpn_convs[0].out_channels == 128
     assert small.bbox_head.retina_cls.weight.shape == (720, 128, 3, 3)
-    full, pruned = (sum(p.numel() for p in m.parameters()) for m in (model, small))
+    full, pruned = map(parameters_in, (model, small))
     assert full / 1e6 == pytest.approx(37.97, abs=0.005)  # as the paper counts it
     assert pruned / full == pytest.approx(0.25, abs=0.02)
     calls.loss(small.train()).backward()
@@ -134,9 +134,8 @@ def test_the_compact_detector(retinanet):
 def test_half_of_the_macs_go_by_fisher(retinanet):
     model, calls, _ = retinanet
     model = copy.deepcopy(model).train()
-    pruner = GroupFisherPruner(
-        model, interval=1, units_per_step=800, target=dict(flops=0.5)
-    )
+    options = dict(interval=1, units_per_step=800, target=dict(flops=0.5))
+    pruner = GroupFisherPruner(model, **options)
     pruner.prepare(calls.loss, calls.forward, calls.images)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     while not pruner.done:

@@ -19,11 +19,7 @@ def limits(least=(0, 0), steps=(1, 1)):
 
 def chain(width=2, positions=(10, 1, 1)):
     """A chain from 1 channel over ``width`` and ``width`` to 1 channel."""
-    shapes = {
-        'a.weight': (width, 1),
-        'b.weight': (width, width),
-        'c.weight': (1, width),
-    }
+    shapes = {'a.weight': (width, 1), 'b.weight': (width,) * 2, 'c.weight': (1, width)}
     profiles = {n: LayerProfile(p, p) for n, p in zip(shapes, positions, strict=True)}
     index = np.arange(width)[:, None]
     groups = [
@@ -147,9 +143,8 @@ def test_pruned_units_are_never_picked():
 def test_input_arrays_are_left_alone():
     importance, kept = np.array([1.0, 2, 3, 4]), np.ones(4, dtype=bool)
     bounds, group_of = limits(), np.repeat([0, 1], 2)
-    select_units(
-        importance, group_of, kept, chain(), bounds, 'flops', lambda now: False
-    )
+    rest = (chain(), bounds, 'flops', lambda now: False)
+    select_units(importance, group_of, kept, *rest)
     assert kept.all()
     assert importance.tolist() == [1, 2, 3, 4]
     assert bounds.least.tolist() == [0, 0]
@@ -183,10 +178,12 @@ def test_several_targets_stop_at_the_first():
     costs = chain()
     full = costs.totals(np.zeros(2))  # 26 MACs, 23 elements
     targets = [Target('flops', 0.85), Target('memory', 0.96)]
-    picked = pick(
-        [5, 30, 1, 4], done=lambda now: any(t.reached(now, full) for t in targets)
-    )
-    assert picked == [2]  # 22 / 23 elements < 0.96, while 23 / 26 MACs > 0.85
+
+    def done(now):
+        return any(t.reached(now, full) for t in targets)
+
+    assert pick([5, 30, 1, 4], done=done) == [2]
+    # 22 / 23 elements < 0.96, while 23 / 26 MACs > 0.85
 
 
 def test_work_per_pick_does_not_grow_with_the_model(monkeypatch):

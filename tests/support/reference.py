@@ -5,9 +5,7 @@ import torch
 from torch import Tensor, nn
 
 
-def mask_fisher(
-    model: nn.Module, loss, groups, images: int, image_of_rows=None
-) -> Tensor:
+def mask_fisher(model, loss, groups, images: int, image_of_rows=None) -> Tensor:
     """Fisher information of explicit masks on every layer's input, (units,).
 
     Each image has its own mask of ones, multiplied onto the input of every layer that

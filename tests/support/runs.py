@@ -50,11 +50,8 @@ class Dots(torch.utils.data.Dataset):
 
 def tiny_classifier(folder):
     """A pruning run of a ResNet-18 whose head has dropout, with validation."""
-    data = dict(
-        num_workers=0,
-        dataset=dict(type='Dots'),
-        collate_fn=dict(type='default_collate'),
-    )
+    collate = dict(type='default_collate')
+    data = dict(num_workers=0, dataset=dict(type='Dots'), collate_fn=collate)
     steady = dict(type='DefaultSampler', shuffle=False)
     config = dict(
         default_scope='mmpretrain',
@@ -253,11 +250,10 @@ def train(config, resume=False, cut=None, change=None, processes=1, limit=240):
         list: The exit codes.
     """
     port = 20000 + (os.getpid() * 7 + time.time_ns() // 1000) % 20000
+    arguments = (config, resume, cut, change)
     jobs = [
-        FORKS.Process(
-            target=_train, args=(config, resume, cut, change, r, processes, port)
-        )
-        for r in range(processes)
+        FORKS.Process(target=_train, args=(*arguments, rank, processes, port))
+        for rank in range(processes)
     ]
     for job in jobs:
         job.start()

@@ -13,9 +13,8 @@ PAGE = ROOT / 'docs' / 'op-rules.md'
 
 
 def renormalising(dim):
-    return Net(
-        lambda net, x: net.b(net.a(x).renorm(2, dim, 1.0)), a=conv(3, 6), b=conv(6, 4)
-    )
+    parts = dict(a=conv(3, 6), b=conv(6, 4))
+    return Net(lambda net, x: net.b(net.a(x).renorm(2, dim, 1.0)), **parts)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from support.toys import (
     conv,
     grouped,
     images,
+    reasons_of,
     square_loss,
     traced,
 )
@@ -39,12 +40,8 @@ class Mystery(Function):
 
 
 def two_into_mystery():
-    return Net(
-        lambda net, x: net.head(Mystery.apply(net.a(x), net.b(x).relu())),
-        a=conv(3, 6),
-        b=conv(3, 6),
-        head=conv(12, 4),
-    )
+    parts = dict(a=conv(3, 6), b=conv(3, 6), head=conv(12, 4))
+    return Net(lambda n, x: n.head(Mystery.apply(n.a(x), n.b(x).relu())), **parts)
 
 
 def names(grouping):
@@ -52,8 +49,7 @@ def names(grouping):
 
 
 def reason(grouping, layer):
-    (found,) = [f.reason for f in grouping.frozen if f.layer == layer]
-    return found
+    return reasons_of(grouping)[layer]
 
 
 # -- ops without a rule --
@@ -101,12 +97,8 @@ def test_a_loss_without_a_graph_is_refused():
 @pytest.fixture
 def pair_with_branch():
     """A pair of convs, and a third conv beside them that only `extra` uses."""
-    return Net(
-        lambda net, x: net.head(net.a(x)),
-        a=conv(3, 6),
-        head=conv(6, 4),
-        branch=conv(6, 5),
-    )
+    parts = dict(a=conv(3, 6), head=conv(6, 4), branch=conv(6, 5))
+    return Net(lambda net, x: net.head(net.a(x)), **parts)
 
 
 def with_extra(extra):
@@ -177,16 +169,9 @@ def test_a_layer_that_did_not_run_is_reported(pair_with_branch):
 
 
 def test_calls_in_the_order_of_the_data():
+    layers = ['stem', 'level1', 'tower', 'pred', 'level2', 'tower', 'pred']
     calls = [c.weight for c in traced(SharedHead()).calls]
-    assert calls == [
-        'stem.weight',
-        'level1.weight',
-        'tower.weight',
-        'pred.weight',
-        'level2.weight',
-        'tower.weight',
-        'pred.weight',
-    ]
+    assert calls == [f'{layer}.weight' for layer in layers]
 
 
 def test_calls_know_their_input_labels():
@@ -200,9 +185,8 @@ def test_calls_know_their_input_labels():
 
 def test_shapes_are_those_of_the_model():
     net = ConvPair()
-    assert traced(net).shapes == {
-        n: tuple(t.shape) for n, t in net.state_dict().items()
-    }
+    shapes = {n: tuple(t.shape) for n, t in net.state_dict().items()}
+    assert traced(net).shapes == shapes
 
 
 # -- the model is left as it was --
@@ -257,10 +241,8 @@ def test_two_traces_agree(toy):
     assert names(first) == names(second)
     assert first.frozen == second.frozen
     for a, b in zip(first.groups, second.groups, strict=True):
-        assert [(m.name, m.dim, m.role) for m in a.members] == [
-            (m.name, m.dim, m.role) for m in b.members
-        ]
         for one, other in zip(a.members, b.members, strict=True):
+            assert (one.name, one.dim, one.role) == (other.name, other.dim, other.role)
             assert (one.index == other.index).all()
 
 
