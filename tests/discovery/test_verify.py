@@ -166,9 +166,9 @@ def test_groups_of_the_same_layers_fall_together(monkeypatch):
 
     def counted(*args):
         trials.append(args)
-        return disagreement(*args)
+        return masked_and_compact(*args)
 
-    monkeypatch.setattr('mmgfp.discovery.verify.disagreement', counted)
+    monkeypatch.setattr('mmgfp.discovery.verify.masked_and_compact', counted)
     net = Blocks()
     grouping = grouped(net)
     assert len(grouping.groups) == 17  # the residual stream, and two of each block
@@ -303,7 +303,7 @@ def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
     answers = [lambda groups: [Disagreement(groups[1], 'no')], lambda groups: []]
     monkeypatch.setattr(
         'mmgfp.discovery.discover.find_disagreements',
-        lambda model, grouping, forward: answers.pop(0)(grouping.groups),
+        lambda model, grouping, forward, loss: answers.pop(0)(grouping.groups),
     )
     grouping = GroupFisherPruner(SharedHead()).prepare(loss, forward, 2)
     assert [g.name for g in grouping.groups] == ['stem', 'tower']
@@ -312,7 +312,7 @@ def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
 def test_verification_is_repeated_until_it_holds(monkeypatch):
     answers = [1, 1, None]
 
-    def find(model, grouping, forward):
+    def find(model, grouping, forward, loss):
         wrong = answers.pop(0)
         return [] if wrong is None else [Disagreement(grouping.groups[wrong], 'no')]
 
