@@ -238,13 +238,14 @@ def find_disagreements(
     probe = random_probe(model)
     candidates = np.arange(len(groups))
     disagreements: list[Disagreement] = []
-    for turn, draw_counts in enumerate((_uneven_counts, _odd_counts, _odd_counts)):
-        counts = draw_counts(grouping.groups, turn, rng)
+    for turn, draw_counts in enumerate((_uneven_counts, _odd_counts)):
+        counts = draw_counts(grouping.groups, rng)
         if not counts.any():
             break
         checks: list[Check] = [partial(_compare, forward=forward)]
         if training:
-            # Only a whole model shows whether its loss runs at all.
+            # Only a whole model shows whether its loss runs at all; a small one will do
+            # to compare losses.
             checks.append(training.agrees if turn else training.runs)
         draw = _Draw(probe, grouping, _units(grouping.groups, counts, rng), checks)
         while len(candidates) and (reason := draw.trial(candidates)):
@@ -262,26 +263,29 @@ def find_disagreements(
 
 
 def _uneven_counts(
-    groups: Sequence[ChannelGroup], turn: int, rng: np.random.Generator
+    groups: Sequence[ChannelGroup], rng: np.random.Generator
 ) -> np.ndarray:
     """Return how many units to remove from each group, (G,): very different shares.
 
     A split in halves must not go well because both happen to lose as many channels.
+    The shares are large, so that the draws that follow work on a small model.
     """
-    shares = np.resize([0.1, 0.5], len(groups)) + rng.uniform(0, 0.2, len(groups))
-    most = [max(g.units - 3, 1) for g in groups]  # leave some for the next draws
-    return np.minimum(_counts(groups, shares), most)
+    shares = np.resize([0.5, 0.8], len(groups)) + rng.uniform(0, 0.15, len(groups))
+    units = np.array([g.units for g in groups], dtype=int)
+    units = np.array([g.units for g in groups], dtype=int)
+    # The next draw needs two units to remove one. Counts that differ by one alone may
+    # still go well, as where code rounds.
+    most = units - np.where(units > 3, 2, 1) - np.resize([2, 0], len(groups))
+    return np.minimum(_counts(groups, shares), np.maximum(most, units > 1))
 
 
-def _odd_counts(
-    groups: Sequence[ChannelGroup], turn: int, rng: np.random.Generator
-) -> np.ndarray:
+def _odd_counts(groups: Sequence[ChannelGroup], rng: np.random.Generator) -> np.ndarray:
     """Return 1 for every other group, for the rest an odd number below a half, (G,).
 
     What is to be removed in pairs, or in equal parts, cannot do so by chance.
     """
     counts = [
-        1 if i % 2 == turn % 2 else 1 + 2 * rng.integers(0, max(g.units // 4, 1))
+        1 if i % 2 else 1 + 2 * rng.integers(0, max(g.units // 4, 1))
         for i, g in enumerate(groups)
     ]
     units = np.array([g.units for g in groups], dtype=int)
