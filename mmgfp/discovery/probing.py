@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 import numpy as np
@@ -41,9 +42,14 @@ def random_probe(model: nn.Module) -> nn.Module:
     return probe
 
 
-def run(model: nn.Module, call: Callable[[nn.Module], T], seed: int = 0) -> T:
-    """Return ``call(model)`` in double precision, with the same random numbers."""
-    with undisturbed(model), InDouble():
+def run(
+    model: nn.Module,
+    call: Callable[[nn.Module], T],
+    seed: int = 0,
+    in_double: bool = True,
+) -> T:
+    """Return ``call(model)``, computed with the same random numbers at each call."""
+    with undisturbed(model), InDouble() if in_double else nullcontext():
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
@@ -84,10 +90,10 @@ class TrainingCheck:
 
     def runs(self, masked: nn.Module, small: nn.Module) -> str | None:
         """Return the error that the compact copy raises and the masked one does not."""
-        value = self._value(small)
-        if isinstance(value, float) or isinstance(self._value(masked), Exception):
+        error = self._error(small)
+        if error is None or self._error(masked) is not None:
             return None
-        return f'in training mode, {error_line(value)}'
+        return f'in training mode, {error_line(error)}'
 
     def agrees(self, masked: nn.Module, small: nn.Module) -> str | None:
         """Return how the losses differ, for reasons that only the groups explain."""
@@ -106,8 +112,21 @@ class TrainingCheck:
                 return None
         return f'training losses differ ({value:.6g} instead of {expected:.6g})'
 
+    def _error(self, model: nn.Module) -> Exception | None:
+        """Return the error that the training loss raises in either precision."""
+        value = self._value(model)
+        if isinstance(value, float):
+            return None
+        # Some ops refuse a batch in single precision beside a model in double.
+        model.float()
+        again = self._value(model, in_double=False)
+        model.double()
+        return again if isinstance(again, Exception) else None
+
     @torch.no_grad()
-    def _value(self, model: nn.Module, seed: int = 0) -> float | Exception:
+    def _value(
+        self, model: nn.Module, seed: int = 0, in_double: bool = True
+    ) -> float | Exception:
         """Return the training loss, or the error that it raises."""
 
         def loss(model: nn.Module) -> Tensor:
@@ -116,7 +135,7 @@ class TrainingCheck:
             return self._loss(model) if self._training else torch.zeros(())
 
         try:
-            return float(run(model, loss, seed))
+            return float(run(model, loss, seed, in_double))
         except Exception as error:
             error_line(error)  # raises it if memory ran out
             return error

@@ -127,7 +127,7 @@ def typical_size(x: Tensor) -> float:
         >>> typical_size(torch.tensor([0, 0, 0, 0.5, 1, 2, -1e9, -1e9, -1e9, -1e9]))
         1.0
     """
-    sizes = x.abs()
+    sizes = x.detach().abs()
     sizes = sizes[sizes > 0]
     if not sizes.numel():
         return 1e-12

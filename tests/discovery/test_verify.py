@@ -444,6 +444,19 @@ def test_code_of_training_mode_is_verified(kind, reason):
     assert find_disagreements(net.eval(), grouping, forward, loss=loss) == []
 
 
+def test_a_loss_that_cannot_be_computed_in_double_precision_has_to_run():
+    def counted(net):
+        value = net(images()).mean()
+        assert value.dtype == torch.float32
+        assert not net.kind or net.a.out_channels == 6
+        return value
+
+    for kind in ('', 'counts'):
+        net = Noisy(kind)
+        wrong = find_disagreements(net, grouped(net), forward, loss=counted)
+        assert [d.group.name for d in wrong] == (['a'] if kind else [])
+
+
 def test_a_loss_that_cannot_be_computed_is_no_fault_of_the_groups():
     net = ConvPair()
     assert find_disagreements(net, grouped(net), forward, loss=lambda net: 1 / 0) == []
