@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 #: How a dimension takes part in a unit, see `Member`.
-Role = Literal['out', 'in', 'with', 'attribute']
+Role = Literal['out', 'in', 'both', 'with', 'attribute']
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Member:
         dim: Its dimension; 0 for an attribute.
         index: Which entries belong to each unit, shape (units, entries per unit).
         role: ``'out'`` for a layer's output dimension, ``'in'`` for its input
-            dimension, ``'with'`` for norms, biases and element-wise parameters,
-            ``'attribute'`` for a number of channels.
+            dimension, ``'both'`` where tied weights are read either way round,
+            ``'with'`` for norms, biases and element-wise parameters, ``'attribute'``
+            for a number of channels.
     """
 
     name: str
@@ -34,6 +35,16 @@ class Member:
     def width(self) -> int:
         """Entries that one unit takes."""
         return self.index.shape[1]
+
+    @property
+    def is_output(self) -> bool:
+        """Whether a layer makes the channels here."""
+        return self.role in ('out', 'both')
+
+    @property
+    def is_input(self) -> bool:
+        """Whether a layer reads the channels here, so that zeros are a mask."""
+        return self.role in ('in', 'both')
 
 
 @dataclass(frozen=True)
@@ -62,11 +73,16 @@ class ChannelGroup:
 
         A group convolution does both, so its channels are never internal.
         """
-        return len(self.layers('out')) == len(self.layers('in')) == 1
+        makers, readers = self.layers('out'), self.layers('in')
+        return len(makers) == len(readers) == 1 and makers != readers
 
     def layers(self, role: Role) -> list[str]:
-        """Return the names of the layers in which the units have ``role``."""
-        return [module_of(m.name) for m in self.members if m.role == role]
+        """Return the names of the layers in which the units have ``role``.
+
+        A role of ``'both'`` counts as ``'out'`` and as ``'in'``.
+        """
+        roles = {role, 'both'} if role in ('out', 'in') else {role}
+        return [module_of(m.name) for m in self.members if m.role in roles]
 
 
 @dataclass(frozen=True)

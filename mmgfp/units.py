@@ -49,7 +49,7 @@ class UnitState:
         self.sizes = np.array([group.units for group in grouping.groups])
         self.widths = np.array(
             [
-                next(m.width for m in group.members if m.role == 'out')
+                next(m.width for m in group.members if m.is_output)
                 for group in grouping.groups
             ]
         )

@@ -56,7 +56,7 @@ def coverage(
         member.name
         for group in grouping.groups
         for member in group.members
-        if member.role in ('in', 'out')
+        if member.is_input or member.is_output
     } | {name for name, units in grouping.inputs.items() if (units >= 0).any()}
     macs = {n: w.macs_positions * parameters[n].numel() for n, w in profiles.items()}
     reached = sum(value for name, value in macs.items() if name in touched)

@@ -152,7 +152,9 @@ def discover(
     if not coupled:
         frozen += [(g, SHARED) for g in build().groups if not g.internal]
     # A frozen group may leave others in a new shape, so all are verified again.
-    while failures := find_disagreements(model, grouping := build(frozen), forward):
+    while failures := find_disagreements(
+        model, grouping := build(frozen), forward, loss=loss
+    ):
         _report(failures, strict)
         frozen += [(f.group, f'{DISAGREES}: {f.reason}') for f in failures]
     if not grouping.groups:

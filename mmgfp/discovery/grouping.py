@@ -207,7 +207,7 @@ def _collect(
             )
             for dimension in dimensions
         )
-        maker = next(m.name for m in members if m.role == 'out')
+        maker = next(m.name for m in members if m.is_output)
         groups.append(ChannelGroup(module_of(maker), members))
         unit_of[units] = np.arange(count, count + len(units))
         count += len(units)
@@ -249,8 +249,11 @@ def _roles(trace: Trace) -> dict[Dimension, Role]:
     produced, consumed = trace.table.produced(), trace.table.consumed()
     roles: dict[Dimension, Role] = {}
     for dimension, labels in trace.table.vectors.items():
-        is_output, is_input = produced[int(labels[0])], consumed[int(labels[0])]
-        roles[dimension] = 'out' if is_output else 'in' if is_input else 'with'
+        # Code may use slices of a dimension, so that its first entry tells too little.
+        entries = labels.numpy()
+        is_output, is_input = produced[entries].any(), consumed[entries].any()
+        alone: Role = 'out' if is_output else 'in' if is_input else 'with'
+        roles[dimension] = 'both' if is_output and is_input else alone
     return roles
 
 

@@ -5,22 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mmgfp.discovery.probing import TrainingCheck, error_line, random_probe, run
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.masking import ColumnMask
 from mmgfp.surgery.structure import PruneStructure, shapes_of
-from mmgfp.utils.precision import InDouble
 from mmgfp.utils.tree import tree_tensors
-from mmgfp.utils.trial_runs import Forward, copy_module, undisturbed
+from mmgfp.utils.trial_runs import Forward, LossFunction, copy_module
 
-#: Largest difference, relative to the largest output, that still counts as equal.
+#: Largest difference of an output, see `difference`, that still counts as equal.
 TOLERANCE = 1e-4
+#: Outputs above this say nothing of the size of the others, if there are any.
+HUGE = 1e4
+
+#: Returns why a masked and a compact copy disagree, None if they agree.
+Check = Callable[[nn.Module, nn.Module], str | None]
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,23 @@ def random_units(
         share: One share for all groups, or one for each, (G,).
         rng: The generator to draw with.
     """
-    parts = []
+    return _units(groups, _counts(groups, share), rng)
+
+
+def _counts(groups: Sequence[ChannelGroup], share: float | np.ndarray) -> np.ndarray:
+    """Return how many units make up a ``share`` of each group, (G,)."""
+    units = np.array([g.units for g in groups], dtype=int)
     shares = np.broadcast_to(share, len(groups))
-    for group, group_share in zip(groups, shares, strict=True):
+    return np.minimum(np.maximum(np.round(shares * units), 1), units - 1).astype(int)
+
+
+def _units(
+    groups: Sequence[ChannelGroup], counts: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw the units to keep: all but so many of each group, (U,)."""
+    parts = []
+    for group, count in zip(groups, counts, strict=True):
         kept = np.ones(group.units, dtype=bool)
-        count = min(max(round(group_share * group.units), 1), group.units - 1)
         kept[rng.permutation(group.units)[:count]] = False
         parts.append(kept)
     return np.concatenate([np.ones(0, dtype=bool), *parts])
@@ -73,7 +91,8 @@ def masked_and_compact(
 def difference(a: Any, b: Any) -> float:
     """Return the largest difference between two trees of tensors.
 
-    It is relative to the largest value of the tensor in the first tree.
+    Each element's is relative to its value in the first tree, or to the `typical_size`
+    of its tensor where that is larger.
 
     Returns:
         float: 0 for equal trees, infinity where shapes differ or a value is not finite.
@@ -92,12 +111,34 @@ def difference(a: Any, b: Any) -> float:
         if x.shape != y.shape or not (x.isfinite().all() and y.isfinite().all()):
             return float('inf')
         if x.numel():
-            scale = max(float(x.abs().max()), 1e-12)
-            worst = max(worst, float((x - y).abs().max()) / scale)
+            scale = x.abs().clamp(min=typical_size(x))
+            worst = max(worst, float(((x - y).abs() / scale).max()))
     return worst if pairs else float('inf')
 
 
-@torch.no_grad()
+def typical_size(x: Tensor) -> float:
+    """Return the median magnitude of a tensor's ordinary elements, at least 1e-12.
+
+    Zeros are not ordinary, nor are values such as the -1e9 that stands for a masked
+    position, which would hide a difference elsewhere, nor what rounding leaves of zero.
+
+    Examples:
+        >>> import torch
+        >>> typical_size(torch.tensor([0, 0, 0, 0.5, 1, 2, -1e9, -1e9, -1e9, -1e9]))
+        1.0
+    """
+    sizes = x.detach().abs()
+    sizes = sizes[sizes > 0]
+    if not sizes.numel():
+        return 1e-12
+    # A share of the largest, since rounding errors grow with it.
+    least = 1e-10 * min(float(sizes.max()), 1e10)
+    moderate = sizes[sizes <= HUGE]
+    if moderate.numel():
+        sizes = moderate[moderate >= 1e-9 * moderate.max()]
+    return max(float(sizes.median()), least, 1e-12)
+
+
 def disagreement(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
@@ -106,26 +147,28 @@ def disagreement(
 ) -> str | None:
     """Compare a masked and a compact copy of ``model``.
 
-    Both run in double precision and in eval mode, with norms and biases set at random
-    so that no layer is blind to its inputs.
+    Both run in double precision and in eval mode, with norms, biases and what starts
+    near zero set at random so that no layer is blind to its inputs.
 
     Returns:
         str | None: Why they disagree; None if they agree.
 
     Raises:
         Exception: If ``forward`` fails for the masked copy, which is no fault of the
-            groups.
+            groups, or memory runs out.
     """
-    probe = copy_module(model).double()
-    probe.eval()  # returns nothing where distillation overrides it
-    _randomize_norms(probe)
-    masked, small = masked_and_compact(probe, groups, kept)
+    pair = masked_and_compact(random_probe(model), groups, kept)
+    return _compare(*pair, forward)
+
+
+@torch.no_grad()
+def _compare(masked: nn.Module, small: nn.Module, forward: Forward) -> str | None:
     # The masked copy runs first: its errors are those of the model or of the call.
-    expected = _outputs(masked, forward)
+    expected = run(masked, forward)
     try:
-        outputs = _outputs(small, forward)
+        outputs = run(small, forward)
     except Exception as error:  # any error here means that the groups are wrong
-        return f'{type(error).__name__}: {str(error)}'.splitlines()[0]
+        return error_line(error)
     try:
         worst = difference(expected, outputs)
     except ValueError:
@@ -135,16 +178,49 @@ def disagreement(
     return None if worst <= TOLERANCE else f'outputs differ by {worst:.2g}'
 
 
-def _outputs(model: nn.Module, forward: Forward) -> Any:
-    with undisturbed(model), InDouble():
-        torch.manual_seed(0)
-        return forward(model)
+class _Draw:
+    """One random set of units, of which those of any groups can be removed.
+
+    Args:
+        probe: The model in double precision, which is not changed.
+        grouping: Its groups.
+        drawn: Units to keep, (U,).
+        checks: Return why a masked and a compact copy disagree, if they do.
+    """
+
+    def __init__(
+        self,
+        probe: nn.Module,
+        grouping: Grouping,
+        drawn: np.ndarray,
+        checks: Sequence[Check],
+    ) -> None:
+        self.probe, self.grouping = probe, grouping
+        self.drawn, self.checks = drawn, checks
+
+    def kept(self, members: np.ndarray) -> np.ndarray:
+        """Return the units to keep, (U,), if only these groups lose any."""
+        return self.drawn | ~np.isin(self.grouping.group_of, members)
+
+    def trial(self, members: np.ndarray) -> str | None:
+        """Return why removing units of these groups does not equal masking them."""
+        groups = self.grouping.groups
+        pair = masked_and_compact(self.probe, groups, self.kept(members))
+        self.small = pair[1]
+        reasons = (check(*pair) for check in self.checks)
+        return next((reason for reason in reasons if reason), None)
 
 
 def find_disagreements(
-    model: nn.Module, grouping: Grouping, forward: Forward, seed: int = 0
+    model: nn.Module,
+    grouping: Grouping,
+    forward: Forward,
+    seed: int = 0,
+    loss: LossFunction | None = None,
 ) -> list[Disagreement]:
     """Remove random units of all groups; where that fails, find the wrong groups.
+
+    Several sets are drawn, each from the compact model that the one before has left.
 
     A wrong group is found by halving. The groups of the same layers in other blocks
     are rejected with it, since code that fails in one block fails in the next.
@@ -154,28 +230,66 @@ def find_disagreements(
         grouping: Its groups.
         forward: Calls a copy of the model and returns all outputs.
         seed: Seed of the random units.
+        loss: Computes the training loss of a copy, which is compared as well.
     """
     groups = grouping.groups
     rng = np.random.default_rng(seed)
-    # Neighbours lose very different shares: a split in halves must not go well because
-    # both happen to lose as many channels.
-    shares = np.resize([0.1, 0.5], len(groups)) + rng.uniform(0, 0.2, len(groups))
-    drawn = random_units(groups, shares, rng)
-    group_of = grouping.group_of
-
-    def trial(members: np.ndarray) -> str | None:
-        kept = drawn | ~np.isin(group_of, members)
-        return disagreement(model, groups, kept, forward)
-
+    training = TrainingCheck(model, loss) if loss else None
+    probe = random_probe(model)
     candidates = np.arange(len(groups))
     disagreements: list[Disagreement] = []
-    while len(candidates) and (reason := trial(candidates)):
-        wrong, reason = _narrow(candidates, reason, trial)
-        patterns = {_pattern(groups[g]) for g in wrong}
-        rejected = np.array([_pattern(groups[g]) in patterns for g in candidates])
-        disagreements += [Disagreement(groups[g], reason) for g in candidates[rejected]]
-        candidates = candidates[~rejected]
+    for turn, draw_counts in enumerate((_uneven_counts, _odd_counts)):
+        counts = draw_counts(grouping.groups, rng)
+        if not counts.any():
+            break
+        checks: list[Check] = [partial(_compare, forward=forward)]
+        if training:
+            # Only a whole model shows whether its loss runs at all; a small one will do
+            # to compare losses.
+            checks.append(training.agrees if turn else training.runs)
+        draw = _Draw(probe, grouping, _units(grouping.groups, counts, rng), checks)
+        while len(candidates) and (reason := draw.trial(candidates)):
+            wrong, reason = _narrow(candidates, reason, draw.trial)
+            patterns = {_pattern(groups[g]) for g in wrong}
+            rejected = np.array([_pattern(groups[g]) in patterns for g in candidates])
+            disagreements += [
+                Disagreement(groups[g], reason) for g in candidates[rejected]
+            ]
+            candidates = candidates[~rejected]
+        if not len(candidates):
+            break
+        probe, grouping = draw.small, grouping.remaining(draw.kept(candidates))
     return disagreements
+
+
+def _uneven_counts(
+    groups: Sequence[ChannelGroup], rng: np.random.Generator
+) -> np.ndarray:
+    """Return how many units to remove from each group, (G,): very different shares.
+
+    A split in halves must not go well because both happen to lose as many channels.
+    The shares are large, so that the draws that follow work on a small model.
+    """
+    shares = np.resize([0.5, 0.8], len(groups)) + rng.uniform(0, 0.15, len(groups))
+    units = np.array([g.units for g in groups], dtype=int)
+    units = np.array([g.units for g in groups], dtype=int)
+    # The next draw needs two units to remove one. Counts that differ by one alone may
+    # still go well, as where code rounds.
+    most = units - np.where(units > 3, 2, 1) - np.resize([2, 0], len(groups))
+    return np.minimum(_counts(groups, shares), np.maximum(most, units > 1))
+
+
+def _odd_counts(groups: Sequence[ChannelGroup], rng: np.random.Generator) -> np.ndarray:
+    """Return 1 for every other group, for the rest an odd number below a half, (G,).
+
+    What is to be removed in pairs, or in equal parts, cannot do so by chance.
+    """
+    counts = [
+        1 if i % 2 else 1 + 2 * rng.integers(0, max(g.units // 4, 1))
+        for i, g in enumerate(groups)
+    ]
+    units = np.array([g.units for g in groups], dtype=int)
+    return np.minimum(np.array(counts, dtype=int), units - 1)
 
 
 def _narrow(
@@ -198,24 +312,3 @@ def _pattern(group: ChannelGroup) -> frozenset[tuple[str, int, str]]:
     return frozenset(
         (re.sub(r'\b\d+\b', '*', m.name), m.dim, m.role) for m in group.members
     )
-
-
-def _randomize_norms(model: nn.Module) -> None:
-    """Set biases, norms and their statistics at random.
-
-    A norm that starts at zero, as at the end of a residual branch, would hide what
-    comes before it.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.dim() != 1 or not tensor.is_floating_point():
-            continue
-        noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-        noise = noise.to(tensor.device)
-        if name.endswith('running_var'):  # scaled: else activations may overflow
-            tensor.mul_(noise + 0.5).clamp_(min=1e-3)
-        elif name.endswith('running_mean'):
-            tensor.add_((noise - 0.5) * 0.2)
-        else:
-            positive = name.endswith(('weight', 'gamma'))
-            tensor.copy_(noise + 0.5 if positive else (noise - 0.5) * 0.2)

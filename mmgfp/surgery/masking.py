@@ -45,7 +45,7 @@ class ColumnMask:
         self._read: list[list[Columns]] = [[] for _ in groups]  # by group
         for g, group in enumerate(groups):
             for member in group.members:
-                if member.role == 'in':
+                if member.is_input:
                     columns = member.name, member.dim
                     self._readers.setdefault(columns, []).append((g, member))
                     self._read[g].append(columns)

@@ -20,6 +20,14 @@ from mmgfp.utils.tree import tree_tensors
 Forward = Callable[[nn.Module], Any]
 #: Computes the training loss, a scalar, of the module it is given.
 LossFunction = Callable[[nn.Module], Tensor]
+#: Words of errors of torch, CUDA and cuDNN that have no type of their own.
+OUT_OF_MEMORY = (
+    'out of memory',
+    'not enough memory',
+    "can't allocate memory",
+    'cannot allocate memory',
+    'alloc_failed',
+)
 
 
 def copy_module(model: nn.Module) -> nn.Module:
@@ -38,6 +46,21 @@ def copy_module(model: nn.Module) -> nn.Module:
         id(tensor): tensor.detach().clone() for tensor in kept if tensor.grad_fn
     }
     return copy.deepcopy(model, memo)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on a GPU or on the CPU.
+
+    Examples:
+        >>> is_out_of_memory(RuntimeError('CUDA error: out of memory'))
+        True
+        >>> is_out_of_memory(RuntimeError('shape [2, 6] is invalid'))
+        False
+    """
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(w in words for w in OUT_OF_MEMORY)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Groups of small networks, worked out by hand: (tensor, dimension): entries a unit."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmgfp.discovery.grouping import build_groups, matches
-from mmgfp.discovery.verify import find_disagreements
+from mmgfp.discovery.verify import (
+    disagreement,
+    find_disagreements,
+    random_units,
+)
 from mmgfp.groups import module_of
 from mmgfp.utils.errors import ConfigError
 
@@ -459,3 +465,48 @@ def test_a_shared_layer_that_also_reads_the_image_reads_all_channels():
     assert [g.name for g in grouping.groups] == ['shared']
     assert 'channels that no layer makes' in reasons_of(grouping)['a']
     assert find_disagreements(net, grouping, toy_forward) == []
+
+
+class TiedAutoencoder(nn.Module):
+    """Decodes with the weights of the encoder, beside a layer that reads the code.
+
+    Hidden channels are both made and read along the same dimension of the weights.
+    """
+
+    def __init__(self, sizes, transposed, act):
+        super().__init__()
+        layer = (lambda a, b: conv(a, b)) if transposed else nn.Linear
+        pairs = list(itertools.pairwise(sizes))
+        self.encoder = nn.ModuleList(layer(*pair) for pair in pairs)
+        self.biases = nn.ParameterList(torch.randn(size) for size, _ in pairs)
+        self.head, self.act = layer(sizes[-1], 3), act
+
+    def forward(self, x):
+        if isinstance(self.head, nn.Linear):
+            x = x.mean(3).transpose(1, 2)
+        for layer in self.encoder:
+            x = self.act(layer(x))
+        code = self.head(x)
+        for layer, bias in zip(
+            reversed(self.encoder), reversed(self.biases), strict=True
+        ):
+            if isinstance(layer, nn.Linear):
+                x = F.linear(self.act(x), layer.weight.t(), bias)
+            else:
+                x = F.conv_transpose2d(self.act(x), layer.weight, bias, padding=1)
+        return x, code
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_tied_autoencoders(seed):
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    sizes = [3, *rng.integers(3, 9, rng.integers(1, 4)).tolist()]
+    act = (torch.relu, torch.tanh, torch.sigmoid)[seed % 3]
+    net = TiedAutoencoder(sizes, transposed=seed % 2, act=act)
+    groups = grouped(net).groups
+    assert [g.units for g in groups] == sizes[1:]
+    assert groups[0].members[0].role == 'both'
+    for share in (0.2, 0.5, 0.9):
+        kept = random_units(groups, share, rng)
+        assert disagreement(net, groups, kept, lambda net: net(images())) is None

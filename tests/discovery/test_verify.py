@@ -21,9 +21,11 @@ from support.toys import (
     toy_loss,
 )
 from torch import nn
+from torch.nn import functional as F
 
 from mmgfp import GroupFisherPruner
 from mmgfp.discovery.verify import (
+    TOLERANCE,
     Disagreement,
     difference,
     disagreement,
@@ -157,9 +159,9 @@ def test_groups_of_the_same_layers_fall_together(monkeypatch):
 
     def counted(*args):
         trials.append(args)
-        return disagreement(*args)
+        return masked_and_compact(*args)
 
-    monkeypatch.setattr('mmgfp.discovery.verify.disagreement', counted)
+    monkeypatch.setattr('mmgfp.discovery.verify.masked_and_compact', counted)
     net = Blocks()
     grouping = grouped(net)
     assert len(grouping.groups) == 17  # the residual stream, and two of each block
@@ -265,6 +267,211 @@ def test_masked_and_compact_are_copies():
     assert small.conv2.weight.shape == (4, 5, 3, 3)
 
 
+# -- what one lucky draw, huge values or evaluation mode would hide --
+
+
+def padded(side):
+    """A shortcut padded to the branch's width, as read off both tensors."""
+
+    def run(net, x):
+        x = net.a(x)
+        y = net.b(x)
+        missing = y.shape[1] - x.shape[1]
+        before = {'both': missing // 2, 'front': missing, 'back': 0}[side]
+        pads = (0, 0, 0, 0, before, missing - before)
+        return net.head((y + F.pad(x, pads)).relu())
+
+    return Net(run, a=conv(3, 6), b=conv(6, 12), head=conv(12, 4))
+
+
+def in_halves(net, x):
+    x = net.a(x)
+    half = x.shape[1] // 2
+    return net.head(x[:, torch.arange(half)] * x[:, torch.arange(half) + half])
+
+
+def in_pairs(net, x):
+    x = net.a(x)
+    pairs = x.reshape(len(x), x.shape[1] // 2, 2, *x.shape[2:])
+    return net.head(pairs[:, :, 0] + pairs[:, :, 1].detach())
+
+
+def beside_a_detached_mean(net, x):
+    x = net.a(x)
+    return net.b(x - x.detach().mean(1, keepdim=True))
+
+
+def gated_by_detached_channels(net, x):
+    x = net.a(x)
+    return net.b(x * net.c(x).detach().sigmoid())
+
+
+SIZED = {
+    'pad on both sides': lambda: padded('both'),
+    'pad in front': lambda: padded('front'),
+    'pad behind': lambda: padded('back'),
+    'halves': lambda: Net(in_halves, a=conv(3, 12), head=conv(6, 4)),
+    'pairs': lambda: Net(in_pairs, a=conv(3, 12), head=conv(6, 4)),
+    'detached mean': lambda: Net(beside_a_detached_mean, a=conv(3, 6), b=conv(6, 4)),
+    'detached gate': lambda: Net(
+        gated_by_detached_channels, a=conv(3, 6), b=conv(6, 4), c=conv(6, 6)
+    ),
+}
+
+
+def verified(net, loss=None):
+    """Groups of the net that are left when those that fail are frozen."""
+    frozen = []
+    while wrong := find_disagreements(
+        net, grouping := grouped(net, frozen_groups=frozen), forward, loss=loss
+    ):
+        frozen += [(d.group, d.reason) for d in wrong]
+    return grouping.groups
+
+
+@pytest.mark.parametrize('make', SIZED.values(), ids=SIZED)
+@pytest.mark.parametrize('seed', range(4))
+def test_any_units_of_verified_groups_can_go(make, seed):
+    """Sizes that code reads off tensors fit to some sets of units, or to all."""
+    torch.manual_seed(seed)
+    net = make()
+    groups = verified(net)
+    rng = np.random.default_rng(seed)
+    for _ in range(8):
+        kept = random_units(groups, rng.uniform(0, 1, len(groups)), rng)
+        assert disagreement(net, groups, kept, forward) is None
+
+
+@pytest.mark.parametrize('fill', [1e5, 1e9, 1e20, torch.finfo(torch.float64).max / 2])
+@pytest.mark.parametrize('masked', [1, 50, 98])
+def test_huge_values_hide_no_difference(fill, masked):
+    a = torch.linspace(-1, 1, 100, dtype=torch.float64)
+    a[:masked] = -fill
+    b = a.clone()
+    assert difference(a, a * (1 + 1e-9)) < TOLERANCE
+    b[masked:] *= 1.1
+    assert difference(a, b) > 10 * TOLERANCE
+
+
+def test_zeros_and_what_rounding_leaves_of_them_are_equal():
+    a = torch.tensor([0.0] * 50 + [1e-18] * 40 + [1.0, 2.0, 3.0], dtype=torch.float64)
+    assert difference(a, a + 1e-15) < TOLERANCE
+    assert difference(a, a + 1e-3) > TOLERANCE
+    assert difference(torch.zeros(3), torch.full((3,), 1e-3)) > TOLERANCE
+
+
+SCALES = {
+    'layer scale': lambda: torch.full((6, 1, 1), 1e-6),
+    'layer scale for images': lambda: torch.zeros(1, 6, 1, 1),
+    'gate of a branch': lambda: torch.tensor(0.0),
+    'kernel': lambda: torch.zeros(6, 1, 3, 3),
+}
+
+
+@pytest.mark.parametrize('make', SCALES.values(), ids=SCALES)
+def test_branches_that_start_at_zero_hide_nothing(make):
+    def run(net, x):
+        y = net.b(net.a(x))
+        if net.scale.numel() > 6:
+            y = F.conv2d(y, net.scale, padding=1, groups=len(net.scale))
+        else:
+            y = y * net.scale
+        return net.head(net.stem(x) + y)
+
+    parts = {'stem': conv(3, 6), 'a': conv(3, 5), 'b': conv(5, 6), 'head': conv(6, 4)}
+    net = Net(run, scale=nn.Parameter(make()), **parts)
+    (group,) = [i for i, g in enumerate(grouped(net).groups) if g.name == 'a']
+    wrong = misplaced(grouped(net), group, 'b.weight')
+    assert [d.group.name for d in find_disagreements(net, wrong, forward)] == ['a']
+
+
+class Noisy(nn.Module):
+    """Code in the middle of two layers that runs in training mode alone."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.drop = kind, nn.Dropout(0.5)
+        self.a, self.b, self.c = conv(3, 6), conv(6, 5), conv(5, 4)
+        self.register_buffer('wide', torch.linspace(0, 1, 6).reshape(1, 6, 1, 1))
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.training and self.kind == 'buffer':
+            y = y + self.wide
+        elif self.training and self.kind == 'mean':
+            y = y - y.detach().mean(1, keepdim=True)
+        elif self.training and self.kind == 'width':
+            y = y * y.shape[1]
+        elif self.kind == 'dropout':
+            y = self.drop(y)
+        elif self.kind == 'functional dropout':
+            y = F.dropout(y, 0.5, self.training)
+        elif self.kind == 'noise':
+            y = y + torch.randn_like(y) * self.training
+        return self.c(self.b(y.relu()).relu())
+
+
+@pytest.mark.parametrize(
+    ('kind', 'reason'),
+    [
+        ('buffer', 'in training mode, RuntimeError: The size of tensor'),
+        ('mean', 'training losses differ'),
+        ('width', 'training losses differ'),
+        ('dropout', None),
+        ('functional dropout', None),
+        ('noise', None),
+    ],
+)
+def test_code_of_training_mode_is_verified(kind, reason):
+    net = Noisy(kind)
+    grouping = grouped(net, lambda net: square_loss(net.eval()(images())))
+    wrong = find_disagreements(net.train(), grouping, forward, loss=loss)
+    assert [d.group.name for d in wrong] == (['a'] if reason else [])
+    assert all(d.reason.startswith(reason) for d in wrong)
+    assert find_disagreements(net, grouping, forward) == []
+    assert find_disagreements(net.eval(), grouping, forward, loss=loss) == []
+
+
+def test_a_loss_that_cannot_be_computed_in_double_precision_has_to_run():
+    def counted(net):
+        value = net(images()).mean()
+        assert value.dtype == torch.float32
+        assert not net.kind or net.a.out_channels == 6
+        return value
+
+    for kind in ('', 'counts'):
+        net = Noisy(kind)
+        wrong = find_disagreements(net, grouped(net), forward, loss=counted)
+        assert [d.group.name for d in wrong] == (['a'] if kind else [])
+
+
+def test_a_loss_that_cannot_be_computed_is_no_fault_of_the_groups():
+    net = ConvPair()
+    assert find_disagreements(net, grouped(net), forward, loss=lambda net: 1 / 0) == []
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        torch.cuda.OutOfMemoryError('CUDA out of memory.'),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError('DefaultCPUAllocator: not enough memory'),
+        MemoryError(),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('training', [False, True])
+def test_running_out_of_memory_is_no_disagreement(error, training):
+    def starved(net):
+        if net.conv1.out_channels < 6 and net.training == training:
+            raise error
+        return loss(net)
+
+    net = ConvPair()
+    with pytest.raises(type(error)):
+        find_disagreements(net, grouped(net), starved, loss=starved)
+
+
 # -- in the pruner --
 
 
@@ -292,7 +499,7 @@ def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
     answers = [lambda groups: [Disagreement(groups[1], 'no')], lambda groups: []]
     monkeypatch.setattr(
         'mmgfp.discovery.discover.find_disagreements',
-        lambda model, grouping, forward: answers.pop(0)(grouping.groups),
+        lambda model, grouping, forward, loss: answers.pop(0)(grouping.groups),
     )
     grouping = GroupFisherPruner(SharedHead()).prepare(toy_loss, toy_forward, 2)
     assert [g.name for g in grouping.groups] == ['stem', 'tower']
@@ -301,7 +508,7 @@ def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
 def test_verification_is_repeated_until_it_holds(monkeypatch):
     answers = [1, 1, None]
 
-    def find(model, grouping, forward):
+    def find(model, grouping, forward, loss):
         wrong = answers.pop(0)
         return [] if wrong is None else [Disagreement(grouping.groups[wrong], 'no')]
 
