@@ -509,4 +509,4 @@ def test_tied_autoencoders(seed):
     assert groups[0].members[0].role == 'both'
     for share in (0.2, 0.5, 0.9):
         kept = random_units(groups, share, rng)
-        assert disagreement(net, groups, kept, lambda net: net(images())) is None
+        assert disagreement(net, groups, kept, toy_forward) is None

@@ -16,7 +16,9 @@ from support.toys import (
     TinyDetector,
     conv,
     grouped,
+    images,
     reasons_of,
+    square_loss,
     toy_forward,
     toy_loss,
 )
@@ -323,7 +325,7 @@ def verified(net, loss=None):
     """Groups of the net that are left when those that fail are frozen."""
     frozen = []
     while wrong := find_disagreements(
-        net, grouping := grouped(net, frozen_groups=frozen), forward, loss=loss
+        net, grouping := grouped(net, frozen_groups=frozen), toy_forward, loss=toy_loss
     ):
         frozen += [(d.group, d.reason) for d in wrong]
     return grouping.groups
@@ -339,7 +341,7 @@ def test_any_units_of_verified_groups_can_go(make, seed):
     rng = np.random.default_rng(seed)
     for _ in range(8):
         kept = random_units(groups, rng.uniform(0, 1, len(groups)), rng)
-        assert disagreement(net, groups, kept, forward) is None
+        assert disagreement(net, groups, kept, toy_forward) is None
 
 
 @pytest.mark.parametrize('fill', [1e5, 1e9, 1e20, torch.finfo(torch.float64).max / 2])
@@ -382,7 +384,7 @@ def test_branches_that_start_at_zero_hide_nothing(make):
     net = Net(run, scale=nn.Parameter(make()), **parts)
     (group,) = [i for i, g in enumerate(grouped(net).groups) if g.name == 'a']
     wrong = misplaced(grouped(net), group, 'b.weight')
-    assert [d.group.name for d in find_disagreements(net, wrong, forward)] == ['a']
+    assert [d.group.name for d in find_disagreements(net, wrong, toy_forward)] == ['a']
 
 
 class Noisy(nn.Module):
@@ -394,7 +396,7 @@ class Noisy(nn.Module):
         self.a, self.b, self.c = conv(3, 6), conv(6, 5), conv(5, 4)
         self.register_buffer('wide', torch.linspace(0, 1, 6).reshape(1, 6, 1, 1))
 
-    def forward(self, x):
+    def toy_forward(self, x):
         y = self.a(x)
         if self.training and self.kind == 'buffer':
             y = y + self.wide
@@ -425,11 +427,11 @@ class Noisy(nn.Module):
 def test_code_of_training_mode_is_verified(kind, reason):
     net = Noisy(kind)
     grouping = grouped(net, lambda net: square_loss(net.eval()(images())))
-    wrong = find_disagreements(net.train(), grouping, forward, loss=loss)
+    wrong = find_disagreements(net.train(), grouping, toy_forward, loss=toy_loss)
     assert [d.group.name for d in wrong] == (['a'] if reason else [])
     assert all(d.reason.startswith(reason) for d in wrong)
-    assert find_disagreements(net, grouping, forward) == []
-    assert find_disagreements(net.eval(), grouping, forward, loss=loss) == []
+    assert find_disagreements(net, grouping, toy_forward) == []
+    assert find_disagreements(net.eval(), grouping, toy_forward, loss=toy_loss) == []
 
 
 def test_a_loss_that_cannot_be_computed_in_double_precision_has_to_run():
@@ -441,13 +443,15 @@ def test_a_loss_that_cannot_be_computed_in_double_precision_has_to_run():
 
     for kind in ('', 'counts'):
         net = Noisy(kind)
-        wrong = find_disagreements(net, grouped(net), forward, loss=counted)
+        wrong = find_disagreements(net, grouped(net), toy_forward, loss=counted)
         assert [d.group.name for d in wrong] == (['a'] if kind else [])
 
 
 def test_a_loss_that_cannot_be_computed_is_no_fault_of_the_groups():
     net = ConvPair()
-    assert find_disagreements(net, grouped(net), forward, loss=lambda net: 1 / 0) == []
+    assert (
+        find_disagreements(net, grouped(net), toy_forward, loss=lambda net: 1 / 0) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -465,7 +469,7 @@ def test_running_out_of_memory_is_no_disagreement(error, training):
     def starved(net):
         if net.conv1.out_channels < 6 and net.training == training:
             raise error
-        return loss(net)
+        return toy_loss(net)
 
     net = ConvPair()
     with pytest.raises(type(error)):
@@ -499,7 +503,7 @@ def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
     answers = [lambda groups: [Disagreement(groups[1], 'no')], lambda groups: []]
     monkeypatch.setattr(
         'mmgfp.discovery.discover.find_disagreements',
-        lambda model, grouping, forward, loss: answers.pop(0)(grouping.groups),
+        lambda model, grouping, toy_forward, loss: answers.pop(0)(grouping.groups),
     )
     grouping = GroupFisherPruner(SharedHead()).prepare(toy_loss, toy_forward, 2)
     assert [g.name for g in grouping.groups] == ['stem', 'tower']
@@ -508,7 +512,7 @@ def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
 def test_verification_is_repeated_until_it_holds(monkeypatch):
     answers = [1, 1, None]
 
-    def find(model, grouping, forward, loss):
+    def find(model, grouping, toy_forward, loss):
         wrong = answers.pop(0)
         return [] if wrong is None else [Disagreement(grouping.groups[wrong], 'no')]
 
