@@ -6,7 +6,7 @@ from mmcv.ops import RoIPool, roi_align
 from torch import nn
 
 from mmgfp import GroupFisherPruner
-from mmgfp.criteria.mask_gradients import MaskGradientTap
+from mmgfp.criteria.tap import MaskGradientTap
 from mmgfp.tracing import judge_rows, watch_rows
 from mmgfp.tracing.row_values import Lost, Rows
 from mmgfp.tracing.rows import rows_of
