@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from mmgfp.criteria.forward_passes import ForwardPasses
 from mmgfp.criteria.mask_gradients import mask_gradient
 from mmgfp.tracing import RowUse
-from mmgfp.tracing.batches import ORDERS, batch_size, rows_in_order
 from mmgfp.tracing.row_use import UNTOLD
 from mmgfp.tracing.row_values import Lost, Rows
 from mmgfp.tracing.rows import (
@@ -166,7 +166,7 @@ class MaskGradientTap:
             )
             for name in self.layers
         }
-        self._batches = Batches(use)
+        self._passes = ForwardPasses(use)
         self._sums: dict[int, dict[str, Tensor]] = {}
         self._task: tuple[int, bool] = (-1, False)
         self.lost: dict[str, str] = {}
@@ -186,7 +186,7 @@ class MaskGradientTap:
         for name in self.use.first & modules.keys():
 
             def mark(args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-                read = self._batches.reader(name)
+                read = self._passes.reader(name)
                 mark_output(args, kwargs, output, read)
 
             self._hook(modules[name], mark, before=False)
@@ -207,7 +207,7 @@ class MaskGradientTap:
 
     def _enter(self, args: Any, kwargs: Any) -> None:
         if self.active and torch.is_grad_enabled() and not _in_backward():
-            self._batches.enter(args, kwargs)
+            self._passes.enter(args, kwargs)
 
     def _tap(self, name: str, args: Any, kwargs: Any) -> Any:
         x = original = layer_input(args, kwargs)
@@ -221,7 +221,7 @@ class MaskGradientTap:
         # A layer inside another one, such as the offsets of a deformable convolution,
         # reads the same input but has a mask copy of its own.
         x = getattr(x, UNTAPPED, x)
-        reading = (id(self), x._version, self._batches.number, self._ways[name])
+        reading = (id(self), x._version, self._passes.number, self._ways[name])
         shareable = x is original and _shareable(x)
         if shareable and hasattr(x, TAPPED):
             *other, tapped = getattr(x, TAPPED)
@@ -231,7 +231,7 @@ class MaskGradientTap:
         if isinstance(rows, Lost):
             self.lost[name] = f'{UNTOLD}: {rows.reason}'
             return None
-        call = _Call(self, name, rows, self._batches.call(), _in_backward())
+        call = _Call(self, name, rows, self._passes.call(), _in_backward())
         tapped = _Tap.apply(x, call)
         mark_rows(tapped, rows)
         setattr(tapped, UNTAPPED, x)
@@ -256,10 +256,10 @@ class MaskGradientTap:
         if not (call.again or self._reaches_parameters()):
             return
         layer, rows = call.layer, call.rows
-        if call.again and self._batches.overlap:
+        if call.again and self._passes.overlap:
             self.lost[layer] = OVERLAPS
             return
-        self._batches.close(call.batch)
+        self._passes.close(call.batch)
         sums = self._sums.setdefault(call.batch, {})
         gradient = mask_gradient(x, grad, self._channel_dim(layer), rows)  # (N, C)
         others = next(iter(sums.values()), gradient)
@@ -304,7 +304,7 @@ class MaskGradientTap:
         """Return the (N, C) sums by layer since the last call, and start anew."""
         gradients = self.gradients
         self._sums = {}
-        self._batches.overlap = False
+        self._passes.overlap = False
         return gradients
 
     def take_lost(self) -> dict[str, str]:
@@ -322,61 +322,3 @@ def _is_reached(parameter: nn.Parameter) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # `torch.autograd.grad` asks for this very parameter
         return False
-
-
-class Batches:
-    """Forward passes since the start, each with images of its own.
-
-    Args:
-        use: What the layers read, and which module's calls bring further images.
-
-    Attributes:
-        number: Number of the pass that runs.
-        overlap: Whether a pass began before the backward of another one.
-    """
-
-    def __init__(self, use: RowUse) -> None:
-        self.number = 0
-        self.overlap = False
-        self._every_call = bool(use.entry)
-        self._orders = {n: o for o in ORDERS for n in getattr(use, o)}
-        self._images: int | None = None
-        self._starts: dict[str, int] = {}
-        self._is_open = False  # layers were tapped, and no backward has come yet
-        self._is_closed = True
-
-    def enter(self, args: Any, kwargs: Any) -> None:
-        """Take in a call of the module that brings images."""
-        if self._orders:
-            self._images = batch_size(args, kwargs)
-        self._starts.clear()
-        if self._every_call or self._is_closed:
-            self.overlap |= self._is_open
-            self.number += 1
-            self._is_open = self._is_closed = False
-
-    def call(self) -> int:
-        """Return the number of the pass that a tapped call belongs to."""
-        if not self._is_closed:
-            self._is_open = True
-        return self.number
-
-    def close(self, number: int) -> None:
-        """Take in that the backward of a pass has begun."""
-        if number == self.number:
-            self._is_open, self._is_closed = False, True
-
-    def reader(self, name: str) -> Callable[[int], Rows | Lost]:
-        """Return which rows a layer reads that reads the images, from their number."""
-        order = self._orders.get(name)
-        if order is None:
-            return Rows
-
-        def read(count: int) -> Rows | Lost:
-            start = self._starts.get(name, 0)
-            self._starts[name] = start + count
-            images = self._images or 0
-            rows = rows_in_order(order, count, images, start)
-            return rows or Lost(f'{name} reads {count} rows for {images} images')
-
-        return read
