@@ -7,7 +7,7 @@ add up to: the gradients of a mask are those of the weights that it scales. What
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.weak import TensorWeakRef
 from mmgfp.criteria.forward_passes import ForwardPasses
 from mmgfp.criteria.mask_gradients import mask_gradient
 from mmgfp.tracing import RowUse
+from mmgfp.tracing.operands import KEPT, find_reader
 from mmgfp.tracing.row_use import UNTOLD
 from mmgfp.tracing.row_values import Lost, Rows
 from mmgfp.tracing.rows import (
@@ -25,8 +26,10 @@ from mmgfp.tracing.rows import (
     mark_output,
     mark_rows,
     rows_of,
+    rows_of_operand,
     with_input,
 )
+from mmgfp.tracing.value import op_name
 
 #: Under this name a layer's tapped input knows what it was before.
 UNTAPPED = 'mmgfp_untapped'
@@ -37,6 +40,8 @@ FROZEN = 'its input needs no gradient, as behind frozen layers'
 OVERLAPS = (
     'a checkpointed part of one forward pass runs again after another one has begun'
 )
+UNKEPT = 'what its weight reads is not kept, as in frozen layers and checkpointed parts'
+TWICE = 'it changes its input, and its gradient is used in a loss'
 OVERWRITTEN = 'its input has been changed in place before backward'
 
 
@@ -182,7 +187,11 @@ class MaskGradientTap:
             def tap(args: Any, kwargs: Any, name: str = name) -> Any:
                 return self._tap(name, args, kwargs)
 
-            self._hook(module, tap, before=True)
+            def read(args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                self._tap_inside(name, output)
+
+            inside = name in self.use.inside
+            self._hook(module, read if inside else tap, before=not inside)
         for name in self.use.first & modules.keys():
 
             def mark(args: Any, kwargs: Any, output: Any, name: str = name) -> None:
@@ -239,8 +248,36 @@ class MaskGradientTap:
             setattr(x, TAPPED, (*reading, TensorWeakRef(tapped)))
         return with_input(tapped, args, kwargs)
 
+    def _tap_inside(self, name: str, output: Any) -> None:
+        """Tap the node by which the weight of a layer reads."""
+        if not (self.active and torch.is_grad_enabled() and output.requires_grad):
+            return
+        if torch._C._are_functorch_transforms_active():
+            return
+        weight: Any = self.layers[name].weight
+        found = None if not _shareable(output) else find_reader(output.grad_fn, weight)
+        if found is None:  # a frozen layer, or a checkpointed part
+            self.lost[name] = UNKEPT
+            return
+        node, position = found
+        rows = rows_of_operand(node, position)
+        if isinstance(rows, Lost):
+            self.lost[name] = f'{UNTOLD}: {rows.reason}'
+            return
+        x = getattr(node, KEPT[op_name(node)]).detach()
+        call = _Call(self, name, rows, self._passes.call(), _in_backward())
+
+        def hook(grads: Sequence[Tensor], _: Any) -> None:
+            if torch.is_grad_enabled():
+                self.lost[name] = TWICE
+            elif grads[position] is not None:
+                self.add(call, x, grads[position])
+
+        node.register_hook(hook)
+
     def _channel_dim(self, name: str) -> int:
-        return -1 if isinstance(self.layers[name], nn.Linear) else 1
+        is_linear = isinstance(self.layers[name], nn.Linear) or name in self.use.last
+        return -1 if is_linear else 1
 
     def _rows(self, name: str, x: Tensor) -> Rows | Lost:
         if name in self.use.images:

@@ -112,10 +112,8 @@ def trace_model(
     ):
         value = loss(model)
         trace = trace_loss(model, value, strict, widths, outputs)
-        inputs = {name: seen.inputs for name, seen in calls.items()}
-        in_place = frozenset(name for name, seen in calls.items() if seen.in_place)
-        graph = read_graph(value, outputs)
-        aside, misread = judge_operands(graph, model, inputs, in_place)
+        nodes = {name: seen.nodes for name, seen in calls.items()}
+        read = judge_operands(read_graph(value, outputs), model, nodes)
 
     def follow(first: Sequence[str]) -> Mapping[str, LayerCalls]:
         watched = watch_rows(model, first), watch_entries(model, follow=True)
@@ -124,8 +122,12 @@ def trace_model(
         return followed
 
     rows = tell_images(calls, entries, images, follow)
-    lost = {n: r for n, r in rows.lost.items() if n not in aside} | misread
-    return ModelTrace(trace, replace(rows, called=rows.called - aside, lost=lost))
+    ignored = read.aside | read.inside
+    lost = {n: r for n, r in rows.lost.items() if n not in ignored}
+    lost.update(read.reasons)
+    called = rows.called - read.aside
+    use = replace(rows, called=called, lost=lost, inside=read.inside, last=read.last)
+    return ModelTrace(trace, use)
 
 
 @contextmanager

@@ -1,15 +1,17 @@
 """Whether a layer's weight reads what the layer is called with.
 
 Statistics are taken off the first argument of a layer's call. That is right only where
-the weight is contracted with this argument, and with nothing else. A layer may change
-its input before, read it twice, or lend its weight to a function; and a module around a
-layer may show the layer's weight as its own. The graph tells these apart.
+the weight is contracted with this argument, and with nothing else; elsewhere they are
+taken off the node that reads the weight, if each call of the layer leads to one. A
+layer may change its input before, read it twice, or lend its weight to a function; and
+a module around a layer may show the layer's weight as its own.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +35,44 @@ NEUTRAL_OPS = frozenset({
     'ReplicationPad2D', 'ReplicationPad3D', 'MaxPool2DWithIndices', 'AvgPool2D',
     'AdaptiveAvgPool2D', 'UpsampleNearest2D', 'UpsampleBilinear2D',
 })  # fmt: skip
+
+
+#: Under this name the nodes of layers keep the activation that they read.
+KEPT = {'Convolution': '_saved_input', 'Addmm': '_saved_mat1', 'Mm': '_saved_self'}
+#: Nodes that are looked at between a layer's output and its weight.
+NEAR = 40
+
+
+def find_reader(output: Node | None, weight: nn.Parameter) -> tuple[Node, int] | None:
+    """Return the node by which a weight reads, and its operand, near a layer's output.
+
+    Args:
+        output: The node of the layer's output.
+        weight: The layer's weight.
+    """
+    queue, seen = [output] if output is not None else [], {output}
+    while queue and len(seen) < NEAR:
+        node = queue.pop(0)
+        factors = LAYER_OPS.get(op_name(node), ())
+        edges = node.next_functions
+        if op_name(node) in KEPT and _leads_to(edges[factors[1]][0], weight):
+            return node, factors[0]
+        further = {n for n, _ in edges if n is not None} - seen
+        seen |= further
+        queue += further
+    return None
+
+
+def _leads_to(root: Node | None, weight: nn.Parameter) -> bool:
+    stack, seen = [root] if root is not None else [], {root}
+    while stack and len(seen) < NEAR:
+        node = stack.pop()
+        if getattr(node, 'variable', None) is weight:
+            return True
+        further = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= further
+        stack += further
+    return False
 
 
 class Alias(torch.autograd.Function):
@@ -146,49 +186,108 @@ def _shape(node: Node) -> tuple[int, ...]:
     return tuple(node._input_metadata[0].shape)
 
 
+@dataclass(frozen=True)
+class OperandUse:
+    """Modules by how they read their input; all are names.
+
+    Attributes:
+        aside: Those with a weight that is read by another one's call.
+        inside: Those whose weight reads something else than their input, each time
+            they are called, where the graph shows it.
+        last: Those whose channels lie along the last dimension.
+        reasons: Why others cannot be measured.
+    """
+
+    aside: frozenset[str] = frozenset()
+    inside: frozenset[str] = frozenset()
+    last: frozenset[str] = frozenset()
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CallNodes:
+    """Nodes of a module's calls.
+
+    Attributes:
+        inputs: The `Alias` of each call's input, where it has a history.
+        outputs: The node of each call's output.
+        in_place: Whether a call changed its input in place.
+    """
+
+    inputs: Sequence[Node]
+    outputs: Sequence[Node]
+    in_place: bool = False
+
+
 def judge_operands(
-    graph: Graph,
-    model: nn.Module,
-    calls: Mapping[str, Sequence[Node]],
-    in_place: frozenset[str] = frozenset(),
-) -> tuple[frozenset[str], dict[str, str]]:
+    graph: Graph, model: nn.Module, calls: Mapping[str, CallNodes]
+) -> OperandUse:
     """Compare what layers are called with to what their weights read.
 
     Args:
         graph: The graph of a loss.
         model: Its module.
-        calls: The `Alias` of each call's input, by the name of the module.
-        in_place: Modules that changed their input in place.
-
-    Returns:
-        tuple: Modules with a weight that another one reads, and those whose input is
-        not what their weight reads, with the reason.
+        calls: The calls by the name of the module.
     """
     operands = Operands(graph, model)
+    parameters = dict(model.named_parameters())
     aside: set[str] = set()
+    inside: set[str] = set()
+    last: set[str] = set()
     reasons: dict[str, str] = {}
     for weight, owners in weight_owners(model).items():
         readers = operands.readers.get(weight)
-        if not readers:
-            continue
         called = [m for m in owners if m in calls]
-        missing = set(readers)
-        for module in called:
-            nodes = [n for n in calls[module] if n not in operands.parametric]
-            read = [operands.read(node, weight) for node in nodes]
-            met = [node for nodes, _ in read for node in nodes]
-            if not met:
-                aside.add(module)
-                continue
-            is_clean = all(clean for _, clean in read) and len(met) == len(set(met))
-            if module in in_place:
-                reasons[module] = IN_PLACE
-            elif not is_clean:
-                reasons[module] = CHANGED
-            missing -= set(met)
-        if missing:
-            single = len(readers) == len(missing)
-            reason = CHANGED if single and len(called) == 1 else OUTSIDE
-            reasons |= dict.fromkeys(called, reason)
-            aside -= {*called}
-    return frozenset(aside), reasons
+        if not readers or not called:
+            continue
+        if any(op_name(node) in ('Addmm', 'Mm') for node in readers):
+            last.update(called)
+        problems, idle = _judge_calls(operands, weight, called, calls)
+        if problems and _is_read_inside(readers, parameters[weight], called, calls):
+            inside.update(called)
+            continue
+        reasons |= problems
+        aside |= idle
+    return OperandUse(frozenset(aside), frozenset(inside), frozenset(last), reasons)
+
+
+def _judge_calls(
+    operands: Operands,
+    weight: str,
+    called: Sequence[str],
+    calls: Mapping[str, CallNodes],
+) -> tuple[dict[str, str], set[str]]:
+    """Return what is wrong with calls, and modules that do not read the weight."""
+    idle: set[str] = set()
+    reasons: dict[str, str] = {}
+    missing = set(operands.readers[weight])
+    for module in called:
+        nodes = [n for n in calls[module].inputs if n not in operands.parametric]
+        read = [operands.read(node, weight) for node in nodes]
+        met = [node for nodes, _ in read for node in nodes]
+        if not met:
+            idle.add(module)
+            continue
+        if calls[module].in_place:
+            reasons[module] = IN_PLACE
+        elif len(met) > len(set(met)) or not all(clean for _, clean in read):
+            reasons[module] = CHANGED
+        missing -= set(met)
+    if missing:
+        single = len(operands.readers[weight]) == len(missing) and len(called) == 1
+        return dict.fromkeys(called, CHANGED if single else OUTSIDE), set()
+    return reasons, idle
+
+
+def _is_read_inside(
+    readers: set[Node],
+    weight: nn.Parameter,
+    called: Sequence[str],
+    calls: Mapping[str, CallNodes],
+) -> bool:
+    """Return whether each call of a single module shows one reading of its weight."""
+    if len(called) > 1:
+        return False
+    found = [find_reader(node, weight) for node in calls[called[0]].outputs]
+    nodes = [f[0] for f in found if f is not None]
+    return len(nodes) == len(found) == len(readers) and set(nodes) == readers

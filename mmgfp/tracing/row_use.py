@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmgfp.tracing.operands import Alias
+from mmgfp.tracing.operands import Alias, CallNodes
 from mmgfp.tracing.row_values import Lost, Rows, RowState
 from mmgfp.tracing.rows import layer_input, mark_output, rows_of, with_input
 
@@ -29,6 +29,7 @@ class LayerCalls:
         first: Whether the layer read a tensor that no other layer made.
         sources: The rows of each call that reads the images themselves.
         inputs: The nodes that stand for the inputs of its calls.
+        outputs: The nodes of their outputs.
         in_place: Whether a call changed its input in place.
     """
 
@@ -36,7 +37,13 @@ class LayerCalls:
     first: list[bool] = field(default_factory=list)
     sources: list[RowState] = field(default_factory=list)
     inputs: list[Any] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
     in_place: list[bool] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> CallNodes:
+        """The nodes of its calls."""
+        return CallNodes(self.inputs, self.outputs, any(self.in_place))
 
     def add(self, x: Any, first: bool = False) -> Tensor | None:
         """Take in a call; return what it is to be called with, if not ``x``."""
@@ -84,6 +91,8 @@ def watch_rows(
     def close(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             mark_output(args, kwargs, output)
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                calls[name].outputs.append(output.grad_fn)
             alias = layer_input(args, kwargs)
             version = getattr(alias, VERSION, None)
             if version is not None and alias._version != version:
@@ -121,6 +130,8 @@ class RowUse:
         entry: The module each call of which brings further images.
         reentry: The same where one loss calls it several times with the same images;
             its first call after a backward pass brings further ones.
+        inside: Layers whose weight reads something else than their input.
+        last: Layers whose channels lie along the last dimension.
     """
 
     called: frozenset[str] = frozenset()
@@ -133,6 +144,8 @@ class RowUse:
     parted: frozenset[str] = frozenset()
     entry: frozenset[str] = frozenset()
     reentry: frozenset[str] = frozenset()
+    inside: frozenset[str] = frozenset()
+    last: frozenset[str] = frozenset()
 
 
 def judge_rows(calls: Mapping[str, LayerCalls], images: int | None = None) -> RowUse:

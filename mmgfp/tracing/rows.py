@@ -47,6 +47,18 @@ def rows_of(x: Tensor) -> Rows | Lost:
     return Lost('its input depends on no image') if rows is None else rows
 
 
+def rows_of_operand(node: Any, position: int) -> Rows | Lost:
+    """Return the images that the rows of a node's operand belong to."""
+    rows = _follow_edge(*node.next_functions[position])
+    return Lost('its input depends on no image') if rows is None else rows
+
+
+def _follow_edge(node: Any, output: int) -> RowState:
+    if node is None or hasattr(node, 'variable'):
+        return None if node is None else _known((node, output))
+    return _follow(node, output)
+
+
 def _follow(root: Any, output: int) -> RowState:
     """Evaluate row rules below ``root``; nodes remember results for the next walk."""
     for node in _unknown_below(root):
