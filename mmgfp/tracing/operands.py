@@ -274,8 +274,9 @@ def _judge_calls(
             reasons[module] = CHANGED
         missing -= set(met)
     if missing:
-        single = len(operands.readers[weight]) == len(missing) and len(called) == 1
-        return dict.fromkeys(called, CHANGED if single else OUTSIDE), set()
+        none = len(operands.readers[weight]) == len(missing)
+        alone = len(called) == 1 and bool(calls[called[0]].inputs)
+        return dict.fromkeys(called, CHANGED if none and alone else OUTSIDE), set()
     return reasons, idle
 
 
