@@ -17,12 +17,9 @@ import torch
 from torch import nn
 
 from mmgfp.criteria.base import CRITERIA, Criterion, Reduce, Scores, ScoringContext
-from mmgfp.criteria.mask_gradients import (
-    MaskGradientTap,
-    unit_gradients,
-    untappable,
-)
+from mmgfp.criteria.mask_gradients import unit_gradients, untappable
 from mmgfp.criteria.statistics import UnitStatistics
+from mmgfp.criteria.tap import MaskGradientTap
 from mmgfp.tracing import RowUse
 from mmgfp.utils.modules import weight_owners
 
@@ -75,7 +72,7 @@ class Fisher(Criterion):
             layer: torch.from_numpy(numbers[index])
             for weight, index in context.grouping.inputs.items()
             for layer in owners.get(weight, ())
-            if (index >= 0).any()
+            if layer in context.rows.called and (index >= 0).any()
         }
         self._groups_read = {
             layer: np.unique(context.group_of[index[index >= 0].numpy()])
@@ -87,8 +84,8 @@ class Fisher(Criterion):
         self.tap = MaskGradientTap(
             {layer: modules[layer] for layer in units},
             context.rows,
-            [modules[layer] for layer in context.rows.first],
             units,
+            context.model,
         )
 
     @property

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,11 +20,15 @@ from mmgfp.surgery.attributes import has_attribute_rule
 from mmgfp.tracing import (
     RowUse,
     Trace,
-    judge_rows,
     trace_loss,
     watch_rows,
     watch_widths,
 )
+from mmgfp.tracing.batches import watch_entries
+from mmgfp.tracing.graph import read_graph
+from mmgfp.tracing.image_order import tell_images
+from mmgfp.tracing.operands import judge_operands
+from mmgfp.tracing.row_use import LayerCalls
 from mmgfp.utils.errors import TraceError
 from mmgfp.utils.trial_runs import (
     Forward,
@@ -80,7 +85,10 @@ class ModelTrace:
 
 
 def trace_model(
-    model: nn.Module, loss: LossFunction, strict: bool = False
+    model: nn.Module,
+    loss: LossFunction,
+    strict: bool = False,
+    images: int | None = None,
 ) -> ModelTrace:
     """Run the loss once and follow all channels through its graph.
 
@@ -89,22 +97,49 @@ def trace_model(
         loss: Computes the training loss of the module it is given, a scalar, on a
             real batch.
         strict: Raise at an op without a rule.
+        images: Number of images in that batch; by default, as many as the first layer
+            reads rows.
 
     Raises:
         TraceError: If the loss has no graph, or an op has no rule under ``strict``.
     """
     with (
-        undisturbed(model),
-        all_parameters_require_grad(model),  # else frozen stages cut the graph
-        without_checkpointing(),
-        torch.enable_grad(),
+        _trial(model),
         watch_rows(model) as calls,
+        watch_entries(model) as entries,
         watch_widths(model, has_attribute_rule) as widths,
         watch_outputs(model) as outputs,
     ):
         value = loss(model)
         trace = trace_loss(model, value, strict, widths, outputs)
-    return ModelTrace(trace, judge_rows(calls))
+        nodes = {name: seen.nodes for name, seen in calls.items()}
+        read = judge_operands(read_graph(value, outputs), model, nodes)
+
+    def follow(first: Sequence[str]) -> Mapping[str, LayerCalls]:
+        watched = watch_rows(model, first), watch_entries(model, follow=True)
+        with _trial(model), watched[0] as followed, watched[1]:
+            loss(model)
+        return followed
+
+    rows = tell_images(calls, entries, images, follow)
+    ignored = read.aside | read.inside
+    lost = {n: r for n, r in rows.lost.items() if n not in ignored}
+    lost.update(read.reasons)
+    called = rows.called - read.aside
+    use = replace(rows, called=called, lost=lost, inside=read.inside, last=read.last)
+    return ModelTrace(trace, use)
+
+
+@contextmanager
+def _trial(model: nn.Module) -> Iterator[None]:
+    """Let the loss run for a look at its whole graph."""
+    with (
+        undisturbed(model),
+        all_parameters_require_grad(model),  # else frozen stages cut the graph
+        without_checkpointing(),
+        torch.enable_grad(),
+    ):
+        yield
 
 
 def own_profiles(
@@ -132,7 +167,7 @@ def discover(
         model: The module; it is left as it is.
         loss: Computes the training loss of the module it is given, on a real batch.
         forward: Returns all outputs that the module it is given has at inference.
-        images: Number of images in the batch of ``forward``.
+        images: Number of images in the batches of ``loss`` and ``forward``.
         profiles: How often layers use their weights, recorded if not given.
         keep: Names or patterns of layers that are to be left alone.
         coupled: Whether channels that several layers share may go.
@@ -143,7 +178,7 @@ def discover(
         TraceError: If nothing can be pruned, or ``strict`` asks for an error.
         ConfigError: If a pattern of ``keep`` matches no layer.
     """
-    traced = trace_model(model, loss, strict)
+    traced = trace_model(model, loss, strict, images)
     for op, layers in traced.trace.unknown_ops.items():
         logger.warning('op %s has no rule; it freezes %s', op, ', '.join(layers))
     unscored = unscorable(model, traced.weights, traced.rows)

@@ -14,7 +14,7 @@ from mmgfp.tracing.registry import (
     register_row_rule,
     register_rule,
 )
-from mmgfp.tracing.rows import RowUse, judge_rows, watch_rows
+from mmgfp.tracing.row_use import RowUse, judge_rows, watch_rows
 from mmgfp.tracing.tracer import Trace, trace_loss
 from mmgfp.tracing.value import Context, LayerCall, Value
 from mmgfp.tracing.widths import watch_widths, width_attributes

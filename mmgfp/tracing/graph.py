@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ def read_graph(loss: Tensor, unused: Iterable[Tensor] = ()) -> Graph:
     ends = [x.grad_fn for x in unused if x.grad_fn is not None]
     if ends:
         nodes, edges = _postorder([root, *ends])
-    parametric = _from_parameters(nodes, edges)
+    parametric = parametric_nodes(nodes, edges)
     layers = {
         n
         for n in nodes
@@ -88,7 +88,7 @@ def _postorder(roots: list[Node]) -> tuple[list[Node], dict[Node, Edges]]:
     return nodes, edges
 
 
-def _from_parameters(nodes: list[Node], edges: dict[Node, Edges]) -> set[Node]:
+def parametric_nodes(nodes: Iterable[Node], edges: Mapping[Node, Edges]) -> set[Node]:
     """Return the nodes that depend on parameters and on nothing else in the graph.
 
     A layer's result is never among them: it may depend on images, which need no

@@ -9,8 +9,6 @@ cut out of images.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +47,18 @@ def rows_of(x: Tensor) -> Rows | Lost:
     return Lost('its input depends on no image') if rows is None else rows
 
 
+def rows_of_operand(node: Any, position: int) -> Rows | Lost:
+    """Return the images that the rows of a node's operand belong to."""
+    rows = _follow_edge(*node.next_functions[position])
+    return Lost('its input depends on no image') if rows is None else rows
+
+
+def _follow_edge(node: Any, output: int) -> RowState:
+    if node is None or hasattr(node, 'variable'):
+        return None if node is None else _known((node, output))
+    return _follow(node, output)
+
+
 def _follow(root: Any, output: int) -> RowState:
     """Evaluate row rules below ``root``; nodes remember results for the next walk."""
     for node in _unknown_below(root):
@@ -82,19 +92,45 @@ def _of_leaf(x: Tensor) -> Rows | Lost:
     return node.metadata[GIVEN]
 
 
-def mark_rows(x: Tensor, rows: Rows) -> None:
+def mark_rows(x: Tensor, rows: Rows | Lost) -> None:
     """Let the walks of `rows_of` end at ``x``."""
     node: Any = x.grad_fn
     node.metadata[KEY] = [rows]
 
 
-def mark_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Mark the rows of a layer that reads images itself; a forward hook."""
-    x = args[0] if args else None
+def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the first argument of a call, whether it has a name there or not."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def with_input(
+    x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with another first one."""
+    if args:
+        return (x, *args[1:]), dict(kwargs)
+    return args, {**kwargs, next(iter(kwargs)): x}
+
+
+def mark_output(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Any,
+    rows_read: Callable[[int], Rows | Lost] = Rows,
+) -> None:
+    """Mark the rows of a layer that reads images itself, in a forward hook.
+
+    Args:
+        args: What the layer was called with.
+        kwargs: The same by name.
+        output: What it returned.
+        rows_read: Tells which rows it read from their number.
+    """
+    x = layer_input(args, kwargs)
     if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
         return
     if x.grad_fn is None and output.grad_fn is not None and len(output) == len(x):
-        mark_rows(output, Rows(len(x)))
+        mark_rows(output, rows_read(len(x)))
 
 
 def _unknown_below(root: Any) -> Iterator[Any]:
@@ -127,101 +163,3 @@ def _known(edge: tuple[Any, int]) -> RowState:
         is_input = leaf.dim() > 0 and not isinstance(leaf, nn.Parameter)
         return _of_leaf(leaf) if is_input else None
     return node.metadata[KEY][output] if _counts(node, output) else None
-
-
-@dataclass(frozen=True)
-class LayerCalls:
-    """Rows that a layer's calls were given.
-
-    Attributes:
-        rows: The rows of each call; None for a call without any.
-        first: Whether the layer read a tensor that no other layer made.
-    """
-
-    rows: list[RowState] = field(default_factory=list)
-    first: list[bool] = field(default_factory=list)
-
-
-@contextmanager
-def watch_rows(model: nn.Module) -> Iterator[dict[str, LayerCalls]]:
-    """Collect the rows that each module with a weight is called with.
-
-    Args:
-        model: The module that is about to run.
-
-    Yields:
-        dict: Calls by name of the module, filled while the model runs.
-    """
-    calls: dict[str, LayerCalls] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen = calls.setdefault(name, LayerCalls())
-            if not torch.is_grad_enabled():
-                return  # as when a sampler scores RoIs: no statistics come of it
-            x = args[0] if args else None
-            if isinstance(x, Tensor):
-                seen.rows.append(rows_of(x) if len(x) else None)
-                seen.first.append(x.grad_fn is None)
-            else:
-                seen.rows.append(Lost('its input is not its first argument'))
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, 'weight', None), Tensor):
-            handles.append(module.register_forward_pre_hook(watch(name)))
-            handles.append(module.register_forward_hook(mark_output))
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@dataclass(frozen=True)
-class RowUse:
-    """Layers by what their rows are; all are names of modules.
-
-    Attributes:
-        called: Layers that were called at all.
-        first: Layers that read the images themselves.
-        images: Layers that read one row for each image in all calls.
-        rois: Layers that read RoIs in all calls.
-        lost: Layers of which some rows cannot be told to images, with the reason.
-    """
-
-    called: frozenset[str] = frozenset()
-    first: frozenset[str] = frozenset()
-    images: frozenset[str] = frozenset()
-    rois: frozenset[str] = frozenset()
-    lost: Mapping[str, str] = field(default_factory=dict)
-
-
-def judge_rows(calls: Mapping[str, LayerCalls]) -> RowUse:
-    """Sum up the calls that `watch_rows` collected.
-
-    The first layer with known rows says how many images there are.
-    """
-    states = {n: [r for r in c.rows if r is not None] for n, c in calls.items()}
-    every = [r for rows in states.values() for r in rows]
-    count = next((r.images for r in every if isinstance(r, Rows)), 0)
-    lost = {
-        name: r.reason if isinstance(r, Lost) else f'{r.images} images, not {count}'
-        for name, rows in states.items()
-        for r in rows
-        if isinstance(r, Lost) or r.images != count
-    }
-    known = {
-        name: [r for r in rows if isinstance(r, Rows)]
-        for name, rows in states.items()
-        if rows and name not in lost
-    }
-    return RowUse(
-        frozenset(calls),
-        frozenset(n for n, c in calls.items() if any(c.first)),
-        frozenset(n for n, c in known.items() if all(r.index is None for r in c)),
-        frozenset(n for n, c in known.items() if all(r.pooled for r in c)),
-        lost,
-    )

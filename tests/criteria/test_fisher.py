@@ -27,7 +27,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from mmgfp import GroupFisherPruner
 from mmgfp.criteria import mask_gradients
-from mmgfp.criteria.mask_gradients import MaskGradientTap, mask_gradient, unit_gradients
+from mmgfp.criteria import tap as taps
+from mmgfp.criteria.mask_gradients import mask_gradient, unit_gradients
+from mmgfp.criteria.tap import MaskGradientTap
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model
@@ -382,7 +384,7 @@ def test_a_tensor_is_contracted_once_for_all_its_readers(monkeypatch):
         seen.append(tuple(x.shape))
         return mask_gradient(x, *args)
 
-    monkeypatch.setattr(mask_gradients, 'mask_gradient', counted)
+    monkeypatch.setattr(taps, 'mask_gradient', counted)
     assert_equals_masks(TwoReaders().double())
     assert len(seen) == 2  # of left with right, and of head
 

@@ -77,3 +77,39 @@ def _masking(layer: str, masks: Tensor, units: Tensor, image_of_rows):
         return x * mask, *rest
 
     return hook
+
+
+def weight_fisher(model: nn.Module, losses, groups) -> Tensor:
+    """The same from weights alone, (units,).
+
+    A mask on an input channel scales the weights that read it, so its gradient is
+    ``Σ w · ∂L_n/∂w`` over these weights; convolutions with groups are left out.
+
+    Args:
+        model: The module.
+        losses: Computes the loss of each image from the module.
+        groups: Its channel groups.
+    """
+    parameters = dict(model.named_parameters())
+    total = torch.zeros(sum(g.units for g in groups), dtype=torch.float64)
+    for loss in losses(model):
+        gradients = torch.autograd.grad(
+            loss, [*parameters.values()], retain_graph=True, allow_unused=True
+        )
+        products = {
+            name: weight.detach() * (0 if gradient is None else gradient.detach())
+            for (name, weight), gradient in zip(
+                parameters.items(), gradients, strict=True
+            )
+        }
+        parts = []
+        for group in groups:
+            part = torch.zeros(group.units, dtype=torch.float64)
+            for member in group.members:
+                if member.role == 'in':
+                    by_channel = products[member.name].transpose(0, member.dim)
+                    sums = by_channel.flatten(1).sum(1).double()
+                    part += sums[torch.from_numpy(member.index)].sum(1)
+            parts.append(part)
+        total += torch.cat(parts) ** 2
+    return total

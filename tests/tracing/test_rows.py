@@ -6,7 +6,7 @@ from mmcv.ops import RoIPool, roi_align
 from support.pruning import importance_of, iterate, prepared, seen_by
 from torch import nn
 
-from mmgfp.criteria.mask_gradients import MaskGradientTap
+from mmgfp.criteria.tap import MaskGradientTap
 from mmgfp.tracing import judge_rows, watch_rows
 from mmgfp.tracing.row_values import Lost, Rows
 from mmgfp.tracing.rows import rows_of
