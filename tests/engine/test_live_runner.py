@@ -54,7 +54,7 @@ def test_run_with_a_loss_scaler_ends_like_a_masked_one(tmp_path):
             tmp_path / f'{every}',
             iters=12,
             model=dict(type='ToyDetector', double=False, factor=2.0**8),
-            hook=dict(units_per_step=3, compact_interval=every, target=dict(flops=0.11)),
+            hook=dict(units_per_step=3, compact_interval=every, target=dict(flops=0.2)),
             optim=dict(
                 type='CpuAmpOptimWrapper',
                 optimizer=dict(type='SGD', lr=1e-6, momentum=0.9),
