@@ -30,8 +30,8 @@ from mmgfp.utils.modules import weight_owners
 
 #: Version of the entries that `RunState.to_dict` gives.
 VERSION = 2
-#: Options that the groups and the sums so far depend on: a resumed run keeps them.
-FIXED_OPTIONS = ('keep', 'coupled', 'criterion')
+#: Options that groups, costs and the sums so far depend on: a resumed run keeps them.
+FIXED_OPTIONS = ('keep', 'coupled', 'criterion', 'input_shape')
 REMEDY = 'resume with the configuration that the run was started with'
 
 

@@ -18,10 +18,11 @@ from mmgfp.criteria.fisher import Fisher
 from mmgfp.discovery.discover import Discovery, discover
 from mmgfp.groups import Grouping
 from mmgfp.selection.costs import LayerProfile, Totals
-from mmgfp.selection.greedy import Limits, select_units
+from mmgfp.selection.greedy import select_units
 from mmgfp.selection.schedules import DecisionPoint
 from mmgfp.selection.targets import Target
 from mmgfp.surgery.compact import compact_
+from mmgfp.surgery.masking import check_not_masked
 from mmgfp.units import UnitState
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.trial_runs import Forward, LossFunction, copy_module
@@ -135,7 +136,7 @@ class ChannelPruner:
 
         Raises:
             TraceError: If nothing can be pruned, or ``strict`` asks for an error.
-            ConfigError: If a pattern of ``keep`` matches no layer.
+            ConfigError: If ``keep``, a target or the state of the model does not fit.
         """
         self.attach(self.discover(loss, forward, images, profiles))
         return self.units.grouping
@@ -148,18 +149,18 @@ class ChannelPruner:
         profiles: Mapping[str, LayerProfile] | None = None,
     ) -> Discovery:
         """Return the discovery that `prepare` makes, for processes that share it."""
+        check_not_masked(self.model)
         options = (self.config.keep, self.config.coupled, self.config.strict)
         batch = (loss, forward, images, profiles)
         return discover(self.model, *batch, *options, self.criterion.unscorable)
 
-    def attach(self, discovery: Discovery) -> None:
-        """Start to watch, with a discovery made in another process or run."""
-        self.discovery = discovery
-        self._units = UnitState(
-            self.model, discovery.grouping, discovery.profiles, self._copies
-        )
-        limits = (self.config.min_channels, self.config.max_ratio, self.config.divisor)
-        self.limits = Limits.of(self._units.sizes, self._units.widths, *limits)
+    def attach(self, discovery: Discovery, kept: np.ndarray | None = None) -> None:
+        """Start to watch, with a discovery (and kept units) of another run."""
+        facts = (discovery.grouping, discovery.profiles, self._copies)
+        units, config = UnitState(self.model, *facts), self.config
+        limits = (config.min_channels, config.max_ratio, config.divisor)
+        self.limits = units.limits(self.pending, kept, *limits)
+        self.discovery, self._units = discovery, units
         self._watch()
 
     def _watch(self) -> None:
@@ -290,9 +291,9 @@ class ChannelPruner:
         saved = RunState.from_dict(state, self.model, self.config)
         if self._units is not None:
             self.close()
-        self.attach(saved.discovery)
-        self.criterion.load_state_dict(saved.criterion)
         self.iteration, self.reached = saved.iteration, saved.reached
+        self.attach(saved.discovery, saved.kept)
+        self.criterion.load_state_dict(saved.criterion)
         self.units.restore(saved.kept, saved.in_model, optimizers)
         self._watch()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -10,9 +11,12 @@ from torch.optim import Optimizer
 
 from mmgfp.groups import Grouping
 from mmgfp.selection.costs import CostTable, LayerProfile, Totals
+from mmgfp.selection.greedy import Limits
+from mmgfp.selection.targets import Target, check_reachable
 from mmgfp.surgery.live import compact_training_, units_to_keep_in_model
-from mmgfp.surgery.masking import ColumnMask
+from mmgfp.surgery.masking import ColumnMask, check_not_masked
 from mmgfp.surgery.structure import PruneStructure, shapes_of
+from mmgfp.utils.errors import ConfigError
 
 
 class UnitState:
@@ -23,6 +27,9 @@ class UnitState:
         grouping: Its groups.
         profiles: How often its layers use their weights, by the name of the weight.
         copies: Models that are masked and cut along with it, such as an averaged one.
+
+    Raises:
+        ConfigError: If the model is being pruned already.
 
     Attributes:
         group_of: Group of each unit, (U,).
@@ -43,6 +50,7 @@ class UnitState:
         profiles: Mapping[str, LayerProfile],
         copies: Sequence[nn.Module] = (),
     ) -> None:
+        check_not_masked(model)
         self.model = model
         self.grouping = self.remaining = grouping
         self.group_of = grouping.group_of
@@ -73,6 +81,32 @@ class UnitState:
     def totals(self) -> Totals:
         """Costs of the model without the pruned units."""
         return self.costs.totals(self.removed)
+
+    def limits(
+        self, targets: Sequence[Target], kept: np.ndarray | None, *options: Any
+    ) -> Limits:
+        """Return how far each group may shrink, which must be far enough.
+
+        Args:
+            targets: Targets to reach.
+            kept: Units that an interrupted run had kept, (U,); all if None.
+            *options: The options of `Limits.of`.
+
+        Raises:
+            ConfigError: If a target cannot be reached; all hooks are off then.
+        """
+        limits = Limits.of(self.sizes, self.widths, *options)
+        units = np.bincount(
+            self.group_of if kept is None else self.group_of[kept],
+            minlength=len(self.sizes),
+        )
+        least = self.costs.totals(self.sizes - limits.smallest(units))
+        try:
+            check_reachable(targets, least, self.full)
+        except ConfigError:
+            self.close()
+            raise
+        return limits
 
     def structure(self) -> PruneStructure:
         """Return the kept entries of every tensor dimension of the unpruned model."""

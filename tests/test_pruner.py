@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -88,6 +89,61 @@ class Run:
             if finished():
                 return step
         raise AssertionError('no end after 200 iterations')
+
+
+# -- discovery -----------------------------------------------------------------
+
+
+PENALTIES = {
+    'L1': lambda m: sum(p.abs().sum() for p in m.parameters()),
+    'L2': lambda m: 0.5 * sum((p * p).sum() for p in m.parameters()) / 10,
+    'norms': lambda m: torch.stack([p.norm() for p in m.parameters()]).max(),
+    'rows': lambda m: m.conv1.weight.pow(2).sum((1, 2, 3)).sqrt().sum(),
+    'slimming': lambda m: 0.1 * m.bn.weight.abs().sum(),
+    'one vector': lambda m: nn.utils.parameters_to_vector(m.parameters()).norm(),
+}
+
+
+@pytest.mark.parametrize('penalty', PENALTIES.values(), ids=PENALTIES.keys())
+def test_a_penalty_on_weights_freezes_nothing(penalty):
+    """Masked and compact model have equal outputs, whatever the loss adds."""
+
+    class Penalised(Run):
+        def loss(self, model, iteration=0):
+            outputs = super().loss(model, iteration)
+            return outputs + 0.01 * penalty(model) * torch.is_grad_enabled()
+
+    run, plain = Penalised(ConvPair, interval=1, lr=1e-3), Run(ConvPair)
+    names, expected = (
+        [(g.name, g.units) for g in r.pruner.units.grouping.groups]
+        for r in (run, plain)
+    )
+    assert names == expected
+    run.train(2)
+    small = run.pruner.compact()
+    assert small.conv1.out_channels == 4
+    x = images().double()
+    assert torch.allclose(run.model.eval()(x), small.eval()(x), atol=1e-12)
+    penalty(small).backward()
+
+
+@pytest.mark.parametrize(
+    'penalty',
+    [
+        lambda m: (m.conv1.weight - torch.ones(6, 3, 3, 3)).abs().sum(),
+        lambda m: nn.functional.mse_loss(m.bn.weight, torch.ones(6).double()),
+        lambda m: (m.bn.bias * torch.ones(6)).sum(),
+        lambda m: (m.bn.weight * m.conv2.weight[0, :, 0, 0]).sum(),
+    ],
+)
+def test_a_penalty_that_knows_the_width_freezes_it(penalty):
+    model = ConvPair().double()
+
+    def loss(model):
+        return square_loss(model(images().double())) + penalty(model)
+
+    with pytest.raises(TraceError, match='an output: reaches the loss without'):
+        GroupFisherPruner(model).prepare(loss, lambda m: m(images().double()), 2)
 
 
 # -- decisions ----------------------------------------------------------------
@@ -273,11 +329,21 @@ def test_several_targets_are_stations():
     ],
 )
 def test_limits_count_channels(options, least):
-    run = Run(GroupConv, interval=1, target=dict(flops=0.01), **options)
+    """A target beyond them is refused with the ratio at which all are reached."""
+    options = dict(interval=1, **options)
+    with pytest.raises(ConfigError, match=r'target\.flops .*\(got 0\.01\)') as refused:
+        Run(GroupConv, target=dict(flops=0.01), **options)
+    ratio = float(re.search(r'at least ([\d.]+),', str(refused.value))[1])
+    if least == [4]:  # nothing may go
+        assert ratio == 1
+        return
+    with pytest.raises(ConfigError, match=f'at least {ratio:g},'):
+        Run(GroupConv, target=[dict(flops=0.99), dict(flops=ratio - 2e-3)], **options)
+    run = Run(GroupConv, target=dict(flops=ratio), **options)
     run.train(6)
     left = run.units.grouping.units - run.units.removed
     assert left.tolist() == least
-    assert len(run.train(1)[0].units) == 0
+    assert run.pruner.done
 
 
 @pytest.mark.parametrize(
@@ -291,13 +357,13 @@ def test_limits_count_channels(options, least):
 )
 def test_keep_leaves_layers_alone(keep, gone):
     every = {g.name for g in Run().groups}
-    kept = Run(keep=keep).units.grouping
+    kept = Run(keep=keep, target=dict(flops=0.9)).units.grouping
     assert {g.name for g in kept.groups} == every - gone
     assert 'kept as configured' in {f.reason for f in kept.frozen}
 
 
 def test_keep_takes_whole_modules():
-    run = Run(TwoBranches, keep=['left'])
+    run = Run(TwoBranches, keep=['left'], target=dict(flops=0.9))
     assert [g.name for g in run.groups] == ['right.conv1']
 
 
@@ -310,7 +376,7 @@ def test_keep_takes_whole_modules():
     ],
 )
 def test_uncoupled_leaves_pairs_of_layers(toy, left):
-    pairs = Run(toy, coupled=False).units.grouping
+    pairs = Run(toy, coupled=False, target=dict(flops=0.9)).units.grouping
     assert [g.name for g in pairs.groups] == left
     reasons = reasons_of(pairs)
     shared = 'its channels are shared by several layers, and coupled=False'
@@ -466,6 +532,58 @@ def test_state_dict_round_trip():
     assert other.units.totals == run.units.totals
     # Tensors of groups and all: nothing is lost on the way.
     assert saved(other.pruner.state_dict()) == saved(run.pruner.state_dict())
+
+
+def test_state_of_another_input_size_is_refused():
+    """Costs are of the interrupted run's, so what it would be counted for differs."""
+    run = Run(ConvPair, input_shape=(3, 8, 8))
+    state = saved_and_loaded(run.pruner.state_dict())
+    GroupFisherPruner(ConvPair(), input_shape=[3, 8, 8]).load_state_dict(state)
+    for shape in ((3, 16, 16), None):
+        pruner = GroupFisherPruner(ConvPair(), input_shape=shape)
+        with pytest.raises(ConfigError, match=r'input_shape must be \(3, 8, 8\) \(got'):
+            pruner.load_state_dict(state)
+
+
+def test_resuming_with_a_harder_target_needs_one_that_can_be_reached():
+    run = Run(ConvPair, interval=1)
+    run.train(2)
+    state = saved_and_loaded(run.pruner.state_dict())
+
+    def resume(ratio):
+        options = dict(interval=1, max_ratio=0.5, target=dict(flops=ratio))
+        GroupFisherPruner(ConvPair(), **options).load_state_dict(state)
+
+    resume(0.5)
+    with pytest.raises(ConfigError, match=r'at least 0\.5, which .*\(got 0\.4\)'):
+        resume(0.4)
+
+
+@pytest.mark.parametrize('first', ['the same', 'another'])
+def test_a_model_is_prepared_once_at_a_time(first):
+    run = Run(ConvPair, interval=1)
+    run.train(1)
+    pruner = run.pruner if first == 'the same' else GroupFisherPruner(run.model)
+    words = r'model must be pruned by one pruner or hook at a time.*; close the other'
+    with pytest.raises(ConfigError, match=words):
+        pruner.prepare(run.loss, run.loss, 2)
+    GroupFisherPruner(copy.deepcopy(run.pruner.compact())).prepare(
+        run.loss, run.loss, 2
+    )
+    run.pruner.close()
+    pruner.prepare(run.loss, run.loss, 2)
+
+
+def test_a_refused_run_leaves_the_model_to_another():
+    model = ConvPair()
+
+    def loss(model):
+        return square_loss(model(images()))
+
+    with pytest.raises(ConfigError, match='at least'):
+        GroupFisherPruner(model, target=dict(flops=1e-3)).prepare(loss, loss, 2)
+    assert not any(m._load_state_dict_post_hooks for m in model.modules())
+    GroupFisherPruner(model).prepare(loss, loss, 2)
 
 
 def test_state_is_a_snapshot():

@@ -24,6 +24,7 @@ from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model
 from mmgfp.pruner import ChannelPruner
 from mmgfp.selection.costs import COSTS
+from mmgfp.units import UnitState
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,8 +64,9 @@ def analyze(
     profiles = calls.profile(model, shape)
     options = pruning_config(cfg)
     pruner = ChannelPruner(model, options, strict=strict or options.strict)
-    pruner.prepare(calls.loss, calls.check, calls.images, profiles)
-    return report(pruner, profiles)
+    # Not prepared: what can be pruned is of interest even if it's not enough.
+    found = pruner.discover(calls.loss, calls.check, calls.images, profiles)
+    return report(UnitState(model, found.grouping, found.profiles), profiles)
 
 
 def show(result: dict[str, Any], console: Console) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 from torch import nn
 
 from mmgfp.groups import Grouping, module_of
-from mmgfp.pruner import ChannelPruner
 from mmgfp.selection.costs import CostTable, LayerProfile
+from mmgfp.units import UnitState
 
 
 def costs_of(model: nn.Module, profiles: dict[str, LayerProfile]) -> dict[str, int]:
@@ -66,9 +66,9 @@ def coverage(
     }
 
 
-def report(pruner: ChannelPruner, profiles: dict[str, LayerProfile]) -> dict[str, Any]:
-    """Report costs, groups, frozen layers and coverage of a prepared pruner."""
-    full = pruner.units.full
+def report(units: UnitState, profiles: dict[str, LayerProfile]) -> dict[str, Any]:
+    """Report costs, groups, frozen layers and coverage of a model."""
+    full = units.full
     return {
         **{name: int(value) for name, value in full.values.items()},
         'groups': [
@@ -77,10 +77,10 @@ def report(pruner: ChannelPruner, profiles: dict[str, LayerProfile]) -> dict[str
                 'units': group.units,
                 'members': [[m.name, m.dim] for m in group.members],
             }
-            for group in pruner.units.grouping.groups
+            for group in units.grouping.groups
         ],
         'frozen': [
-            {'layer': f.layer, 'reason': f.reason} for f in pruner.units.grouping.frozen
+            {'layer': f.layer, 'reason': f.reason} for f in units.grouping.frozen
         ],
-        'coverage': coverage(pruner.model, pruner.units.grouping, profiles),
+        'coverage': coverage(units.model, units.grouping, profiles),
     }

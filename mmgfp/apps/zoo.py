@@ -224,13 +224,14 @@ def _unpad(model: Any) -> None:
 
 
 def _prune(model: Any, calls: BatchCalls) -> dict[str, Any]:
-    """Prune and compare the loss; `prepare` has verified the groups on the outputs."""
+    """Prune and compare the loss; `discover` has verified the groups on the outputs."""
     pruner = GroupFisherPruner(model)
     profiles = calls.profile(model)
     start = time.perf_counter()
-    grouping = pruner.prepare(calls.loss, calls.check, calls.images, profiles)
+    # Not prepared, as what can be pruned may not be enough for a target.
+    discovery = pruner.discover(calls.loss, calls.check, calls.images, profiles)
+    grouping = discovery.grouping
     prepared = time.perf_counter() - start
-    pruner.close()
     kept = random_units(grouping.groups, 0.3, np.random.default_rng(1))
     compared = 'loss'
     try:

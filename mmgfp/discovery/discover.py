@@ -187,9 +187,8 @@ def discover(
     if not coupled:
         frozen += [(g, SHARED) for g in build().groups if not g.internal]
     # A frozen group may leave others in a new shape, so all are verified again.
-    while failures := find_disagreements(
-        model, grouping := build(frozen), forward, loss=loss
-    ):
+    verify = partial(find_disagreements, forward=forward, loss=loss)
+    while failures := verify(model, grouping := build(frozen)):
         _report(failures, strict)
         frozen += [(f.group, f'{DISAGREES}: {f.reason}') for f in failures]
     if not grouping.groups:
@@ -198,7 +197,8 @@ def discover(
             'model must have at least one group of channels that can be pruned '
             f'(got none); every layer is left alone because: {"; ".join(reasons)}'
         )
-    profiles = profiles or profile_layers(model, forward, images)
+    if profiles is None:
+        profiles = profile_layers(model, forward, images)
     return Discovery(grouping, traced.rows, own_profiles(model, profiles))
 
 

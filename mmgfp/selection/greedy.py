@@ -57,6 +57,19 @@ class Limits:
             divisor // np.gcd(widths, divisor),
         )
 
+    def smallest(self, units: np.ndarray) -> np.ndarray:
+        """Return how few units each group can come to rest at, (G,).
+
+        Args:
+            units: Units that each group has now, (G,).
+
+        Examples:
+            >>> limits = Limits(least=np.array([3, 3, 9]), steps=np.array([1, 4, 8]))
+            >>> limits.smallest(np.array([8, 8, 12])).tolist()
+            [3, 4, 12]
+        """
+        return np.minimum(-(-self.least // self.steps) * self.steps, units)
+
 
 def normalized(
     importance: np.ndarray, costs: RunningCosts, normalize: str

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 from mmgfp.selection.costs import COSTS, Totals
@@ -71,3 +72,33 @@ def parse_targets(raw: Any) -> tuple[Target, ...]:
             'target', 'at least one target', repr(raw), 'give dict(flops=0.5), say'
         )
     return tuple(t if isinstance(t, Target) else Target.parse(t) for t in targets)
+
+
+def check_reachable(targets: Sequence[Target], least: Totals, full: Totals) -> None:
+    """Refuse targets below what is there when nothing more may go.
+
+    Args:
+        targets: The targets.
+        least: Costs of the model with as few units in each group as may stay.
+        full: Costs of the unpruned model.
+
+    Raises:
+        ConfigError: If a target cannot be reached, or means a cost of zero.
+    """
+    for target in targets:
+        if not full[target.cost]:
+            raise ConfigError(
+                f'target.{target.cost}',
+                'of a cost that the model has',
+                f'{target.ratio:g} of 0',
+                'give another cost, or a batch on which the layers run',
+            )
+        if not target.reached(least, full):
+            ratio = ceil(least.ratio(target.cost, full) * 1000) / 1000
+            raise ConfigError(
+                f'target.{target.cost}',
+                f'at least {ratio:g}, which remains when all groups are at their limit',
+                f'{target.ratio:g}',
+                'raise it, or let more go with keep, coupled, min_channels, max_ratio '
+                'and divisor',
+            )

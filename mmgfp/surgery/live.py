@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from mmgfp.surgery.compact import Replacement, compact_, replace_tensors_
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.tree import tree_tensors
 
 #: The multiple of channels at which large groups stay while the model trains.
 MULTIPLE = 8
@@ -86,6 +87,7 @@ def compact_training_(
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shrinking = [parameters[n] for n in structure.kept if n in parameters]
+    optimizers = [inner for o in optimizers for inner in with_inner(o)]
     for optimizer in optimizers:
         check_optimizer(optimizer, shrinking)
     replacements = replace_tensors_(model, structure)
@@ -98,6 +100,15 @@ def compact_training_(
         compact_(copied, structure)
 
 
+def with_inner(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and those that it wraps, as SAM and Lookahead do."""
+    optimizers = [optimizer]
+    for each in optimizers:
+        inner = [o for o in vars(each).values() if isinstance(o, Optimizer)]
+        optimizers += [o for o in inner if all(o is not known for known in optimizers)]
+    return optimizers
+
+
 def check_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor] = ()) -> None:
     """Refuse an optimizer whose state cannot shrink with its parameters.
 
@@ -107,17 +118,23 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[Tensor] = ()) -> 
 
     Raises:
         ConfigError: If it keeps anything but single numbers and tensors of the shapes
-            of its parameters, or only a share of the state of all processes.
+            of its parameters, state of several parameters together, or only a share of
+            the state of all processes.
     """
     expected = 'one that keeps numbers and tensors of the shapes of its parameters'
     if any(c.__name__ == 'ZeroRedundancyOptimizer' for c in type(optimizer).__mro__):
         raise ConfigError('optimizer', expected, type(optimizer).__name__, REMEDY)
-    for parameter in parameters:
+    shrinking = list(parameters)
+    for parameter in shrinking:
         for key, value in optimizer.state.get(parameter, {}).items():
             if not _can_shrink(value, parameter):
                 shape = list(getattr(value, 'shape', ()))
                 got = f'{key} of {type(optimizer).__name__}, {type(value).__name__}'
                 raise ConfigError('optimizer', expected, f'{got} {shape}', REMEDY)
+    joint = _joint_state(optimizer, shrinking)
+    if joint is not None:
+        got = f'{joint} of {type(optimizer).__name__}, for several parameters together'
+        raise ConfigError('optimizer', expected, got, REMEDY)
 
 
 def _can_shrink(value: Any, parameter: Tensor) -> bool:
@@ -125,6 +142,29 @@ def _can_shrink(value: Any, parameter: Tensor) -> bool:
     if isinstance(value, Tensor):
         return value.shape == parameter.shape or value.numel() == 1
     return not isinstance(value, list | tuple | dict)
+
+
+def _joint_state(optimizer: Optimizer, shrinking: Sequence[Tensor]) -> str | None:
+    """Return the name of something that belongs to several parameters, if any shrinks.
+
+    L-BFGS, say, has one history of all parameters, stored under the first of them.
+    """
+    if not shrinking:
+        return None
+    ids = {id(p) for p in shrinking}
+    lists = [group['params'] for group in optimizer.param_groups]
+    entries_of_all = sum(p.numel() for each in lists for p in each)
+    for name, value in vars(optimizer).items():
+        is_known = name in ('param_groups', 'state') or any(value is x for x in lists)
+        if not is_known and any(id(t) in ids for t in tree_tensors(value)):
+            return name
+        if type(value) is int and value == entries_of_all:
+            return name
+    for entries in optimizer.state.values():
+        for key, value in entries.items() if isinstance(entries, dict) else ():
+            if isinstance(value, list | tuple | dict):
+                return str(key)
+    return None
 
 
 def compact_optimizer_(
@@ -138,7 +178,8 @@ def compact_optimizer_(
     """
     by_old = {id(r.old): r for r in replacements}
     for group in optimizer.param_groups:
-        group['params'] = [
+        # In place, as some optimizers hold on to the list.
+        group['params'][:] = [
             by_old[id(p)].new if id(p) in by_old else p for p in group['params']
         ]
     for old in [p for p in optimizer.state if id(p) in by_old]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgfp.groups import ChannelGroup, Member
+from mmgfp.utils.errors import ConfigError
 
 #: A dimension of a parameter, by the parameter's name.
 Columns = tuple[str, int]
@@ -53,6 +54,22 @@ class ColumnMask:
         self._kept = np.ones(self._ends[-1], dtype=bool)
         self._index: dict[Columns, Tensor] = {}
         self._handles: dict[Columns, Any] = {}
+        self._load_handles = self._watch_loading(model)
+
+    def _watch_loading(self, model: nn.Module) -> list[Any]:
+        """Mask weights again as soon as others are loaded into a module."""
+        names = {id(self._parameters[name]): name for name, _ in self._readers}
+        handles = []
+        for module in model.modules():
+            masked = {
+                attribute: names[id(parameter)]
+                for attribute, parameter in module._parameters.items()
+                if id(parameter) in names
+            }
+            if masked:
+                hook = _LoadHook(self, masked)
+                handles.append(module.register_load_state_dict_post_hook(hook))
+        return handles
 
     def update(self, kept: np.ndarray) -> None:
         """Mask all units that are not ``kept``, (U,).
@@ -105,10 +122,71 @@ class ColumnMask:
         for (name, dim), index in self._index.items():
             self._parameters[name].index_fill_(dim, index, 0)
 
+    @torch.no_grad()
+    def after_loading(self, module: nn.Module, names: Mapping[str, str]) -> None:
+        """Zero the columns of a module into which weights were loaded.
+
+        Args:
+            module: The module.
+            names: Names of its masked parameters, by their attributes.
+
+        Raises:
+            ConfigError: If its parameters are others now.
+        """
+        for attribute, name in names.items():
+            if module._parameters[attribute] is not self._parameters[name]:
+                raise ConfigError(
+                    'load_state_dict',
+                    'called so that parameters stay the same objects while pruning',
+                    f'another one for {name}',
+                    'load without assign=True',
+                )
+        for (name, dim), index in self._index.items():
+            if name in names.values():
+                self._parameters[name].index_fill_(dim, index, 0)
+
     def remove(self) -> None:
-        """Take the gradient hooks off; the columns stay at zero until trained."""
-        for handle in self._handles.values():
+        """Take the hooks off; the columns stay at zero until trained or loaded."""
+        for handle in (*self._handles.values(), *self._load_handles):
             handle.remove()
         self._handles.clear()
+        self._load_handles.clear()
         self._index.clear()
         self._kept[:] = True
+
+
+class _LoadHook:
+    """A module's hook after `load_state_dict`; copies of the module get none.
+
+    Args:
+        mask: The mask to restore; None in a copy of the module.
+        names: Names of the module's masked parameters, by their attributes.
+    """
+
+    def __init__(self, mask: ColumnMask | None, names: Mapping[str, str]) -> None:
+        self.mask = mask
+        self.names = names
+
+    def __call__(self, module: nn.Module, keys: Any) -> None:
+        if self.mask is not None:
+            self.mask.after_loading(module, self.names)
+
+    def __reduce__(self) -> Any:
+        return _LoadHook, (None, {})
+
+
+def check_not_masked(model: nn.Module) -> None:
+    """Refuse a model that is being pruned.
+
+    Raises:
+        ConfigError: If a mask watches it.
+    """
+    for module in model.modules():
+        for hook in module._load_state_dict_post_hooks.values():
+            if isinstance(hook, _LoadHook) and hook.mask is not None:
+                raise ConfigError(
+                    'model',
+                    'pruned by one pruner or hook at a time, prepared once',
+                    'one that is being pruned',
+                    'close the other pruner, drop the second hook, or use a copy',
+                )

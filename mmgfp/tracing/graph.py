@@ -25,12 +25,15 @@ class Graph:
         edges: Operands by node.
         relevant: Nodes from which a way leads to a layer, and the layers.
         live: Nodes that the loss depends on with a factor other than zero.
+        penalties: Nodes that make a number of one parameter after another, such as
+            the L1 norm of weights in the loss.
     """
 
     nodes: list[Node]
     edges: dict[Node, Edges]
     relevant: set[Node]
     live: set[Node]
+    penalties: set[Node]
 
 
 def read_graph(loss: Tensor, unused: Iterable[Tensor] = ()) -> Graph:
@@ -66,7 +69,8 @@ def read_graph(loss: Tensor, unused: Iterable[Tensor] = ()) -> Graph:
                     relevant.add(operand)
                 if node in live:
                     live.add(operand)
-    return Graph(nodes, edges, relevant, live)
+    penalties = _penalties(nodes, edges, parametric)
+    return Graph(nodes, edges, relevant, live, penalties)
 
 
 def _postorder(roots: list[Node]) -> tuple[list[Node], dict[Node, Edges]]:
@@ -106,13 +110,58 @@ def parametric_nodes(nodes: Iterable[Node], edges: Mapping[Node, Edges]) -> set[
     return parametric
 
 
+def _penalties(
+    nodes: list[Node], edges: dict[Node, Edges], parametric: set[Node]
+) -> set[Node]:
+    """Return the nodes on the way from parameters to single numbers.
+
+    They tie no channels, as without some of them the number is just another one. That
+    holds as long as nothing else meets the parameter, be it a constant of its shape.
+    """
+    readers: dict[Node, list[Node]] = {}
+    for node in nodes:
+        for operand, _ in edges[node]:
+            if operand is not None:
+                readers.setdefault(operand, []).append(node)
+    penalties: set[Node] = set()
+    for node in reversed(nodes):  # readers before what they read
+        if node not in parametric or not _reads_one(node, edges[node]):
+            continue
+        if not _shape(node) or all(r in penalties for r in readers.get(node, [])):
+            penalties.add(node)
+    return penalties
+
+
+def _reads_one(node: Node, operands: Edges) -> bool:
+    """Return whether a node reads one tensor, beside numbers, or joins flat ones."""
+    sources = [(n, i) for n, i in operands if n is not None]
+    wide = {(n, i) for n, i in sources if _shape(n, i)}
+    if len(sources) < len(operands) and _number(node) is None:
+        return False  # perhaps a constant of the parameter's shape
+    is_flat = op_name(node) == 'Cat' and len(_shape(node)) == 1
+    return len(wide) <= 1 or is_flat
+
+
+def _shape(node: Node, output: int = 0) -> tuple[int, ...]:
+    """Return the shape of a node's output."""
+    if hasattr(node, 'variable'):
+        return tuple(node.variable.shape)
+    return tuple(node._input_metadata[output].shape)
+
+
 def _times_zero(node: Node) -> bool:
     """Return whether ``node`` multiplies by 0, as losses do with unused tensors."""
+    return op_name(node) == 'Mul' and _number(node) == 0.0
+
+
+def _number(node: Node) -> float | None:
+    """Return the number that ``node`` multiplies or divides by, if it is one."""
     # C++ code that multiplies by a number makes a node with one operand.
-    if op_name(node) != 'Mul' or len(node.next_functions) != 2:
-        return False
+    if op_name(node) not in ('Mul', 'Div') or len(node.next_functions) != 2:
+        return None
     (left, _), (right, _) = node.next_functions
-    if left is not None and right is not None:
-        return False
-    factor = node._saved_other if right is None else node._saved_self
-    return factor is not None and factor.dim() == 0 and float(factor) == 0.0
+    if (left is None) == (right is None):
+        return None
+    side = '_saved_other' if right is None else '_saved_self'
+    factor = getattr(node, side, None)
+    return None if factor is None or factor.dim() else float(factor)

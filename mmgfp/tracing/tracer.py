@@ -129,7 +129,7 @@ class _Tracer:
             if node in graph.relevant:
                 values[node] = self._evaluate(node, operands)
             else:
-                if node in graph.live:
+                if node in graph.live and node not in graph.penalties:
                     self._freeze_outputs(operands)
                 shapes = [tuple(m.shape) for m in node._input_metadata]
                 values[node] = [Value(s) for s in shapes]

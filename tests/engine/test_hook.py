@@ -131,7 +131,9 @@ def test_run_meets_its_target_in_the_given_iterations(tmp_path):
 
 
 def test_kept_layers_keep_their_shape(tmp_path):
-    config = small_prune_config(tmp_path, keep=['bbox_head.*', 'backbone.conv1'])
+    config = small_prune_config(
+        tmp_path, keep=['bbox_head.*', 'backbone.conv1'], target=dict(flops=0.8)
+    )
     config.train_cfg.max_iters = 4
     runner = Runner.from_cfg(config)
     runner.train()

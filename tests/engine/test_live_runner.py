@@ -56,7 +56,7 @@ def test_run_with_a_loss_scaler_ends_like_a_masked_one(tmp_path):
     model = dict(type='ToyDetector', double=False, factor=2.0**8)
     results = []
     for every in (None, 1):
-        hook = dict(units_per_step=3, compact_interval=every, target=dict(flops=0.1))
+        hook = dict(units_per_step=3, compact_interval=every, target=dict(flops=0.2))
         folder = tmp_path / f'{every}'
         runner = toy_runner(folder, 12, model=model, hook=hook, optim=optim)
         runner.train()
@@ -122,7 +122,7 @@ def test_model_is_cut_at_decisions_after_so_many_iterations(tmp_path, every, exp
     def note(runner):
         sizes.append(parameters_in(runner.model))
 
-    hook = dict(compact_interval=every, target=dict(flops=0.05))
+    hook = dict(compact_interval=every, target=dict(flops=0.11))
     toy_runner(tmp_path, 9, hook=hook, hooks=[Call(after_train_iter=note)]).train()
     assert [n for n in range(2, 10) if sizes[n - 1] != sizes[n - 2]] == expected
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support.pruning import prepared
 from support.toys import (
     TOYS,
@@ -13,13 +14,17 @@ from support.toys import (
     SharedHead,
     Transposed,
     conv,
+    images,
     toy_loss,
 )
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from mmgfp import GroupFisherPruner
 from mmgfp.discovery.profile import profile_layers
 from mmgfp.discovery.verify import random_units
 from mmgfp.selection.costs import CostTable, RunningCosts
+from mmgfp.utils.errors import ConfigError
 
 
 def costs_of(model, forward, count=1, groups=()):
@@ -137,6 +142,147 @@ def test_savings_depend_on_what_the_neighbours_have_left():
     assert macs[1] == 4 * 64 + 36 * 16 + 45 * 80
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, on 64 and on 16 positions, and a view of a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.small, self.large = conv(4, 4, 1), conv(4, 4, 1)
+        self.large.weight = self.small.weight
+        self.both = nn.Linear(4, 6)
+
+    def forward(self, x):
+        x = self.large(self.small(F.max_pool2d(self.small(x), 2))).mean((2, 3))
+        return F.linear(x, self.both.weight[:2]) + x @ self.both.weight[2:4].t()
+
+
+class Own(nn.Module):
+    """A convolution or a matrix (in, out) with a factor on its weight."""
+
+    def __init__(self, *shape, gain=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+        if gain:
+            self.gain = nn.Parameter(torch.rand(shape[0], 1, 1, 1) + 0.5)
+        self.register_buffer('factor', torch.tensor([0.1]))
+
+    def forward(self, x):
+        weight = self.weight * getattr(self, 'gain', self.factor)
+        if weight.dim() == 2:
+            return x @ weight
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+class OwnLayers(nn.Module):
+    """Layers that are none of torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Own(6, 3, 3, 3, gain=True), Own(8, 6, 1, 1)
+        self.third, self.head = Own(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu()).relu().mean((2, 3))
+        return self.head(self.third(x).relu())
+
+
+class Heads(nn.Module):
+    """One matrix for each of two heads; a vector as input."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.Parameter(torch.randn(2, 3, 5))
+        self.last = nn.Linear(5, 4)
+
+    def forward(self, x):
+        y = torch.einsum('nhd,hde->nhe', x[:, :, 0, 0].reshape(-1, 2, 3), self.heads)
+        return self.last(y[0, 0])
+
+
+class Attention(nn.Module):
+    """Learned queries look at positions, 4 heads of a packed projection."""
+
+    def __init__(self, packed=True):
+        super().__init__()
+        self.queries = nn.Embedding(5, 8)
+        width = None if packed else 8
+        options = dict(batch_first=True, kdim=width, vdim=width)
+        self.attention = nn.MultiheadAttention(8, 4, **options)
+
+    def forward(self, x):
+        x = x.flatten(2).transpose(1, 2)  # (N, 64, 8)
+        queries = self.queries.weight.expand(len(x), 5, 8)
+        return self.attention(queries, x, x, need_weights=False)[0]
+
+
+def normed():
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(conv(4, 5, 1)),
+        nn.utils.parametrizations.spectral_norm(conv(5, 6, 1)),
+    )
+
+
+@pytest.mark.parametrize(
+    ('model', 'channels', 'macs', 'memory'),
+    [
+        # small on 64 + 16 positions and large on 16; two halves of both's first rows
+        (Tied, 4, 16 * 96 + 2 * 8, 4 * 96 + 2 * 2),
+        (OwnLayers, 3, (162 + 48) * 64 + 64 + 16, (6 + 8) * 64 + 8 + 2),
+        # two images give two rows, the vector is one row for both
+        (Heads, 6, 30 + 10, 10 + 2),
+        # queries on 5 rows, keys and values on 64 each, out on 5
+        *(
+            (toy, 8, 64 * (5 + 64 + 64 + 5), 8 * (5 + 64 + 64 + 5))
+            for toy in (Attention, lambda: Attention(packed=False))
+        ),
+        (normed, 4, (20 + 30) * 64, 11 * 64),
+        # gates: 4·5 rows that read 64 inputs and 5 states, for 8 steps
+        (lambda: nn.Sequential(nn.Flatten(2), nn.LSTM(64, 5)), 8, 20 * 69 * 8, 320),
+    ],
+)
+@pytest.mark.parametrize('training', [True, False])
+def test_what_runs_counts_whoever_calls_it(model, channels, macs, memory, training):
+    x, model = torch.rand(2, channels, 8, 8), model().train(training)
+    totals = costs_of(model, lambda m: m(x), 2).totals(np.zeros(0))
+    assert (totals['macs'], totals['memory']) == (macs, memory)
+
+
+@pytest.mark.parametrize('toy', [*TOYS, Loop, Tied, OwnLayers, normed])
+def test_macs_are_those_of_the_flop_counter(toy):
+    model, x = toy(), images()
+    if toy in (Tied, normed):
+        x = torch.rand(2, 4, 8, 8)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    totals = costs_of(model, lambda m: m(x), 2).totals(np.zeros(0))
+    assert totals['macs'] * 2 * 2 == counter.get_total_flops()
+
+
+@pytest.mark.parametrize('shape', [(3, 6), (3, 7, 6)])
+def test_rows_count_for_own_layers_too(shape):
+    """Rows of a part that works on RoIs count as declared, however many come."""
+    head = nn.ModuleDict(dict(roi=nn.Sequential(Own(6, 4), nn.Linear(4, 2))))
+    profiles = profile_layers(head, lambda m: m.roi(torch.ones(shape)), 2, {'roi': 512})
+    positions = 512 * (shape[1] if len(shape) > 2 else 1)
+    for name in ('roi.0.weight', 'roi.1.weight'):
+        assert profiles[name].macs_positions == pytest.approx(positions, rel=1e-12)
+
+
+def test_products_of_activations_are_mentioned(caplog):
+    model, x = Attention(), torch.rand(2, 8, 8, 8)
+    costs_of(model, lambda m: m(x), 2)
+    # scores and their use: 5·64 pairs of 8 channels, twice; 138·64 of weights
+    assert '5.12e+03 of 1.4e+04 multiply-accumulates multiply no param' in caplog.text
+
+
+@pytest.mark.parametrize('cost', ['flops', 'memory'])
+def test_a_cost_of_zero_is_no_target(cost):
+    pruner = GroupFisherPruner(ConvPair(), target={cost: 0.5})
+    words = rf'target\.{cost} must be of a cost that the model has \(got 0\.5 of 0\)'
+    with pytest.raises(ConfigError, match=words):
+        pruner.prepare(toy_loss, toy_loss, 2, profiles={})
+
+
 def test_flops_is_another_word_for_macs():
     totals = costs_of(nn.Sequential(nn.Linear(5, 3)), lambda m: m(torch.zeros(1, 5)))
     totals = totals.totals(np.zeros(0))
@@ -144,7 +290,7 @@ def test_flops_is_another_word_for_macs():
 
 
 @pytest.mark.parametrize('seed', range(3))
-@pytest.mark.parametrize('toy', [*TOYS, Loop])
+@pytest.mark.parametrize('toy', [*TOYS, Loop, OwnLayers])
 def test_arithmetic_equals_measurement(toy, seed):
     """Totals without random units are those of the compact model."""
     pruner, rng = prepared(toy()), np.random.default_rng(seed)

@@ -307,6 +307,72 @@ def test_optimizer_with_other_state_is_refused_and_nothing_changes():
     live.train(2)  # goes on with masks
 
 
+class Flat(torch.optim.SGD):
+    """An optimizer that keeps a list of its own."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.every = list(self.param_groups[0]['params'])
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer that lets another one step, as SAM does."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+        self.base = torch.optim.Adam(self.param_groups, lr)
+        self.param_groups = self.base.param_groups
+
+    def step(self, closure=None):
+        self.base.step()
+
+
+@pytest.mark.parametrize('optimizer', [torch.optim.LBFGS, Wrapper])
+def test_optimizers_with_lists_and_others_inside_train_all_that_is_there(optimizer):
+    live = Training(units_per_step=5, live=False)
+    live.prepare().train(2)
+    optimizer = optimizer(live.model.parameters(), lr=0.1)
+    if isinstance(optimizer, Wrapper):
+        optimizer.step()
+    live.pruner.compact_([optimizer])
+    before = {n: p.clone() for n, p in live.model.named_parameters()}
+
+    def closure():
+        optimizer.zero_grad()
+        loss = live.loss(live.model)
+        loss.backward()
+        return loss
+
+    closure()
+    optimizer.step(closure)
+    for name, parameter in live.model.named_parameters():
+        assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ('optimizer', 'what'),
+    [(torch.optim.LBFGS, r'[a-z_]+ of LBFGS'), (Flat, 'every of Flat, for several')],
+)
+@pytest.mark.parametrize('frozen', [True, False])
+def test_optimizers_with_state_of_many_parameters_are_refused(optimizer, what, frozen):
+    live = Training(units_per_step=5, live=False)
+    live.prepare()
+    parameters = list(live.model.parameters())
+    if frozen:  # a parameter that stays as it is comes first
+        parameters.insert(0, nn.Parameter(torch.ones(1, dtype=torch.float64)))
+    optimizer = optimizer(parameters, lr=1e-3)
+    live.train(2)
+
+    def closure():
+        loss = live.loss(live.model)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(ConfigError, match=rf'optimizer must be one .*\(got {what}'):
+        live.pruner.compact_([optimizer])
+
+
 def test_optimizer_of_a_share_of_the_parameters_is_refused():
     class ZeroRedundancyOptimizer(torch.optim.SGD):
         pass

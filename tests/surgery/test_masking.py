@@ -1,14 +1,18 @@
 """Masks: zeroed input columns stay at zero while everything else trains."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from mmengine.runner.checkpoint import load_state_dict
 from support.pruning import prepared
 from support.toys import TOYS, ConvPair, TinyDetector, Transposed, toy_loss
 from torch import nn
 
 from mmgfp.discovery.verify import random_units
 from mmgfp.surgery.masking import ColumnMask
+from mmgfp.utils.errors import ConfigError
 
 OPTIMIZERS = {
     'sgd': lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.1),
@@ -149,6 +153,50 @@ def test_update_touches_only_what_changed():
     masked = [n for n, h in hooks.items() if h]
     assert masked == ['cls_tower.weight', 'reg_tower.weight']
     assert all(len(hooks[n]) == 1 for n in masked)
+
+
+@pytest.mark.parametrize(
+    'load',
+    [
+        lambda model, state: model.load_state_dict(state),
+        lambda model, state: nn.ModuleDict(dict(x=model)).load_state_dict(
+            {f'x.{n}': t for n, t in state.items()}
+        ),
+        lambda model, state: [
+            m.load_state_dict(
+                {k[len(n) + 1 :]: t for k, t in state.items() if k.startswith(f'{n}.')}
+            )
+            for n, m in model.named_children()
+        ],
+        lambda model, state: load_state_dict(model, state),
+    ],
+    ids=['model', 'wrapper', 'parts', 'mmengine'],
+)
+def test_loaded_weights_are_masked_at_once(load):
+    pruner = prepared(TinyDetector().double())
+    other = TinyDetector().double().state_dict()
+    copied = copy.deepcopy(pruner.model)
+    pruner.track_copy(copied)
+    drop_random_units(pruner)
+    pruner.units.masks[1].update(pruner.units.kept)
+    for model in (pruner.model, copied):
+        load(model, other)
+    assert not columns(pruner).any()
+    state = pruner.model.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in copied.state_dict().items())
+    twin = copy.deepcopy(pruner.model)  # no copy is masked that isn't tracked
+    pruner.close()
+    for model in (pruner.model, twin):
+        load(model, other)
+        state = model.state_dict()
+        assert all(torch.equal(t, state[n]) for n, t in other.items())
+
+
+def test_parameters_that_are_replaced_in_loading_are_refused():
+    pruner = prepared(ConvPair().double())
+    state = ConvPair().double().state_dict()
+    with pytest.raises(ConfigError, match='load_state_dict must .*; load without as'):
+        pruner.model.load_state_dict(state, assign=True)
 
 
 def test_full_mask_touches_nothing():
