@@ -8,8 +8,7 @@ add up to: the gradients of a mask are those of the weights that it scales. What
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +59,7 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-@dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """One tapped call of a layer.
 
     Attributes:
@@ -287,9 +285,10 @@ class MaskGradientTap:
             return Lost('the features of its RoIs need no gradient')
         return rows
 
-    @torch.no_grad()
     def add(self, call: _Call, x: Tensor, grad: Tensor) -> None:
         """Add one call's mask gradients to the layer's sum."""
+        if torch.is_grad_enabled():  # under `create_graph=True`
+            x, grad = x.detach(), grad.detach()
         if not (call.again or self._reaches_parameters()):
             return
         layer, rows = call.layer, call.rows
