@@ -21,6 +21,7 @@ from mmgfp.tracing import (
     RowUse,
     Trace,
     trace_loss,
+    watch_buffers,
     watch_rows,
     watch_widths,
 )
@@ -108,6 +109,7 @@ def trace_model(
         watch_rows(model) as calls,
         watch_entries(model) as entries,
         watch_widths(model, has_attribute_rule) as widths,
+        watch_buffers(model),
         watch_outputs(model) as outputs,
     ):
         value = loss(model)

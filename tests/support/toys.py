@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mmgfp.discovery.grouping import build_groups
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.surgery.structure import PruneStructure, shapes_of
-from mmgfp.tracing import Trace, trace_loss
+from mmgfp.tracing import Trace, trace_loss, watch_buffers
 from mmgfp.utils.trial_runs import all_parameters_require_grad, undisturbed
 
 
@@ -40,7 +40,7 @@ def toy_loss(model: nn.Module, count: int = 2) -> Tensor:
 
 def traced(model: nn.Module, loss=toy_loss, strict: bool = False) -> Trace:
     """Trace ``loss(model)``."""
-    with undisturbed(model), all_parameters_require_grad(model):
+    with undisturbed(model), all_parameters_require_grad(model), watch_buffers(model):
         return trace_loss(model, loss(model), strict)
 
 
