@@ -117,7 +117,11 @@ def layer(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Hand on the activation's rows; one that needs no gradient is taken for images."""
     position = LAYER_OPS.get(ctx.op, (0,))[0]
     if ctx.node.next_functions[position][0] is not None:
-        return same(ctx, [operands[position]])
+        state = operands[position]
+        if ctx.op == 'NativeLayerNorm' and isinstance(state, Aside):
+            others = len(ctx.shape) - len(ctx.saved('normalized_shape'))
+            state = state if state.dim < others else Lost(state.reason)
+        return same(ctx, [state])
     if len(ctx.shape) == 2:  # rows that a FC layer may have flattened
         return Lost(f'what {ctx.op} reads needs no gradient')
     return Rows(_count(ctx))
