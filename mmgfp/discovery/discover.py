@@ -208,10 +208,12 @@ def _report(failures: Sequence[Disagreement], strict: bool) -> None:
     for failure in failures:
         members = ', '.join(f'{m.name}[{m.dim}]' for m in failure.group.members)
         logger.warning(
-            'group %s is left alone, since %s (%s); its members: %s',
+            'group %s is left alone, since %s (%s); %s; its members: %s',
             failure.group.name,
             DISAGREES,
             failure.reason,
+            'where code counts these channels in an attribute, register_attributes '
+            'lets it follow (docs/op-rules.md)',
             members,
         )
     if strict:

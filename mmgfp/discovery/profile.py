@@ -42,15 +42,15 @@ def profile_layers(
 
     def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         name = names[module]
-        out_dim = output_dim(module)
+        # It uses each weight at each input position; conv groups go from dimension 0.
+        is_transposed = output_dim(module) == 1
+        out_dim = int(is_transposed and module.groups == 1)
         out_positions = output.numel() / module.weight.shape[out_dim]
-        macs_positions = out_positions
-        if out_dim:  # a transposed convolution uses each weight at each input position
-            macs_positions = args[0].numel() / module.in_channels
+        uses = args[0].numel() / module.in_channels if is_transposed else out_positions
         share = _image_share(name, len(args[0]), images, rows or {})
         so_far = profiles.get(name, LayerProfile(0.0, 0.0))
         profiles[name] = LayerProfile(
-            so_far.macs_positions + macs_positions * share,
+            so_far.macs_positions + uses * share,
             so_far.out_positions + out_positions * share,
             out_dim,
         )

@@ -220,7 +220,8 @@ class _Tracer:
         if self.strict and planes:
             raise TraceError(
                 f'op {op} after {", ".join(layers)} must have a rule (got none); '
-                'register one in mmgfp/tracing/rules (docs/op-rules.md) or trace '
+                'register one in mmgfp/tracing/rules (docs/op-rules.md), call '
+                'register_elementwise for one that works element by element, or trace '
                 'without strict to leave these channels alone'
             )
 

@@ -249,6 +249,19 @@ class Transposed(nn.Module):
         return self.head(self.up(self.stem(x).relu()).relu())
 
 
+class GroupTransposed(nn.Module):
+    """A grouped transposed conv. One group: 3 conv groups, with 2 outputs of stem."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3, 6)
+        self.up = nn.ConvTranspose2d(6, 12, 2, stride=2, groups=3)
+        self.head = conv(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(self.stem(x).relu()).relu())
+
+
 class Scaled(nn.Module):
     """A layer scale. One group: 6 outputs of stem, which take gamma along."""
 
@@ -319,6 +332,7 @@ TOYS = [
     GroupNormHead,
     FlattenLinear,
     Transposed,
+    GroupTransposed,
     Scaled,
     SqueezeExcite,
     TinyDetector,

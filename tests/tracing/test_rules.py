@@ -4,6 +4,7 @@ A new rule needs one line here: a `case` if channels pass through the op, else a
 in `FROZEN`.
 """
 
+import re
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,7 +24,7 @@ from mmgfp.discovery.verify import (
     masked_and_compact,
     random_units,
 )
-from mmgfp.tracing import LABEL_RULES, ROW_RULES
+from mmgfp.tracing import LABEL_RULES, ROW_RULES, register_elementwise
 from mmgfp.tracing.value import op_name
 
 aten = torch.ops.aten
@@ -725,6 +726,39 @@ def test_channels_freeze(words, case):
     (frozen,) = [f for f in grouping.frozen if f.layer == 'a']
     assert words in frozen.reason and frozen.reason.endswith(f' {case.op}')
     assert frozen.channels == 6
+
+
+@pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_stay_with_what_they_read(kind):
+    parts = {'rnn': lambda: kind(6, 6, batch_first=True)}
+    net = Case('', lambda net, y: recur(net.rnn, y), parts=parts).net()
+    grouping = grouped(net)
+    assert not grouping.groups
+    (reason,) = [f.reason for f in grouping.frozen if f.layer == 'a']
+    assert re.search('read or made by (the|a) recurrent layer', reason)
+
+
+def recur(rnn, y):
+    return rnn(y.mean(3).transpose(1, 2))[0].transpose(1, 2)
+
+
+def test_an_elementwise_function_of_ones_own_takes_one_line():
+    class Twice(Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    net = Case('Twice', lambda net, y: Twice.apply(y)).net()
+    assert not grouped(net).groups
+    register_elementwise('Twice')
+    try:
+        assert [g.units for g in grouped(net).groups] == [6]
+    finally:
+        del LABEL_RULES['Twice']
 
 
 def test_every_rule_is_tested():
