@@ -240,34 +240,32 @@ def test_rois_of_an_image_are_summed_before_the_square(net):
     assert importance_of(pruner).tolist() == pytest.approx([2792, 160])
 
 
-@pytest.mark.parametrize('first', [False, True])
-def test_sequences_are_summed_before_the_square(images, first):
-    """Whether the images come first, (N, L, C), or the positions, (L, N, C)."""
-    net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False))
-    net[0].weight.data[:] = torch.tensor([[1.0], [2]])
-    net[1].weight.data[:] = torch.tensor([[5.0, 1]])
-    x = images.flatten(2).transpose(1, 2)  # (N, L, C)
-    reader = Module(lambda m, x: m.net(m.one(x).transpose(0, int(first))), net)
-    pruner = GroupFisherPruner(reader, interval=10**6)
-    pruner.prepare(lambda m: m(x).sum(), lambda m: m(x), 2)
-    reader(x).sum().backward()
-    pruner.step()
-    # Each of 4 positions: 5·1 and 5·2 in unit 0, 1·2 and 1·4 in unit 1.
-    expected = [20**2 + 40**2, 8**2 + 16**2]
-    assert pruner.criterion.statistics.importance.tolist() == pytest.approx(expected)
+class Sequences(nn.Module):
+    """Two FC layers on sequences (N, L, C), which they read as (L, N, C) if told so."""
 
-
-class Module(nn.Module):
-    """A net behind a layer, so that its first layer reads rows with a graph."""
-
-    def __init__(self, run, net):
+    def __init__(self, positions_first):
         super().__init__()
-        self.run, self.net = run, net
-        self.one = nn.Linear(1, 1, bias=False)
-        nn.init.ones_(self.one.weight)
+        self.positions_first = positions_first
+        self.layers = nn.ModuleList(
+            nn.Linear(i, o, bias=False) for i, o in ((1, 1), (1, 2), (2, 1))
+        )
+        weights = [1.0], [1.0, 2], [5.0, 1]
+        for layer, values in zip(self.layers, weights, strict=True):
+            layer.weight.data.view(-1)[:] = torch.tensor(values)
 
     def forward(self, x):
-        return self.run(self, x)
+        x = self.layers[0](x)
+        x = x.transpose(0, 1) if self.positions_first else x
+        return self.layers[2](self.layers[1](x))
+
+
+@pytest.mark.parametrize('positions_first', [False, True])
+def test_sequences_are_summed_before_the_square(positions_first):
+    x = BATCH.flatten(2).transpose(1, 2)  # (N, L, C)
+    pruner = prepared(Sequences(positions_first), lambda m: m(x).sum())
+    iterate(pruner, lambda m: m(x).sum())
+    # At each of 4 positions unit 0 gives 5·1 and 5·2, unit 1 gives 1·2 and 1·4.
+    assert importance_of(pruner).tolist() == [20**2 + 40**2, 8**2 + 16**2]
 
 
 def test_what_reads_unknown_rows_is_frozen_with_the_reason(net):
