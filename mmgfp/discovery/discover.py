@@ -21,6 +21,7 @@ from mmgfp.tracing import (
     RowUse,
     Trace,
     trace_loss,
+    watch_buffers,
     watch_rows,
     watch_widths,
 )
@@ -108,6 +109,7 @@ def trace_model(
         watch_rows(model) as calls,
         watch_entries(model) as entries,
         watch_widths(model, has_attribute_rule) as widths,
+        watch_buffers(model),
         watch_outputs(model) as outputs,
     ):
         value = loss(model)
@@ -206,10 +208,12 @@ def _report(failures: Sequence[Disagreement], strict: bool) -> None:
     for failure in failures:
         members = ', '.join(f'{m.name}[{m.dim}]' for m in failure.group.members)
         logger.warning(
-            'group %s is left alone, since %s (%s); its members: %s',
+            'group %s is left alone, since %s (%s); %s; its members: %s',
             failure.group.name,
             DISAGREES,
             failure.reason,
+            'where code counts these channels in an attribute, register_attributes '
+            'lets it follow (docs/op-rules.md)',
             members,
         )
     if strict:

@@ -161,6 +161,8 @@ def _randomize_vectors(model: nn.Module) -> None:
     comes before it.
     """
     generator = torch.Generator().manual_seed(0)
+    buffers = {name for name, _ in model.named_buffers()}
+    affine = ('weight', 'bias', 'gamma', 'beta')
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.dim() != 1 or not tensor.is_floating_point():
             continue
@@ -170,6 +172,8 @@ def _randomize_vectors(model: nn.Module) -> None:
             tensor.mul_(noise + 0.5).clamp_(min=1e-3)
         elif name.endswith('running_mean'):
             tensor.add_((noise - 0.5) * 0.2)
+        elif name in buffers and not name.endswith(affine):
+            tensor.mul_(noise + 0.5)  # which may be a variance, or must stay zero
         else:
             positive = name.endswith(('weight', 'gamma'))
             tensor.copy_(noise + 0.5 if positive else (noise - 0.5) * 0.2)

@@ -6,6 +6,7 @@ from mmgfp.tracing.attention import (
     attention_spec,
     update_head_counts,
 )
+from mmgfp.tracing.buffers import watch_buffers
 from mmgfp.tracing.labels import NO_LABEL
 from mmgfp.tracing.registry import (
     LABEL_RULES,
@@ -15,6 +16,7 @@ from mmgfp.tracing.registry import (
     register_rule,
 )
 from mmgfp.tracing.row_use import RowUse, judge_rows, watch_rows
+from mmgfp.tracing.rules.arithmetic import register_elementwise
 from mmgfp.tracing.tracer import Trace, trace_loss
 from mmgfp.tracing.value import Context, LayerCall, Value
 from mmgfp.tracing.widths import watch_widths, width_attributes
@@ -33,10 +35,12 @@ __all__ = [
     'Value',
     'attention_spec',
     'judge_rows',
+    'register_elementwise',
     'register_row_rule',
     'register_rule',
     'trace_loss',
     'update_head_counts',
+    'watch_buffers',
     'watch_rows',
     'watch_widths',
     'width_attributes',

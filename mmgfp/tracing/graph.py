@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmgfp.tracing.buffers import buffer_name
 from mmgfp.tracing.rules.layers import LAYER_OPS
 from mmgfp.tracing.value import op_name
 
@@ -96,16 +97,22 @@ def parametric_nodes(nodes: Iterable[Node], edges: Mapping[Node, Edges]) -> set[
     """Return the nodes that depend on parameters and on nothing else in the graph.
 
     A layer's result is never among them: it may depend on images, which need no
-    gradient and so are not in the graph.
+    gradient and so are not in the graph. Buffers do not count as parameters, nor
+    against them.
     """
     parametric: set[Node] = set()
+    constant: set[Node] = set()
     for node in nodes:
         if op_name(node) in LAYER_OPS:
             continue
-        operands = [n for n, _ in edges[node] if n is not None]
-        if hasattr(node, 'variable') or (
-            operands and all(n in parametric for n in operands)
-        ):
+        if hasattr(node, 'variable'):
+            is_buffer = buffer_name(node.variable) is not None
+            (constant if is_buffer else parametric).add(node)
+            continue
+        operands = {n for n, _ in edges[node] if n is not None}
+        if operands and operands <= constant:
+            constant.add(node)
+        elif operands and operands <= parametric | constant:
             parametric.add(node)
     return parametric
 

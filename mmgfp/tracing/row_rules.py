@@ -14,23 +14,34 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mmgfp.tracing.labels import relax, varying
 from mmgfp.tracing.registry import register_row_rule
 from mmgfp.tracing.row_values import Aside, Lost, Rows, RowState
-from mmgfp.tracing.rules.arithmetic import BATCH_NORM_OPS, ROI_POOL_OPS
+from mmgfp.tracing.rules.arithmetic import (
+    BATCH_NORM_OPS,
+    ELEMENTWISE_OPS,
+    ROI_POOL_OPS,
+)
 from mmgfp.tracing.rules.layers import LAYER_OPS
 from mmgfp.tracing.rules.reductions import REDUCTION_OPS
-from mmgfp.tracing.value import Context
+from mmgfp.tracing.rules.shapes import keeps_elements
+from mmgfp.tracing.value import Context, reshape_plane
 
-#: Ops that may bring `Aside` rows back, as when attention tells q, k and v apart. All
+#: Ops that see dimensions split and joined.
+VIEW_OPS = ('View', 'UnsafeView', 'ReshapeAlias', 'Squeeze', 'Unsqueeze')
+#: Ops that can follow `Aside` rows, as when attention tells q, k and v apart. All
 #: others are given them as lost.
-ASIDE_OPS = ('Permute', 'Transpose', 'T', 'Select', 'Unbind')
+ASIDE_OPS = frozenset(
+    ('Permute', 'Transpose', 'T', 'Select', 'Unbind', 'NativeLayerNorm', *VIEW_OPS)
+    + (*ELEMENTWISE_OPS, *BATCH_NORM_OPS, *REDUCTION_OPS)
+)
 
 
 def _dense(ctx: Context, rows: Rows) -> Tensor:
     """Return the image of each row, (R,), where `Rows.index` may be None."""
     if rows.index is not None:
         return rows.index
-    return torch.arange(rows.images, device=ctx.node._input_metadata[0].device)
+    return torch.arange(rows.images, device=_device(ctx))
 
 
 def same(ctx: Context, operands: Sequence[RowState]) -> RowState:
@@ -38,6 +49,8 @@ def same(ctx: Context, operands: Sequence[RowState]) -> RowState:
     states = [o for o in operands if o is not None]
     if not states:
         return None
+    if any(isinstance(o, Aside) for o in states):
+        return _same_aside(ctx, states)
     fitting = [o for o in states if isinstance(o, Rows) and len(o) == _count(ctx)]
     if not fitting:
         lost = [o for o in states if isinstance(o, Lost)]
@@ -50,6 +63,38 @@ def same(ctx: Context, operands: Sequence[RowState]) -> RowState:
         ):
             return Lost(f'rows of different images are combined by {ctx.op}')
     return first
+
+
+def _same_aside(ctx: Context, states: Sequence[RowState]) -> RowState:
+    """Rows along another dimension keep their places; operands must agree on them."""
+    first, *others = sorted(states, key=lambda o: not isinstance(o, Aside))
+    assert isinstance(first, Aside)
+    agree = all(
+        isinstance(o, Aside)
+        and o.dim == first.dim
+        and torch.equal(_dense(ctx, o.rows), _dense(ctx, first.rows))
+        for o in others
+        if type(o) is not Lost
+    )
+    length = ctx.shape[first.dim] if first.dim < len(ctx.shape) else 0
+    if agree and length == len(first.rows):
+        return first
+    return Lost(first.reason)
+
+
+def _placed(ctx: Context, rows: Rows, dim: int, reason: str) -> RowState:
+    """Return the state of ``rows`` that lie along ``dim`` of the first result."""
+    if dim:
+        return Aside(reason, rows, dim)
+    in_order = len(rows) == rows.images and torch.equal(
+        _dense(ctx, rows), torch.arange(rows.images, device=_device(ctx))
+    )
+    return replace(rows, index=None) if in_order else rows
+
+
+def _device(ctx: Context) -> torch.device:
+    device: torch.device = ctx.node._input_metadata[0].device
+    return device
 
 
 def _count(ctx: Context) -> int:
@@ -72,7 +117,11 @@ def layer(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Hand on the activation's rows; one that needs no gradient is taken for images."""
     position = LAYER_OPS.get(ctx.op, (0,))[0]
     if ctx.node.next_functions[position][0] is not None:
-        return same(ctx, [operands[position]])
+        state = operands[position]
+        if ctx.op == 'NativeLayerNorm' and isinstance(state, Aside):
+            others = len(ctx.shape) - len(ctx.saved('normalized_shape'))
+            state = state if state.dim < others else Lost(state.reason)
+        return same(ctx, [state])
     if len(ctx.shape) == 2:  # rows that a FC layer may have flattened
         return Lost(f'what {ctx.op} reads needs no gradient')
     return Rows(_count(ctx))
@@ -98,10 +147,12 @@ def checkpoint(ctx: Context, operands: Sequence[RowState]) -> RowState:
     return Lost('rows may be moved in a checkpointed part that it comes from')
 
 
-@register_row_rule('View', 'UnsafeView', 'ReshapeAlias', 'Squeeze', 'Unsqueeze')
+@register_row_rule(*VIEW_OPS)
 def view(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Cut rows into equal parts, or join parts of one image."""
     (rows,) = operands
+    if isinstance(rows, Aside):
+        return _reshaped(ctx, rows.rows, rows.dim)
     if not isinstance(rows, Rows) or len(rows) == _count(ctx):
         return rows
     before, after = len(rows), _count(ctx)
@@ -113,7 +164,25 @@ def view(ctx: Context, operands: Sequence[RowState]) -> RowState:
         parts = index.reshape(after, -1)  # (R', R / R')
         if bool((parts == parts[:, :1]).all()):
             return rows.moved(parts[:, 0])
-    return Lost(f'rows of several images are joined by {ctx.op}')
+    return _reshaped(ctx, rows, 0)
+
+
+def _reshaped(ctx: Context, rows: Rows, dim: int) -> RowState:
+    """Follow rows along ``dim`` through a view to the dimension that tells images.
+
+    So do (N, C, ...) seen as (1, N C, ...), as instance norms see it, and (L, N, C)
+    seen as (L N, C), as layers see sequences.
+    """
+    node, output = ctx.node.next_functions[0]
+    source = tuple(node._input_metadata[output].shape)
+    shape = [-1 if d == dim else 1 for d in range(len(source))]
+    images = _dense(ctx, rows).reshape(shape)
+    images = relax(reshape_plane(images, source, ctx.shape))
+    dims, reason = varying(images), f'rows of several images are joined by {ctx.op}'
+    if len(dims) != 1:
+        return Lost(reason)
+    (dim,) = dims
+    return _placed(ctx, rows.moved(images.reshape(-1)), dim, reason)
 
 
 @register_row_rule('Permute', 'Transpose', 'T')
@@ -256,27 +325,42 @@ def stack(ctx: Context, operands: Sequence[RowState]) -> RowState:
 @register_row_rule(
     'Gather', 'Sort', 'Topk', 'Scatter', 'ScatterAdd',
     'ScatterReduce', 'IndexAdd', 'Cumsum', 'Cumprod', 'Cummax', 'Cummin', 'Softmax',
-    'LogSoftmax', 'SafeSoftmax', 'Kthvalue',
+    'LogSoftmax', 'SafeSoftmax',
 )  # fmt: skip
 def along(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Lose rows where the op works along them."""
     return _unless(_dims(ctx, 'dim') == (0,), ctx, operands)
 
 
-@register_row_rule('Roll', 'AsStrided', 'Unfold', 'MaskedSelect')
+@register_row_rule(
+    'Roll', 'Unfold', 'MaskedSelect', 'Rot90', 'Diagonal', 'FftR2C', 'FftC2R', 'FftC2C'
+)
 def shift(ctx: Context, operands: Sequence[RowState]) -> RowState:
-    """Lose rows where they are shifted or interleaved."""
-    dims = _dims(ctx, 'dims')
+    """Lose rows where they are shifted, interleaved or mixed."""
+    dims = _dims(ctx, 'dims', 'dim', 'dim1', 'dim2', 'dimension')
     return _unless(not dims or 0 in dims, ctx, operands)
+
+
+@register_row_rule('AsStrided')
+def restride(ctx: Context, operands: Sequence[RowState]) -> RowState:
+    """Keep rows where all elements stay where they are."""
+    return _unless(not keeps_elements(ctx), ctx, operands)
 
 
 @register_row_rule(*REDUCTION_OPS)
 def reduce(ctx: Context, operands: Sequence[RowState]) -> RowState:
     """Keep rows unless they are reduced: the result is of no single image then."""
     dims = _dims(ctx, 'dim')
-    if not dims or 0 in dims:
+    state = operands[0]
+    dim = state.dim if isinstance(state, Aside) else 0
+    if not dims or dim in dims:
         return None
-    return same(ctx, operands[:1])
+    if not isinstance(state, Aside):
+        return same(ctx, operands[:1])
+    node, output = ctx.node.next_functions[0]
+    kept = len(node._input_metadata[output].shape) == len(ctx.shape)
+    dim -= 0 if kept else sum(d < dim for d in dims)
+    return _placed(ctx, state.rows, dim, state.reason)
 
 
 def _unless(moved: bool, ctx: Context, operands: Sequence[RowState]) -> RowState:

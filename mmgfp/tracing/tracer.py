@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mmgfp.tracing.attention import attention_owners
 from mmgfp.tracing.averaged_copies import averaged_copy_tensors, couple_averaged_copies
+from mmgfp.tracing.buffers import KEY, buffer_name, channel_dim
 from mmgfp.tracing.graph import Graph, Node, read_graph
-from mmgfp.tracing.labels import LabelTable
+from mmgfp.tracing.labels import LabelTable, varying
 from mmgfp.tracing.rules import LABEL_RULES
 from mmgfp.tracing.value import Context, LayerCall, Value, op_name, planes_of
 from mmgfp.tracing.widths import Outputs, width_labels
@@ -133,6 +134,7 @@ class _Tracer:
                     self._freeze_outputs(operands)
                 shapes = [tuple(m.shape) for m in node._input_metadata]
                 values[node] = [Value(s) for s in shapes]
+        self._freeze_recurrent()
         couple_averaged_copies(self.table, averaged_copy_tensors(self.model))
         counted = width_labels(self.model, widths, values)
         return Trace(self.table, self.calls, self.shapes, self.unknown_ops, counted)
@@ -155,22 +157,36 @@ class _Tracer:
             self._freeze_unknown(op_name(node), operands)
             return [Value(s) for s in shapes]
         result = rule(ctx, operands)
+        self._tie_buffers(node, result)
         if isinstance(result, Value):
             # Further outputs, such as a pool's indices, are for backward alone.
             return [result] + [Value(s) for s in shapes[1:]]
         return result
 
+    def _tie_buffers(self, node: Node, result: Value | list[Value]) -> None:
+        """Let the buffers of a norm follow the channels of its result."""
+        names = node.metadata.get(KEY, ())
+        for plane in result.planes if names and isinstance(result, Value) else ():
+            for name in names:
+                if varying(plane) == {1} and self.shapes.get(name) == plane.shape[1:2]:
+                    vector = self.table.vector(name, 0, plane.shape[1])
+                    self.table.equate(plane.reshape(-1), vector)
+
     def _leaf(self, tensor: Tensor) -> Value:
-        """Label a parameter with one plane per dimension."""
+        """Label a parameter with one plane per dimension, a buffer along its channels.
+
+        A buffer's value counts as computed from parameters: it has no rows of images.
+        """
         shape = tuple(tensor.shape)
-        name = self.parameters.get(id(tensor))
+        buffer = buffer_name(tensor)
+        name = self.parameters.get(id(tensor), buffer)
         if name is None:  # a leaf that the model does not own cannot be resized
             return Value(shape)
         planes = []
         for dim, size in enumerate(shape):
             # A plane of size 1 would say that labels do not depend on the dimension;
             # a single channel could not go anyway.
-            if size > 1:
+            if size > 1 and (buffer is None or dim == channel_dim(shape)):
                 vector = self.table.vector(name, dim, size)
                 planes.append(
                     vector.reshape([-1 if d == dim else 1 for d in range(len(shape))])
@@ -184,6 +200,16 @@ class _Tracer:
                     plane, 'an output: reaches the loss without a further layer'
                 )
 
+    def _freeze_recurrent(self) -> None:
+        """Freeze recurrent layers, whose code relies on the widths of all gates."""
+        recurrent = (nn.RNNBase, nn.RNNCellBase)
+        modules = {n for n, m in self.model.named_modules() if isinstance(m, recurrent)}
+        for (name, _), labels in self.table.vectors.items() if modules else ():
+            module = name.rpartition('.')[0]
+            if module in modules:
+                what = type(self.model.get_submodule(module)).__name__
+                self.table.freeze(labels, f'read or made by the recurrent layer {what}')
+
     def _freeze_unknown(self, op: str, operands: list[Value | None]) -> None:
         planes = [plane for value in operands for plane in planes_of(value)]
         layers = self.unknown_ops.setdefault(op, [])
@@ -194,7 +220,8 @@ class _Tracer:
         if self.strict and planes:
             raise TraceError(
                 f'op {op} after {", ".join(layers)} must have a rule (got none); '
-                'register one in mmgfp/tracing/rules (docs/op-rules.md) or trace '
+                'register one in mmgfp/tracing/rules (docs/op-rules.md), call '
+                'register_elementwise for one that works element by element, or trace '
                 'without strict to leave these channels alone'
             )
 

@@ -156,6 +156,13 @@ class Context:
                 unmixed.append(plane)
         return unmixed
 
+    def is_constant(self, value: Value | None) -> bool:
+        """Return whether ``value`` is computed from buffers alone."""
+        if value is None or not (value.from_parameters and value.planes):
+            return False
+        names = {name for p in value.planes for name in self.table.owners(p)}
+        return names <= set(self.buffers.values())
+
     def attention_owner(self, plane: Tensor) -> AttentionOwner | None:
         """Return the attention module whose layers made all channels of ``plane``."""
         names = self.table.owners(plane)

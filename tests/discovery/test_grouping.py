@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-import torchvision
 from support.toys import (
     Concat,
     ConvPair,
@@ -344,7 +343,8 @@ def test_a_zero_padded_shortcut(pad, stem, alone):
 
 def test_constants_as_wide_as_the_channels_fail_verification():
     """What is no operand in the graph shows when the compact network runs."""
-    net = normed(torchvision.ops.FrozenBatchNorm2d(6))
+    mask = torch.ones(6, 1, 1, dtype=torch.bool)
+    net = normed(Net(lambda net, x: x * mask))
     (wrong,) = find_disagreements(net, grouped(net), toy_forward)
     assert wrong.group.name == 'a'
     assert 'must match the size' in wrong.reason

@@ -11,6 +11,7 @@ from support.toys import (
     DepthWise,
     FlattenLinear,
     GroupConv,
+    GroupTransposed,
     SharedHead,
     Transposed,
     conv,
@@ -109,6 +110,12 @@ def test_layer_that_does_not_run_costs_parameters_only():
         (Transposed, 'stem', [(27 + 24) * 64, 64, 28 + 24]),
         # up: 5·4 on 64 inputs, head: 4·9 on 256
         (Transposed, 'up', [20 * 64 + 36 * 256, 256, 20 + 1 + 36]),
+        # stem: 2·27 + 2, up: 2·4·4 + 4 on 64 inputs, head: 4·4·9 on 256
+        (
+            GroupTransposed,
+            'stem',
+            [(54 + 32) * 64 + 144 * 256, 2 * 64 + 4 * 256, 56 + 36 + 144],
+        ),
         # conv: 27 + 1 on 64, fc1: 4 inputs for each of 5 outputs
         (FlattenLinear, 'conv', [27 * 64 + 20, 64, 28 + 20]),
     ],

@@ -49,7 +49,7 @@ def input_units(model: nn.Module, groups) -> dict[str, Tensor]:
             name = member.name.removesuffix('.weight')
             units = found.setdefault(name, torch.full((width,), -1))
             for i, channels in enumerate(member.index):
-                if tied:
+                if tied and not layer.transposed:  # whose weights list inputs first
                     channels = _inputs_of(layer, channels)
                 units[channels] = start + i
         start += group.units

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mmgfp.discovery.grouping import build_groups
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.surgery.structure import PruneStructure, shapes_of
-from mmgfp.tracing import Trace, trace_loss
+from mmgfp.tracing import Trace, trace_loss, watch_buffers
 from mmgfp.utils.trial_runs import all_parameters_require_grad, undisturbed
 
 
@@ -40,7 +40,7 @@ def toy_loss(model: nn.Module, count: int = 2) -> Tensor:
 
 def traced(model: nn.Module, loss=toy_loss, strict: bool = False) -> Trace:
     """Trace ``loss(model)``."""
-    with undisturbed(model), all_parameters_require_grad(model):
+    with undisturbed(model), all_parameters_require_grad(model), watch_buffers(model):
         return trace_loss(model, loss(model), strict)
 
 
@@ -249,6 +249,19 @@ class Transposed(nn.Module):
         return self.head(self.up(self.stem(x).relu()).relu())
 
 
+class GroupTransposed(nn.Module):
+    """A grouped transposed conv. One group: 3 conv groups, with 2 outputs of stem."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3, 6)
+        self.up = nn.ConvTranspose2d(6, 12, 2, stride=2, groups=3)
+        self.head = conv(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.up(self.stem(x).relu()).relu())
+
+
 class Scaled(nn.Module):
     """A layer scale. One group: 6 outputs of stem, which take gamma along."""
 
@@ -319,6 +332,7 @@ TOYS = [
     GroupNormHead,
     FlattenLinear,
     Transposed,
+    GroupTransposed,
     Scaled,
     SqueezeExcite,
     TinyDetector,

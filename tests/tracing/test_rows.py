@@ -79,6 +79,18 @@ KEPT = {
     'set aside and back': lambda x: x.permute(1, 2, 0, 3)[0].transpose(0, 1),
     'parts told apart': lambda x: x.permute(1, 0, 2, 3)[1],
     'parts unbound': lambda x: x.permute(2, 3, 0, 1).unbind(0)[1].unbind(0)[0],
+    'used aside': lambda x: x.transpose(0, 1).relu()[0],
+    'reduced beside': lambda x: x.transpose(0, 1).mean(0),
+    'instance norm': lambda x: nn.InstanceNorm2d(4, affine=True)(x),
+    'pooled in channels_last': lambda x: nn.AdaptiveAvgPool2d(1)(
+        x.contiguous(memory_format=torch.channels_last)
+    ),
+    'sequence first': lambda x: (lambda s: nn.LayerNorm(4)(s + nn.Linear(4, 4)(s)))(
+        x.flatten(2).permute(2, 0, 1)
+    ).transpose(0, 1),
+    'attention': lambda x: nn.MultiheadAttention(4, 2)(
+        *[x.flatten(2).permute(2, 0, 1)] * 3, need_weights=False
+    )[0].mean(0),
     'there and back': lambda x: x.reshape(6, 2, 2, 2).reshape(3, 4, 2, 2),
 }
 
@@ -140,7 +152,18 @@ LOST = {
     'transposed': (lambda x: x.transpose(0, 1), 'moved by Transpose'),
     'permuted': (lambda x: x.permute(1, 0, 2, 3), 'moved by Permute'),
     'picked aside': (lambda x: x.permute(1, 0, 2, 3)[:, 0], 'moved by Permute'),
-    'used aside': (lambda x: x.transpose(0, 1).relu()[0], 'moved by Transpose'),
+    'used aside': (lambda x: x.transpose(0, 1).cumsum(1)[0], 'moved by Transpose'),
+    'two orders aside': (
+        lambda x: (x.transpose(0, 1) + x.flip(0).transpose(0, 1))[0],
+        'moved by Transpose',
+    ),
+    'normalised aside': (
+        lambda x: nn.LayerNorm((3, 2, 2))(x.transpose(0, 1))[0],
+        'moved by Transpose',
+    ),
+    'sheared': (lambda x: x.as_strided(x.shape, x.stride()), 'moved by AsStrided'),
+    'rotated': (lambda x: x.rot90(1, (0, 1)), 'moved by Rot90'),
+    'diagonal': (lambda x: x.diagonal(), 'moved by Diagonal'),
     'matrix': (lambda x: x[..., 0, 0].t(), 'moved by T'),
     'joined': (lambda x: x.reshape(1, 12, 2, 2), 'several images are joined by View'),
     'sorted': (lambda x: x.sort(0)[0], 'moved by Sort'),
@@ -215,6 +238,34 @@ def test_rois_of_an_image_are_summed_before_the_square(net):
     pruner = prepared(net, total)
     iterate(pruner, total)
     assert importance_of(pruner).tolist() == pytest.approx([2792, 160])
+
+
+class Sequences(nn.Module):
+    """Two FC layers on sequences (N, L, C), which they read as (L, N, C) if told so."""
+
+    def __init__(self, positions_first):
+        super().__init__()
+        self.positions_first = positions_first
+        self.layers = nn.ModuleList(
+            nn.Linear(i, o, bias=False) for i, o in ((1, 1), (1, 2), (2, 1))
+        )
+        weights = [1.0], [1.0, 2], [5.0, 1]
+        for layer, values in zip(self.layers, weights, strict=True):
+            layer.weight.data.view(-1)[:] = torch.tensor(values)
+
+    def forward(self, x):
+        x = self.layers[0](x)
+        x = x.transpose(0, 1) if self.positions_first else x
+        return self.layers[2](self.layers[1](x))
+
+
+@pytest.mark.parametrize('positions_first', [False, True])
+def test_sequences_are_summed_before_the_square(positions_first):
+    x = BATCH.flatten(2).transpose(1, 2)  # (N, L, C)
+    pruner = prepared(Sequences(positions_first), lambda m: m(x).sum())
+    iterate(pruner, lambda m: m(x).sum())
+    # At each of 4 positions unit 0 gives 5·1 and 5·2, unit 1 gives 1·2 and 1·4.
+    assert importance_of(pruner).tolist() == [20**2 + 40**2, 8**2 + 16**2]
 
 
 def test_what_reads_unknown_rows_is_frozen_with_the_reason(net):

@@ -4,6 +4,7 @@ A new rule needs one line here: a `case` if channels pass through the op, else a
 in `FROZEN`.
 """
 
+import re
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,7 +24,7 @@ from mmgfp.discovery.verify import (
     masked_and_compact,
     random_units,
 )
-from mmgfp.tracing import LABEL_RULES, ROW_RULES
+from mmgfp.tracing import LABEL_RULES, ROW_RULES, register_elementwise
 from mmgfp.tracing.value import op_name
 
 aten = torch.ops.aten
@@ -41,6 +42,7 @@ class Case:
         entries: What one unit takes of ``a``'s outputs and of the head's inputs.
         also: Further (tensor, dimension) that the unit takes one entry of.
         parts: Layers and parameters that ``run`` uses.
+        widths: Entries that the unit takes of each of ``also``, if not one.
     """
 
     op: str
@@ -49,6 +51,7 @@ class Case:
     entries: tuple[int, int] = (1, 1)
     also: tuple = ()
     parts: dict = field(default_factory=dict)
+    widths: tuple = ()
 
     def net(self):
         """The network, with a head for what ``run`` returns."""
@@ -132,6 +135,7 @@ FUSED_ATTENTION = (
     'ScaledDotProductFlashAttention',
     'ScaledDotProductEfficientAttention',
     'ScaledDotProductCudnnAttention',
+    'ScaledDotProductFusedAttentionOverrideable',
 )
 
 
@@ -198,6 +202,55 @@ def deformed(net, y, parts=1, *masks):
 QUARTETS = dict(units=2, entries=(4, 1), parts={'a': lambda: conv(3, 8)})
 
 
+def transposed(groups, outputs):
+    return nn.ConvTranspose2d(6, outputs, 4, 2, 1, groups=groups)
+
+
+gpu_grid_sample = stand_in(
+    'CudnnGridSampler', lambda ctx, y, g: F.grid_sample(y, g, align_corners=False)
+)
+
+
+class FusedRmsNorm(Function):
+    """Over the last dimension."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx._saved_normalized_shape = y.shape[-1:]
+        return F.rms_norm(y, y.shape[-1:])
+
+
+gpu_rms_norm = FusedRmsNorm.apply
+
+
+def pairs(y):
+    return torch.stack([y, y + 1], -1)
+
+
+def quantised(y):
+    return torch.fake_quantize_per_tensor_affine(y, 0.05, 0, -128, 127)
+
+
+def fractional(y, pool=F.fractional_max_pool3d):
+    torch.manual_seed(0)
+    samples = torch.full((2, y.shape[1], y.dim() - 2), 0.4).to(y)
+    return pool(y, 2, output_size=3, _random_samples=samples)
+
+
+def channels_last(y):
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+UNARY = (
+    'Asinh', 'Atan', 'Ceil', 'Cosh', 'Deg2Rad', 'Erfc', 'Exp2', 'Floor', 'Frac', 'I0',
+    'Rad2Deg', 'Round', 'Sgn', 'Sign', 'Sinc', 'Sinh', 'Trunc',
+)  # fmt: skip
+UNARY_WITHIN_ONE = [
+    ('Acos', torch.acos), ('Asin', torch.asin), ('Atanh', torch.atanh),
+    ('Erfinv', torch.erfinv), ('Logit', lambda y: (y.abs() / 2 + 0.1).logit()),
+]  # fmt: skip
+BINARY = ('Copysign', 'Fmax', 'Fmin', 'Hypot', 'Logaddexp', 'Logaddexp2')
+
 CASES = [
     # Element by element.
     plain('Relu', lambda y: y.relu()),
@@ -242,6 +295,22 @@ CASES = [
     plain('NanToNum', lambda y: y.nan_to_num()),
     plain('Fill', lambda y: torch.fill(y, 1.0)),
     plain('Expand', lambda y: y[:, :, :1].expand(-1, -1, 8, -1)),
+    *(plain(op, getattr(torch, op.lower())) for op in UNARY),
+    *(plain(op, lambda y, f=f: f(y.tanh() * 0.9)) for op, f in UNARY_WITHIN_ONE),
+    *(joined(op, getattr(torch, op.lower())) for op in BINARY),
+    plain('Acosh', lambda y: (y.abs() + 2).acosh()),
+    plain('Log10', lambda y: (y.abs() + 2).log10()),
+    plain('Log2', lambda y: (y.abs() + 2).log2()),
+    plain('Digamma', lambda y: (y.abs() + 2).digamma()),
+    plain('Lgamma', lambda y: (y.abs() + 2).lgamma()),
+    plain('Hardshrink', F.hardshrink),
+    plain('Softshrink', lambda y: F.softshrink(y, 0.1)),
+    plain('Angle', lambda y: y.angle()),
+    plain('Polar', lambda y: torch.polar(y.abs(), y).real),
+    plain('ViewAsReal', lambda y: torch.polar(y.abs(), y).imag),
+    plain('ViewAsComplex', lambda y: torch.view_as_complex(pairs(y)).abs()),
+    plain('FakeQuantizePerTensorAffineCachemask', quantised),
+    joined('Xlogy', lambda y, z: torch.xlogy(y, z.abs() + 1)),
     joined('Add', lambda y, z: y + z),
     joined('Sub', lambda y, z: y - z),
     joined('Mul', lambda y, z: y * z),
@@ -286,6 +355,39 @@ CASES = [
     plain('UpsampleTrilinear3D', lambda y: upsampled(y.unsqueeze(2), 'trilinear')),
     plain('ReflectionPad2D', lambda y: F.pad(y, (1, 1, 1, 1), mode='reflect')),
     plain('ReplicationPad2D', lambda y: F.pad(y, (1, 1, 1, 1), mode='replicate')),
+    plain('AdaptiveMaxPool3D', lambda y: F.adaptive_max_pool3d(volume(y), 2)),
+    plain('FractionalMaxPool2D', lambda y: fractional(y, F.fractional_max_pool2d)),
+    plain('FractionalMaxPool3D', lambda y: fractional(volume(y))),
+    plain('MaxUnpool2D', lambda y: unpooled(y, 2)),
+    plain('MaxUnpool3D', lambda y: unpooled(volume(y), 3)),
+    *(
+        plain(f'{mode}Pad1D', lambda y, m=m: F.pad(y[..., 0], (1, 1), m))
+        for mode, m in (('Reflection', 'reflect'), ('Replication', 'replicate'))
+    ),
+    *(
+        plain(f'{mode}Pad3D', lambda y, m=m: F.pad(volume(y), (1,) * 6, m))
+        for mode, m in (('Reflection', 'reflect'), ('Replication', 'replicate'))
+    ),
+    *(
+        plain(
+            f'Upsample{mode.capitalize()}2DAa',
+            lambda y, mode=mode: F.interpolate(y, size=4, mode=mode, antialias=True),
+        )
+        for mode in ('bilinear', 'bicubic')
+    ),
+    plain(
+        'UpsampleNearestExact1D',
+        lambda y: F.interpolate(y[..., 0], scale_factor=2, mode='nearest-exact'),
+    ),
+    plain(
+        'UpsampleNearestExact3D',
+        lambda y: F.interpolate(volume(y), size=4, mode='nearest-exact'),
+    ),
+    plain(
+        'GridSampler3D',
+        lambda y: F.grid_sample(volume(y), cube_grid(y), align_corners=False),
+    ),
+    plain('CudnnGridSampler', lambda y: gpu_grid_sample(y, grid(y))),
     plain('GridSampler2D', lambda y: F.grid_sample(y, grid(y), align_corners=False)),
     plain('RoIAlignFunction', lambda y: mmcv.ops.roi_align(y, rois(y), 2)),
     plain('RoIPoolFunction', lambda y: gpu_roi_pool(y, rois(y))),
@@ -306,6 +408,15 @@ CASES = [
     plain('Prod', lambda y: y.prod(3)),
     plain('VarMean', lambda y: torch.add(*torch.var_mean(y, (2, 3)))),
     plain('StdMean', lambda y: torch.add(*torch.std_mean(y, (2, 3)))),
+    plain('Nansum', lambda y: y.nanmean((2, 3))),
+    plain('Median', lambda y: y.flatten(2).median(2)[0]),
+    plain('Nanmedian', lambda y: y.nanmedian(3)[0]),
+    plain('Kthvalue', lambda y: y.kthvalue(2, 2)[0]),
+    plain('Mode', lambda y: y.round(decimals=1).mode(3)[0]),
+    plain('FftR2C', lambda y: torch.fft.rfft2(y).abs()),
+    plain('FftC2R', lambda y: torch.fft.irfft2(torch.fft.rfft2(y))),
+    plain('FftC2C', lambda y: torch.fft.ifft(torch.fft.fft(y, dim=3), dim=3).abs()),
+    plain('FusedRmsNorm', lambda y: gpu_rms_norm(y)),
     plain('Softmax', lambda y: y.flatten(2).softmax(-1)),
     plain('LogSoftmax', lambda y: y.log_softmax(2)),
     plain('SafeSoftmax', lambda y: aten._safe_softmax(y, 2)),
@@ -328,6 +439,33 @@ CASES = [
     plain('SplitWithSizes', lambda y: y.split([5, 3], 2)[1]),
     plain('Unbind', lambda y: torch.add(*y[:, :, :2].unbind(2))),
     plain('Flip', lambda y: y.flip(2)),
+    plain('Rot90', lambda y: y.rot90(1, (2, 3))),
+    plain('Tril', lambda y: y.tril()),
+    plain('Triu', lambda y: y.triu()),
+    plain('Diagonal', lambda y: y.diagonal(dim1=2, dim2=3)),
+    plain('Unfold', lambda y: y.unfold(2, 3, 2)),
+    plain('AsStrided', lambda y: F.adaptive_avg_pool2d(channels_last(y), 1)),
+    Case('Glu', lambda net, y: F.glu(y, 1), units=3, entries=(2, 1)),
+    plain('Glu', lambda y: F.glu(y, 2)),
+    Case(
+        'ChannelShuffle',
+        lambda net, y: F.channel_shuffle(y, 2),
+        units=3,
+        entries=(2, 2),
+    ),
+    plain('Convolution', lambda y: depthwise(y)),
+    *(
+        Case(
+            'Convolution',
+            lambda net, y: net.up(y),
+            units=units,
+            entries=(6 // units, outputs // units),
+            also=(('up.weight', 0), ('up.bias', 0)),
+            parts={'up': lambda g=units, o=outputs: transposed(g, o)},
+            widths=(6 // units, outputs // units),
+        )
+        for units, outputs in ((6, 6), (6, 12), (3, 6), (2, 4))
+    ),
     plain('IndexSelect', lambda y: y.index_select(3, torch.tensor([5, 0, 0]))),
     plain('Repeat', lambda y: y.repeat(1, 2, 1, 1), entries=(1, 2)),
     plain('ConstantPadNd', lambda y: F.pad(y, (1, 0, 0, 2))),
@@ -404,6 +542,22 @@ FROZEN = [
     ('MaxPool2DWithIndices', 'positions', lambda y: F.max_pool2d(y.transpose(1, 2), 1)),
     ('Convolution', 'positions', lambda y: y.permute(0, 2, 1, 3)),
     ('Convolution', 'fixed weight', lambda y: F.conv2d(y, torch.ones(5, 6, 1, 1))),
+    ('AsStrided', 'strides', lambda y: y.as_strided(y.shape, y.stride())),
+    ('Rot90', 'moved along', lambda y: y.rot90(2, (1, 2))),
+    ('Diagonal', 'diagonal', lambda y: y.diagonal(dim1=1, dim2=2).mT[..., None]),
+    ('Unfold', 'windows', lambda y: y.unfold(1, 2, 2).flatten(3)),
+    ('FlashAttention', 'an activation', lambda y: whole('FlashAttention', y)),
+    ('EfficientAttention', 'activation', lambda y: whole('EfficientAttention', y)),
+    *(
+        (op, 'recurrent', lambda y, op=op: whole(op, y))
+        for op in (
+            'CudnnRnn',
+            'MiopenRnn',
+            'MkldnnRnnLayer',
+            'ThnnFusedLstmCell',
+            'ThnnFusedGruCell',
+        )
+    ),
     ('Add', 'fixed width', lambda y: y + constant(6, 1, 1)),
     ('Stack', 'fixed width', lambda y: torch.stack([y, constant(2, 6, 8, 8)], 2)),
     ('IndexPut', 'overwritten', lambda y: overwritten(y)),
@@ -438,6 +592,11 @@ FROZEN = [
 ]
 
 
+def whole(op, y):
+    """An op that stands in for one which reads a tensor in its own way."""
+    return stand_in(op, lambda ctx, y: y * 1)(y)
+
+
 def first(y):
     """Indices that pick the first element along any dimension."""
     return torch.zeros_like(y).long()
@@ -463,6 +622,25 @@ def as_offsets(net, y):
 def distances(y, mode):
     points = y.flatten(2).mT  # (N, HW, C)
     return torch.cdist(points, points, compute_mode=f'{mode}_for_euclid_dist')
+
+
+def unpooled(y, dims):
+    pool, unpool = [(F.max_pool2d, F.max_unpool2d), (F.max_pool3d, F.max_unpool3d)][
+        dims - 2
+    ]
+    return unpool(*pool(y, 2, return_indices=True), 2)
+
+
+def volume(y):
+    return y.unsqueeze(2).expand(-1, -1, 8, -1, -1)  # (N, C, 8, H, W)
+
+
+def cube_grid(y):
+    return torch.zeros(2, 3, 3, 3, 3).to(y)
+
+
+def depthwise(y):
+    return F.conv2d(y, y.new_ones(y.shape[1], 1, 3, 3), groups=y.shape[1])
 
 
 def framed(y):
@@ -513,7 +691,8 @@ def test_channels_pass(case):
     reader = next(m.name for m in first.members if m.role == 'in')
     expected = {('a.weight', 0): made, ('a.bias', 0): made, (reader, 1): read}
     assert first.units == case.units
-    assert widths(first) == expected | dict.fromkeys(case.also, 1)
+    also = case.widths or (1,) * len(case.also)
+    assert widths(first) == expected | dict(zip(case.also, also, strict=True))
 
     kept = random_units(grouping.groups, 0.3, np.random.default_rng(0))
     assert disagreement(net, grouping.groups, kept, lambda net: net(x)) is None
@@ -533,14 +712,6 @@ def test_masks_do_something(case):
 FROZEN_CASES = [
     *((words, plain(op, run)) for op, words, run in FROZEN),
     ('as offsets', Case('DeformConv2dFunction', as_offsets)),
-    (
-        'grouped transposed',
-        Case(
-            'Convolution',
-            lambda net, y: net.up(y),
-            parts={'up': lambda: nn.ConvTranspose2d(6, 6, 1, groups=3)},
-        ),
-    ),
 ]
 
 
@@ -555,6 +726,39 @@ def test_channels_freeze(words, case):
     (frozen,) = [f for f in grouping.frozen if f.layer == 'a']
     assert words in frozen.reason and frozen.reason.endswith(f' {case.op}')
     assert frozen.channels == 6
+
+
+@pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_stay_with_what_they_read(kind):
+    parts = {'rnn': lambda: kind(6, 6, batch_first=True)}
+    net = Case('', lambda net, y: recur(net.rnn, y), parts=parts).net()
+    grouping = grouped(net)
+    assert not grouping.groups
+    (reason,) = [f.reason for f in grouping.frozen if f.layer == 'a']
+    assert re.search('read or made by (the|a) recurrent layer', reason)
+
+
+def recur(rnn, y):
+    return rnn(y.mean(3).transpose(1, 2))[0].transpose(1, 2)
+
+
+def test_an_elementwise_function_of_ones_own_takes_one_line():
+    class Twice(Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    net = Case('Twice', lambda net, y: Twice.apply(y)).net()
+    assert not grouped(net).groups
+    register_elementwise('Twice')
+    try:
+        assert [g.units for g in grouped(net).groups] == [6]
+    finally:
+        del LABEL_RULES['Twice']
 
 
 def test_every_rule_is_tested():

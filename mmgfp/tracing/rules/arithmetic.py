@@ -27,29 +27,61 @@ def _align(plane: Tensor, rank: int) -> Tensor:
     return plane.reshape((1,) * (rank - plane.dim()) + tuple(plane.shape))
 
 
-@register_rule(
-    'Add', 'Sub', 'Rsub', 'Mul', 'Div', 'Maximum', 'Minimum', 'Where', 'Pow',
-    'Lerp', 'Addcmul', 'Addcdiv', 'Atan2', 'Fmod', 'Remainder', 'Relu', 'Sigmoid',
-    'Tanh', 'Silu', 'Mish', 'Gelu', 'Elu', 'Celu', 'LeakyRelu', 'Hardtanh',
-    'Hardswish', 'Hardsigmoid', 'Softplus', 'LogSigmoid', 'Clamp', 'ClampMin',
-    'ClampMax', 'Exp', 'Log', 'Log1P', 'Sqrt', 'Rsqrt', 'Reciprocal', 'Neg', 'Abs',
-    'Sin', 'Cos', 'Erf', 'Threshold', 'RreluWithNoise', 'Clone', 'ToCopy',
-    'Alias', 'NativeDropout', 'MaskedFill', 'PreluKernel', 'NanToNum', 'Expand',
-    'Fill', 'Expm1', 'Tan',
+#: Ops whose results depend, element by element, on one operand or on several.
+ELEMENTWISE_OPS = (
+    'Abs', 'Acos', 'Acosh', 'Add', 'Addcdiv', 'Addcmul', 'Alias', 'Angle', 'Asin',
+    'Asinh', 'Atan', 'Atan2', 'Atanh', 'Ceil', 'Celu', 'Clamp', 'ClampMax', 'ClampMin',
+    'Clone', 'Copysign', 'Cos', 'Cosh', 'Deg2Rad', 'Digamma', 'Div', 'Elu', 'Erf',
+    'Erfc', 'Erfinv', 'Exp', 'Exp2', 'Expand', 'Expm1',
+    'FakeQuantizePerTensorAffineCachemask', 'Fill', 'Floor', 'Fmax', 'Fmin', 'Fmod',
+    'Frac', 'Gelu', 'Hardshrink', 'Hardsigmoid', 'Hardswish', 'Hardtanh', 'Hypot', 'I0',
+    'LeakyRelu', 'Lerp', 'Lgamma', 'Log', 'Log10', 'Log1P', 'Log2', 'LogSigmoid',
+    'Logaddexp', 'Logaddexp2', 'Logit', 'MaskedFill', 'Maximum', 'Minimum', 'Mish',
+    'Mul', 'NanToNum', 'NativeDropout', 'Neg', 'Polar', 'Pow', 'PreluKernel', 'Rad2Deg',
+    'Reciprocal', 'Relu', 'Remainder', 'Round', 'RreluWithNoise', 'Rsqrt', 'Rsub',
+    'Sgn', 'Sigmoid', 'Sign', 'Silu', 'Sin', 'Sinc', 'Sinh', 'Softplus', 'Softshrink',
+    'Sqrt', 'Sub', 'Tan', 'Tanh', 'Threshold', 'ToCopy', 'Trunc', 'Where', 'Xlogy',
 )  # fmt: skip
+
+
+@register_rule(*ELEMENTWISE_OPS)
 def elementwise(ctx: Context, operands: Operands) -> Value:
     """Equate operands, broadcast together: a channel goes from all or from none."""
-    values = [v for v in operands if v is not None]
+    # Constants come last: labels are then of the layers' channels where both have some.
+    values = sorted((v for v in operands if v is not None), key=ctx.is_constant)
     merged = _merge_planes(ctx, values)
     # A tensor without labels keeps its width, and would not fit to fewer channels.
     for plane in merged:
         for value in values:
             if _holds_without_labels(value, plane):
                 ctx.freeze(plane, 'combined with a tensor of fixed width by')
+    if values and ctx.is_constant(values[-1]) and not ctx.is_constant(values[0]):
+        # A buffer that meets no channels counts positions, say, which no layer makes.
+        alone = [Value(ctx.shape, (plane,), from_parameters=True) for plane in merged]
+        merged = [v.planes[0] for v in alone if not ctx.is_constant(v)]
     result = Value(
         ctx.shape, (), bool(values) and all(v.from_parameters for v in values)
     )
     return ctx.value(merged, like=result)
+
+
+def register_elementwise(*ops: str) -> None:
+    """Let channels pass through ops of your own that work element by element.
+
+    Args:
+        ops: Class names of `torch.autograd.Function`s, or names of other ops, as
+            autograd shows them without ``Backward`` and digits.
+
+    Raises:
+        KeyError: If an op has a rule already.
+
+    Examples:
+        >>> register_elementwise('MySquareFunction')
+        >>> from mmgfp.tracing import LABEL_RULES
+        >>> LABEL_RULES.pop('MySquareFunction') is elementwise
+        True
+    """
+    register_rule(*ops)(elementwise)
 
 
 def _merge_planes(ctx: Context, values: Sequence[Value]) -> list[Tensor]:
@@ -81,14 +113,22 @@ def _holds_without_labels(value: Value, plane: Tensor) -> bool:
     return bool(dims) and not any(dims & other for other in labelled)
 
 
-@register_rule(
-    'MaxPool2DWithIndices', 'MaxPool3DWithIndices', 'AvgPool2D', 'AvgPool3D',
-    'AdaptiveAvgPool2D', 'AdaptiveAvgPool3D', 'AdaptiveMaxPool2D',
+#: Ops that make positions out of positions, for each channel on its own.
+RESAMPLING_OPS = (
+    'AdaptiveAvgPool2D', 'AdaptiveAvgPool3D', 'AdaptiveMaxPool2D', 'AdaptiveMaxPool3D',
+    'AvgPool2D', 'AvgPool3D', 'CudnnGridSampler', 'FractionalMaxPool2D',
+    'FractionalMaxPool3D', 'GridSampler2D', 'GridSampler3D', 'MaxPool2DWithIndices',
+    'MaxPool3DWithIndices', 'MaxUnpool2D', 'MaxUnpool3D', 'ReflectionPad1D',
+    'ReflectionPad2D', 'ReflectionPad3D', 'ReplicationPad1D', 'ReplicationPad2D',
+    'ReplicationPad3D', 'UpsampleBicubic2D', 'UpsampleBicubic2DAa',
+    'UpsampleBilinear2D', 'UpsampleBilinear2DAa', 'UpsampleLinear1D',
     'UpsampleNearest1D', 'UpsampleNearest2D', 'UpsampleNearest3D',
-    'UpsampleNearestExact2D', 'UpsampleBilinear2D', 'UpsampleBicubic2D',
-    'UpsampleTrilinear3D', 'UpsampleLinear1D', 'ReflectionPad2D',
-    'ReplicationPad2D', 'GridSampler2D',
+    'UpsampleNearestExact1D', 'UpsampleNearestExact2D', 'UpsampleNearestExact3D',
+    'UpsampleTrilinear3D',
 )  # fmt: skip
+
+
+@register_rule(*RESAMPLING_OPS)
 def resample(ctx: Context, operands: Operands) -> Value:
     """Channels pass; dimensions behind them are mixed."""
     return _resampled(ctx, operands[0])

@@ -41,6 +41,21 @@ def roll(ctx: Context, operands: Operands) -> Value:
     return ctx.value(planes, like=value)
 
 
+@register_rule('Rot90', 'Tril', 'Triu', 'FftR2C', 'FftC2R', 'FftC2C')
+def rearranged(ctx: Context, operands: Operands) -> Value:
+    """Turn, cut off or transform what lies along some dimensions, the last two here.
+
+    Fourier transforms and rotations say which.
+    """
+    value = operands[0]
+    if value is None:
+        return Value(ctx.shape)
+    saved = next((n for n in ('dims', 'dim') if hasattr(ctx.node, f'_saved_{n}')), None)
+    dims = ctx.signed_dims(ctx.saved(saved) if saved else (-2, -1), len(value.shape))
+    planes = ctx.unmixed(value.planes, dims, 'moved along the channels by')
+    return ctx.value(planes, like=value)
+
+
 @register_rule('CopyBackwards')
 def copy(ctx: Context, operands: Operands) -> Value:
     """Overwrite all of a tensor, ``x.copy_(y)``."""

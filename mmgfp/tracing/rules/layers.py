@@ -79,9 +79,10 @@ def _deform(
 
 def _convolve(ctx: Context, operands: Operands, transposed: bool, groups: int) -> Value:
     value, weight, bias = operands
-    if weight is None:
-        ctx.freeze_value(value, 'read with a fixed weight by')
-        return Value(ctx.shape)
+    if weight is None or ctx.is_constant(weight):
+        return _filter(ctx, value, weight, bias, groups)
+    if ctx.is_constant(value):
+        value = None
     if not weight.from_parameters:
         # Kernels that another layer computes, whose entries are its output channels.
         for factor in operands:
@@ -109,6 +110,35 @@ def _convolve(ctx: Context, operands: Operands, transposed: bool, groups: int) -
     ctx.table.produce(out)
     plane = out.reshape((1, -1) + (1,) * (len(ctx.shape) - 2))
     return ctx.value([plane], like=Value(ctx.shape))
+
+
+def _filter(
+    ctx: Context,
+    value: Value | None,
+    weight: Value | None,
+    bias: Value | None,
+    groups: int,
+) -> Value:
+    """Convolve with fixed weights, maybe of a buffer, that belong to no layer.
+
+    Depth-wise filters go with the channel that each of them reads.
+    """
+    channels = ctx.shape[1]
+    if value is None or groups != value.shape[1] or groups == 1:
+        for operand in (value, weight, bias):
+            ctx.freeze_value(operand, 'read with a fixed weight by')
+        return Value(ctx.shape)
+    labels = _input_vector(ctx, value, groups)
+    outputs = labels.repeat_interleave(channels // groups)  # (C_out,)
+    for plane in planes_of(weight):
+        # A transposed filter has one entry for each input, all others for each output.
+        along = {len(labels): labels, len(outputs): outputs}.get(plane.shape[0])
+        if along is not None:
+            ctx.table.equate(plane.reshape(-1), along)
+    for plane in planes_of(bias):
+        ctx.table.equate(plane.reshape(-1), outputs)
+    shape = (1, -1) + (1,) * (len(ctx.shape) - 2)
+    return ctx.value([outputs.reshape(shape)], like=Value(ctx.shape))
 
 
 def _input_channels(weight: Value, in_dim: int, groups: int) -> int:
@@ -151,14 +181,13 @@ def _read(ctx: Context, labels: Tensor, vector: Tensor | None) -> None:
 def _tie_groups(
     ctx: Context, labels: Tensor, tied: Tensor | None, groups: int, transposed: bool
 ) -> Tensor | None:
-    """Couple each conv group's inputs with its outputs; the unit is the group."""
+    """Couple each conv group's inputs with its outputs; the unit is the group.
+
+    Returns:
+        Tensor: Labels of the outputs, (C_out,); None if the weight has none.
+    """
     if tied is None:
         ctx.freeze(labels, UNLABELLED_WEIGHT)
-        return None
-    if transposed:
-        # (C_in, C_out / G, ...): no parameter dimension holds the outputs alone.
-        ctx.freeze(labels, 'read by a grouped transposed')
-        ctx.freeze(tied, 'read by a grouped transposed')
         return None
     rows, inputs = tied.reshape(groups, -1), labels.reshape(groups, -1)
     ctx.table.merge(rows, 1)
@@ -166,6 +195,11 @@ def _tie_groups(
     if (labels == NO_LABEL).any():
         unknown = (inputs == NO_LABEL).any(1)
         ctx.freeze(rows[unknown], 'input channels that no layer makes are read by')
+    if transposed:
+        # (C_in, C_out / G, ...): a group's inputs stand for its outputs, of which no
+        # dimension of the weight holds all.
+        ctx.table.produce(tied)
+        return rows[:, :1].expand(groups, ctx.shape[1] // groups).reshape(-1)
     return tied
 
 
@@ -190,8 +224,9 @@ def _tie_positions(
 
 def _name(ctx: Context, weight: Value) -> str | None:
     """Return the name of the parameter that a weight is computed from."""
-    labelled = [p for p in weight.planes if varying(p)]
-    return ctx.table.owners(labelled[0])[0] if labelled else None
+    names = [n for p in weight.planes if varying(p) for n in ctx.table.owners(p)]
+    buffers = set(ctx.buffers.values())  # which may scale it
+    return next((n for n in names if n not in buffers), None)
 
 
 def _record(
@@ -200,6 +235,16 @@ def _record(
     name = _name(ctx, weight)
     if name is not None:
         ctx.calls.append(LayerCall(name, labels, transposed, groups))
+
+
+@register_rule(
+    'CudnnRnn', 'MiopenRnn', 'MkldnnRnnLayer', 'ThnnFusedLstmCell', 'ThnnFusedGruCell'
+)
+def recurrent(ctx: Context, operands: Operands) -> list[Value]:
+    """A recurrent layer, whose gates are all as wide as its state."""
+    for value in operands:
+        ctx.freeze_value(value, 'read or made by a recurrent layer,')
+    return [Value(shape) for shape in ctx.out_shapes]
 
 
 @register_rule('Addmm')
@@ -222,6 +267,7 @@ def mm(ctx: Context, operands: Operands) -> Value:
 
 def _matmul(ctx: Context, left: Value | None, right: Value | None) -> Value:
     """Multiply (A, K) by (K, B): inner dimensions meet, outer ones pass on."""
+    left, right = (None if ctx.is_constant(v) else v for v in (left, right))
     # `inner` is the value's contracted dimension and the weight's free one.
     value, weight, inner = left, right, 1
     if left is not None and left.from_parameters:

@@ -40,6 +40,7 @@ def batched_addmm(ctx: Context, operands: Operands) -> Value:
 @register_rule(
     'ScaledDotProductFlashAttentionForCpu', 'ScaledDotProductFlashAttention',
     'ScaledDotProductEfficientAttention', 'ScaledDotProductCudnnAttention',
+    'ScaledDotProductFusedAttentionOverrideable',
 )  # fmt: skip
 def scaled_dot_product(ctx: Context, operands: Operands) -> list[Value]:
     """Queries, keys and values (B, heads, N, C) and a bias (B, heads, N, N)."""
@@ -53,8 +54,9 @@ def scaled_dot_product(ctx: Context, operands: Operands) -> list[Value]:
 
 
 @register_rule(
-    'Mv', 'Dot', 'Cdist', 'EuclideanDist', 'MultiScaleDeformableAttnFunction'
-)
+    'Mv', 'Dot', 'Cdist', 'EuclideanDist', 'MultiScaleDeformableAttnFunction',
+    'FlashAttention', 'EfficientAttention',
+)  # fmt: skip
 def contract(ctx: Context, operands: Operands) -> list[Value]:
     """Sums over the channels of two activations, none of which can go alone."""
     for value in operands:

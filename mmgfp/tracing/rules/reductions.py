@@ -10,7 +10,8 @@ from mmgfp.tracing.value import Context, Value, planes_of
 #: Ops that reduce the dimensions that their node saved, or all where it saved none.
 REDUCTION_OPS = (
     'Sum', 'Mean', 'Amax', 'Amin', 'Max', 'Min', 'Std', 'Var', 'LinalgVectorNorm',
-    'Norm', 'Logsumexp', 'Prod', 'VarMean', 'StdMean',
+    'Norm', 'Logsumexp', 'Prod', 'VarMean', 'StdMean', 'Nansum', 'Median', 'Nanmedian',
+    'Kthvalue', 'Mode',
 )  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def along(ctx: Context, operands: Operands) -> Value:
     return ctx.value(planes, like=value)
 
 
-@register_rule('NativeLayerNorm')
+@register_rule('NativeLayerNorm', 'FusedRmsNorm')
 def layer_norm(ctx: Context, operands: Operands) -> Value:
     """The mean over channels depends on every one of them."""
     value = operands[0]

@@ -10,7 +10,15 @@ from torch.nn import functional as F
 
 from mmgfp.tracing.labels import NO_LABEL, relax, varying
 from mmgfp.tracing.registry import Operands, register_rule
-from mmgfp.tracing.value import Context, Shape, Value, blocks, planes_of, reshape_plane
+from mmgfp.tracing.value import (
+    Context,
+    Shape,
+    Value,
+    blocks,
+    op_name,
+    planes_of,
+    reshape_plane,
+)
 
 
 @register_rule('View', 'UnsafeView', 'ReshapeAlias')
@@ -75,6 +83,64 @@ def matrix_transpose(ctx: Context, operands: Operands) -> Value:
     """Swap the dimensions of a matrix."""
     value = ctx.known(operands[0])
     return ctx.value([p.t() for p in value.planes], like=value)
+
+
+@register_rule('ChannelShuffle')
+def channel_shuffle(ctx: Context, operands: Operands) -> Value:
+    """Deal channels out among a fixed number of groups, each of which loses as many."""
+    value, groups = ctx.known(operands[0]), ctx.saved('groups')
+    planes = []
+    for plane in value.planes:
+        if 1 in varying(plane):
+            parts = plane.unflatten(1, (groups, -1))
+            rows = ctx.merge(parts, 1).expand_as(parts)
+            plane = rows.transpose(1, 2).flatten(1, 2)
+        planes.append(plane)
+    return ctx.value(planes, like=value)
+
+
+@register_rule('AsStrided')
+def as_strided(ctx: Context, operands: Operands) -> Value:
+    """Give a mean over all positions another memory format, as pooling does."""
+    value = ctx.known(operands[0])
+    if not keeps_elements(ctx):
+        ctx.freeze_value(value, 'seen through strides that the graph does not show by')
+        return Value(ctx.shape)
+    return ctx.value(value.planes, like=value)
+
+
+def keeps_elements(ctx: Context) -> bool:
+    """Return whether ``as_strided`` leaves all elements where they are.
+
+    That is certain where it reads a fresh result, which is contiguous: a mean of shape
+    (N, C, 1, 1), as `nn.AdaptiveAvgPool2d` computes it for channels_last.
+    """
+    node, output = ctx.node.next_functions[0]
+    size, stride = ctx.saved('size'), ctx.saved('stride')
+    return (
+        node is not None
+        and op_name(node) in ('Mean', 'Sum')
+        and tuple(node._input_metadata[output].shape) == size == ctx.shape
+        and all(length == 1 for length in size[2:])
+        and tuple(stride[:2]) == (size[1], 1)
+        and not ctx.saved('storage_offset')
+    )
+
+
+@register_rule('ViewAsReal')
+def view_as_real(ctx: Context, operands: Operands) -> Value:
+    """Tell real and imaginary parts apart along a new dimension."""
+    value = ctx.known(operands[0])
+    return ctx.value([p.unsqueeze(-1) for p in value.planes], like=value)
+
+
+@register_rule('ViewAsComplex')
+def view_as_complex(ctx: Context, operands: Operands) -> Value:
+    """Take the two of the last dimension as real and imaginary part."""
+    value = ctx.known(operands[0])
+    last = len(value.shape) - 1
+    planes = ctx.unmixed(value.planes, {last}, 'made parts of complex numbers by')
+    return ctx.value([p.squeeze(last) for p in planes], like=value)
 
 
 @register_rule('Unsqueeze')

@@ -84,6 +84,39 @@ def index_select(ctx: Context, operands: Operands) -> Value:
     return ctx.value([_take(p, dim, index) for p in value.planes], like=value)
 
 
+@register_rule('Glu')
+def gated(ctx: Context, operands: Operands) -> Value:
+    """Multiply one half of a dimension with the other, which goes along."""
+    value = ctx.known(operands[0])
+    (dim,) = ctx.signed_dims((ctx.saved('dim'),), len(value.shape))
+    planes = [
+        ctx.merge(p.unflatten(dim, (2, -1)), dim).squeeze(dim)
+        if dim in varying(p)
+        else p
+        for p in value.planes
+    ]
+    return ctx.value(planes, like=value)
+
+
+@register_rule('Diagonal')
+def diagonal(ctx: Context, operands: Operands) -> Value:
+    """Take a diagonal of two dimensions, which becomes the last one."""
+    value = ctx.known(operands[0])
+    saved = ctx.saved('dim1'), ctx.saved('dim2')
+    dims = ctx.signed_dims(saved, len(value.shape))
+    planes = ctx.unmixed(value.planes, dims, 'a diagonal is taken of them by')
+    return ctx.value([p.diagonal(0, *dims) for p in planes], like=value)
+
+
+@register_rule('Unfold')
+def unfold(ctx: Context, operands: Operands) -> Value:
+    """Cut one dimension into windows, whose positions become the last dimension."""
+    value = ctx.known(operands[0])
+    (dim,) = ctx.signed_dims((ctx.saved('dimension'),), len(value.shape))
+    planes = ctx.unmixed(value.planes, {dim}, 'channels are cut into windows by')
+    return ctx.value([p.unsqueeze(-1) for p in planes], like=value)
+
+
 def _take(plane: Tensor, dim: int, index: Tensor) -> Tensor:
     """Take elements along one dimension, unless the labels do not depend on it."""
     return plane if plane.shape[dim] == 1 else plane.index_select(dim, index)
