@@ -50,11 +50,12 @@ def formula(*ops: str) -> Callable[[Formula], Formula]:
 
 @formula('aten::convolution')
 def _convolution(args: tuple[Any, ...], output: Tensor) -> list[Product]:
-    value, weight, transposed = args[0], args[1], args[6]
+    value, weight, transposed, groups = args[0], args[1], args[6], args[8]
     # A transposed convolution uses each weight at each input position.
     positions = (value if transposed else output).numel() // weight.shape[0]
     macs = positions * weight.numel()
-    factors = ((weight, int(transposed)),)
+    # Conv groups, which a grouped one loses whole, lie along dimension 0 always.
+    factors = ((weight, int(transposed and groups == 1)),)
     return [Product(factors, macs, output.numel(), len(value))]
 
 
