@@ -262,7 +262,9 @@ class Sequences(nn.Module):
 @pytest.mark.parametrize('positions_first', [False, True])
 def test_sequences_are_summed_before_the_square(positions_first):
     x = BATCH.flatten(2).transpose(1, 2)  # (N, L, C)
-    pruner = prepared(Sequences(positions_first), lambda m: m(x).sum())
+    pruner = prepared(
+        Sequences(positions_first), lambda m: m(x).sum(), target=dict(flops=0.7)
+    )
     iterate(pruner, lambda m: m(x).sum())
     # At each of 4 positions unit 0 gives 5·1 and 5·2, unit 1 gives 1·2 and 1·4.
     assert importance_of(pruner).tolist() == [20**2 + 40**2, 8**2 + 16**2]
