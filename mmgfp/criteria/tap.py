@@ -19,13 +19,13 @@ from mmgfp.criteria.mask_gradients import mask_gradient
 from mmgfp.tracing import RowUse
 from mmgfp.tracing.operands import KEPT, find_reader
 from mmgfp.tracing.row_use import UNTOLD
-from mmgfp.tracing.row_values import Lost, Rows
+from mmgfp.tracing.row_values import Aside, Lost, Rows
 from mmgfp.tracing.rows import (
     layer_input,
     mark_output,
     mark_rows,
-    rows_of,
     rows_of_operand,
+    rows_read,
     with_input,
 )
 from mmgfp.tracing.value import op_name
@@ -72,7 +72,7 @@ class _Call(NamedTuple):
 
     tap: MaskGradientTap
     layer: str
-    rows: Rows
+    rows: Rows | Aside
     batch: int
     again: bool
 
@@ -235,7 +235,7 @@ class MaskGradientTap:
             if (*other,) == reading and tapped() is not None:
                 return with_input(tapped(), args, kwargs)
         rows = self._rows(name, x)
-        if isinstance(rows, Lost):
+        if isinstance(rows, Lost) and not isinstance(rows, Aside):
             self.lost[name] = f'{UNTOLD}: {rows.reason}'
             return None
         call = _Call(self, name, rows, self._passes.call(), _in_backward())
@@ -280,7 +280,7 @@ class MaskGradientTap:
     def _rows(self, name: str, x: Tensor) -> Rows | Lost:
         if name in self.use.images:
             return Rows(len(x))
-        rows = rows_of(x)
+        rows = rows_read(self.layers[name], x)
         if name in self.use.rois and isinstance(rows, Rows) and not rows.pooled:
             return Lost('the features of its RoIs need no gradient')
         return rows
@@ -295,6 +295,9 @@ class MaskGradientTap:
         if call.again and self._passes.overlap:
             self.lost[layer] = OVERLAPS
             return
+        if isinstance(rows, Aside):
+            x, grad = x.movedim(rows.dim, 0), grad.movedim(rows.dim, 0)
+            rows = rows.rows
         self._passes.close(call.batch)
         sums = self._sums.setdefault(call.batch, {})
         gradient = mask_gradient(x, grad, self._channel_dim(layer), rows)  # (N, C)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mmgfp.tracing.operands import Alias, CallNodes
-from mmgfp.tracing.row_values import Lost, Rows, RowState
-from mmgfp.tracing.rows import layer_input, mark_output, rows_of, with_input
+from mmgfp.tracing.row_values import Aside, Lost, Rows, RowState
+from mmgfp.tracing.rows import layer_input, mark_output, rows_read, with_input
 
 #: Under this name the input of a call knows how often it had been changed.
 VERSION = 'mmgfp_version'
@@ -45,12 +45,12 @@ class LayerCalls:
         """The nodes of its calls."""
         return CallNodes(self.inputs, self.outputs, any(self.in_place))
 
-    def add(self, x: Any, first: bool = False) -> Tensor | None:
+    def add(self, layer: nn.Module, x: Any, first: bool = False) -> Tensor | None:
         """Take in a call; return what it is to be called with, if not ``x``."""
         if not isinstance(x, Tensor):
             self.rows.append(Lost('its input is no tensor'))
             return None
-        self.rows.append(rows_of(x) if len(x) else None)
+        self.rows.append(rows_read(layer, x) if len(x) else None)
         self.first.append(first or x.grad_fn is None)
         if self.first[-1]:
             self.sources.append(self.rows[-1])
@@ -83,7 +83,7 @@ def watch_rows(
             seen = calls.setdefault(name, LayerCalls())
             if not torch.is_grad_enabled():
                 return None  # as when a sampler scores RoIs: no statistics come of it
-            alias = seen.add(layer_input(args, kwargs), name in first)
+            alias = seen.add(module, layer_input(args, kwargs), name in first)
             return None if alias is None else with_input(alias, args, kwargs)
 
         return hook
@@ -155,7 +155,9 @@ def judge_rows(calls: Mapping[str, LayerCalls], images: int | None = None) -> Ro
         calls: The calls by name of the module.
         images: Number of images; if not given, the first layer with known rows says it.
     """
-    states = {n: [r for r in c.rows if r is not None] for n, c in calls.items()}
+    states = {
+        n: [_beside(r) for r in c.rows if r is not None] for n, c in calls.items()
+    }
     every = [r for rows in states.values() for r in rows]
     count = next((r.images for r in every if isinstance(r, Rows)), 0)
     count = count if images is None else images
@@ -177,6 +179,15 @@ def judge_rows(calls: Mapping[str, LayerCalls], images: int | None = None) -> Ro
         frozenset(n for n, c in known.items() if all(r.pooled for r in c)),
         lost,
     )
+
+
+def _beside(state: Rows | Lost) -> Rows | Lost:
+    """Return the rows along another dimension as rows that are not the images."""
+    if not isinstance(state, Aside):
+        return state
+    rows = state.rows
+    index = torch.arange(rows.images) if rows.index is None else rows.index
+    return rows.moved(index)
 
 
 def _reason(rows: Rows | Lost, count: int) -> str:

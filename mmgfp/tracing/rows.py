@@ -47,6 +47,19 @@ def rows_of(x: Tensor) -> Rows | Lost:
     return Lost('its input depends on no image') if rows is None else rows
 
 
+def rows_read(layer: nn.Module, x: Tensor) -> Rows | Lost:
+    """Return the images of the rows that ``layer`` reads from ``x``.
+
+    A fully connected layer reads rows along any dimension but the last one, as in
+    sequences (L, N, C).
+    """
+    rows = rows_of(x)
+    if isinstance(rows, Aside):
+        is_followed = isinstance(layer, nn.Linear) and rows.dim < x.dim() - 1
+        return rows if is_followed else Lost(rows.reason)
+    return rows
+
+
 def rows_of_operand(node: Any, position: int) -> Rows | Lost:
     """Return the images that the rows of a node's operand belong to."""
     rows = _follow_edge(*node.next_functions[position])
