@@ -133,9 +133,8 @@ def test_every_tool(kind, run_tool, tmp_path):
     configs, work = stages(tmp_path, kind), tmp_path / 'work'
     common = ('--work-dir', work, '--latency-rounds', 1)
     # train thrice, test thrice, deploy, and all costs and times
-    assert 'fine-tuned' in succeed(
-        run_tool('pipeline.py', *configs, *common, limit=1800)
-    )
+    done = run_tool('pipeline.py', *configs, *common, limit=1800)
+    assert 'fine-tuned' in succeed(done)
     rows = json.loads((work / 'results.json').read_text())['rows']
     baseline, pruned, tuned = rows
     for cost in ('macs', 'memory', 'params'):
@@ -162,7 +161,7 @@ def test_every_tool(kind, run_tool, tmp_path):
     for cost in ('macs', 'memory', 'params'):
         assert summary['pruned'][cost] == tuned[cost]
         assert summary['original'][cost] == baseline[cost]
-    assert all(model['latency_ms'] > 0 for model in (*map(summary.get, NAMES),))
+    assert all(summary[key]['latency_ms'] > 0 for key in ('original', 'pruned'))
 
     other = ('--work-dir', tmp_path / 'ablation', '--latency-rounds', 1)
     variant = ('--variant', 'U', '--checkpoint', weights)
@@ -173,6 +172,3 @@ def test_every_tool(kind, run_tool, tmp_path):
     assert results['rows'][0]['macs'] == baseline['macs']
     assert results['rows'][1]['macs'] <= RATIO * baseline['macs']
     assert Path(tmp_path / 'ablation/channels_U.png').stat().st_size > 0
-
-
-NAMES = ('original', 'pruned')
