@@ -7,8 +7,9 @@ import torch
 from mmengine.structures import InstanceData
 from support.toys import ConvPair, images
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from mmgfp.utils.trial_runs import copy_module
+from mmgfp.utils.trial_runs import copy_module, undisturbed
 
 
 class Keeper(nn.Module):
@@ -39,3 +40,41 @@ def test_a_module_that_keeps_outputs_can_be_copied():
         torch.equal(a, b) and a is not b
         for a, b in zip(model.parameters(), copied.parameters(), strict=True)
     )
+
+
+class Buffered(nn.Module):
+    """Changes its buffer in each forward: its values, its size or the tensor."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.register_buffer('seen', torch.ones(3))
+        self.change = change
+
+    def forward(self, x):
+        self.change(self)
+        return x
+
+
+BUFFERED = {
+    'values': lambda: Buffered(lambda m: m.seen.add_(1)),
+    'size': lambda: Buffered(lambda m: m.seen.resize_(5).fill_(2)),
+    'tensor': lambda: Buffered(lambda m: setattr(m, 'seen', m.seen + 1)),
+    'larger tensor': lambda: Buffered(lambda m: setattr(m, 'seen', torch.ones(9))),
+    'spectral norm': lambda: parametrizations.spectral_norm(nn.Linear(3, 4)),
+    'old spectral norm': lambda: nn.utils.spectral_norm(nn.Linear(3, 4)),
+    'batch norm': lambda: nn.BatchNorm1d(3),
+}
+
+
+@pytest.mark.parametrize('kind', BUFFERED)
+def test_buffers_are_the_same_tensors_with_the_same_values(kind):
+    torch.manual_seed(0)
+    model = BUFFERED[kind]()
+    before = dict(model.named_buffers())
+    values = {name: buffer.clone() for name, buffer in before.items()}
+    with undisturbed(model):
+        model(torch.randn(2, 3))
+    after = dict(model.named_buffers())
+    assert values and after.keys() == values.keys()
+    assert all(after[n] is before[n] for n in values)
+    assert all(torch.equal(after[n], values[n]) for n in values)
