@@ -24,7 +24,7 @@ from mmgfp.selection.targets import Target
 from mmgfp.surgery.compact import compact_
 from mmgfp.units import UnitState
 from mmgfp.utils.errors import ConfigError
-from mmgfp.utils.trial_runs import Forward, LossFunction, copy_module
+from mmgfp.utils.trial_runs import Forward, LossFunction, copy_module, undisturbed
 from mmgfp.utils.validation import check_not_compiled
 
 
@@ -137,7 +137,8 @@ class ChannelPruner:
             TraceError: If nothing can be pruned, or ``strict`` asks for an error.
             ConfigError: If a pattern of ``keep`` matches no layer.
         """
-        self.attach(self.discover(loss, forward, images, profiles))
+        with undisturbed(self.model):  # reading a spectral norm's weight changes it
+            self.attach(self.discover(loss, forward, images, profiles))
         return self.units.grouping
 
     def discover(
@@ -155,9 +156,8 @@ class ChannelPruner:
     def attach(self, discovery: Discovery) -> None:
         """Start to watch, with a discovery made in another process or run."""
         self.discovery = discovery
-        self._units = UnitState(
-            self.model, discovery.grouping, discovery.profiles, self._copies
-        )
+        facts = (discovery.grouping, discovery.profiles)
+        self._units = UnitState(self.model, *facts, self._copies)
         limits = (self.config.min_channels, self.config.max_ratio, self.config.divisor)
         self.limits = Limits.of(self._units.sizes, self._units.widths, *limits)
         self._watch()
