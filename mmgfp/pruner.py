@@ -25,7 +25,7 @@ from mmgfp.surgery.compact import compact_
 from mmgfp.surgery.masking import check_not_masked
 from mmgfp.units import UnitState
 from mmgfp.utils.errors import ConfigError
-from mmgfp.utils.trial_runs import Forward, LossFunction, copy_module
+from mmgfp.utils.trial_runs import Forward, LossFunction, copy_module, undisturbed
 from mmgfp.utils.validation import check_not_compiled
 
 
@@ -138,7 +138,8 @@ class ChannelPruner:
             TraceError: If nothing can be pruned, or ``strict`` asks for an error.
             ConfigError: If ``keep``, a target or the state of the model does not fit.
         """
-        self.attach(self.discover(loss, forward, images, profiles))
+        with undisturbed(self.model):  # reading a spectral norm's weight changes it
+            self.attach(self.discover(loss, forward, images, profiles))
         return self.units.grouping
 
     def discover(

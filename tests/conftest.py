@@ -28,9 +28,9 @@ def pruning_run(tmp_path_factory):
 def run_tool():
     """Run a tool of the repository in a process of its own."""
 
-    def run(name, *args):
+    def run(name, *args, limit=280):
         command = [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / name)]
         command += [str(a) for a in args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=280)
+        return subprocess.run(command, capture_output=True, text=True, timeout=limit)
 
     return run

@@ -19,6 +19,7 @@ from mmgfp.apps.comparison import draw, measure, write_results
 from mmgfp.apps.pipeline import Pipeline
 from mmgfp.apps.stages import (
     add_arguments,
+    check_arguments,
     find_hook,
     input_shape,
     original,
@@ -80,6 +81,7 @@ def variants_of(args: argparse.Namespace) -> dict[str, list[str]]:
                 f'of its own (got {got}); give NAME KEY=VALUE, or one of '
                 f'{", ".join(PAPER)}'
             )
+        parse_options(settings)  # refuses what has no value
         variants[name] = settings
     return variants
 
@@ -94,6 +96,7 @@ def main() -> None:
     args = parse_args()
     variants = variants_of(args)
     pipeline = Pipeline(TOOLS, args.work_dir, args.cfg_options)
+    check_arguments(args)
     shape = input_shape(args.prune, args.cfg_options)
     baseline = original(pipeline, args.baseline, args.checkpoint)
     index, _ = find_hook(load_config(args.prune, parse_options(args.cfg_options)))

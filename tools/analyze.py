@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.runner import load_checkpoint
 from rich.console import Console
 from rich.table import Table
 
 from mmgfp.apps.analysis import report
 from mmgfp.apps.cli import (
+    Overrides,
     add_shape_argument,
+    build_from,
     check_checkpoint,
     load_config,
     run_cli,
     write_json,
 )
-from mmgfp.apps.run_config import default_input_shape, pruning_config
-from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import demo_batch
-from mmgfp.engine.model_building import build_model
+from mmgfp.apps.input_shape import default_input_shape
+from mmgfp.apps.run_config import pruning_config
+from mmgfp.engine.demo_batch import demo_calls, image_channels
 from mmgfp.pruner import ChannelPruner
 from mmgfp.selection.costs import COSTS
 from mmgfp.units import UnitState
+from mmgfp.utils.io import check_folder
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,7 +41,7 @@ def parse_args() -> argparse.Namespace:
         'image for which costs are counted; 3 800 1280 for detectors, '
         '3 224 224 for classifiers',
     )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    parser.add_argument('--cfg-options', nargs='+', action=Overrides)
     parser.add_argument('--json', metavar='FILE', help='write the numbers to this file')
     parser.add_argument(
         '--strict', action='store_true', help='fail where channels cannot be followed'
@@ -46,7 +50,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def analyze(
-    cfg: Config, checkpoint: str | None, shape: tuple[int, int, int], strict: bool
+    cfg: Config, checkpoint: str | None, shape: Sequence[int] | None, strict: bool
 ) -> dict[str, Any]:
     """Trace the config's model on a synthetic batch and report on it.
 
@@ -56,11 +60,12 @@ def analyze(
         ConfigError: If the checkpoint is missing or an option of the hook is not valid.
         TraceError: If nothing can be pruned.
     """
-    model = build_model(cfg)
+    model = build_from(cfg)
     if checkpoint is not None:
         check_checkpoint('checkpoint', checkpoint)
         load_checkpoint(model, checkpoint, map_location='cpu')
-    calls = BatchCalls(model, demo_batch(cfg))
+    calls = demo_calls(cfg, model)
+    shape = shape or default_input_shape(cfg, image_channels(cfg, model))
     profiles = calls.profile(model, shape)
     options = pruning_config(cfg)
     pruner = ChannelPruner(model, options, strict=strict or options.strict)
@@ -100,8 +105,9 @@ def main() -> None:
     """Run from the command line."""
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    shape = tuple(args.input_shape or default_input_shape(cfg))
-    result = analyze(cfg, args.checkpoint, shape, args.strict)
+    if args.json:
+        check_folder(Path(args.json).parent)
+    result = analyze(cfg, args.checkpoint, args.input_shape, args.strict)
     show(result, Console())
     if args.json:
         write_json(args.json, result)

@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
 from mmgfp.apps.analysis import costs_of
-from mmgfp.apps.cli import add_shape_argument, load_config, run_cli, write_json
+from mmgfp.apps.cli import (
+    Overrides,
+    add_shape_argument,
+    load_config,
+    reading_config,
+    run_cli,
+    whole_number,
+    write_json,
+)
+from mmgfp.apps.input_shape import deployed_shape
 from mmgfp.apps.latency import measure_latency
-from mmgfp.apps.run_config import default_input_shape
-from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.demo_batch import demo_calls
 from mmgfp.engine.export import (
     Deployable,
+    check_destination,
     deploy,
     read_deployable,
-    recorded_shape,
 )
 from mmgfp.selection.costs import COSTS
 
@@ -36,14 +45,17 @@ def parse_args() -> argparse.Namespace:
         parser, 'image for costs and latency; that of the pruning run by default'
     )
     parser.add_argument(
-        '--rounds', type=int, default=5, help='timed passes; 0 measures no latency'
+        '--rounds',
+        type=whole_number(0),
+        default=5,
+        help='timed passes; 0 measures no latency',
     )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    parser.add_argument('--cfg-options', nargs='+', action=Overrides)
     return parser.parse_args()
 
 
 def summarize(
-    cfg: Config, item: Deployable, shape: tuple[int, int, int], rounds: int
+    cfg: Config, item: Deployable, shape: Sequence[int], rounds: int
 ) -> dict[str, dict[str, Any]]:
     """Measure costs, and latency at batch 1 on the CPU, before and after pruning.
 
@@ -58,7 +70,7 @@ def summarize(
         milliseconds, of `original` and `pruned`.
     """
     models = {'original': item.original, 'pruned': item.model}
-    calls = BatchCalls(item.original, demo_batch(cfg))
+    calls = demo_calls(cfg, item.original)
     rows: dict[str, dict[str, Any]] = {
         name: costs_of(model, calls.profile(model, shape))
         for name, model in models.items()
@@ -89,13 +101,16 @@ def main() -> None:
     """Run from the command line."""
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    item = read_deployable(cfg, args.checkpoint)
-    shape = tuple(
-        args.input_shape or recorded_shape(item.meta) or default_input_shape(cfg)
-    )
+    name = Path(args.checkpoint).stem if args.name is None else args.name
+    check_destination(args.out, name)
+    with reading_config(cfg):
+        item = read_deployable(cfg, args.checkpoint)
+    shape, source = deployed_shape(args.input_shape, item, cfg)
+    print(f'costs are counted for an image of {tuple(shape)}, {source}')
     # Before anything is written, so that a model that does not run leaves no folder.
     rows = summarize(cfg, item, shape, args.rounds)
-    name = args.name or Path(args.checkpoint).stem
+    # Whoever deploys or fine-tunes the result counts at the same size.
+    item = replace(item, meta={**item.meta, 'input_shape': list(shape)})
     paths = deploy(cfg, item, args.out, name)
     write_json(args.out / 'summary.json', {'input_shape': list(shape), **rows})
     show(rows, Console())

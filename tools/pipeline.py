@@ -12,7 +12,13 @@ from pathlib import Path
 from mmgfp.apps.cli import run_cli
 from mmgfp.apps.comparison import draw, measure, write_results
 from mmgfp.apps.pipeline import Candidate, Pipeline
-from mmgfp.apps.stages import add_arguments, input_shape, original, prune_and_finetune
+from mmgfp.apps.stages import (
+    add_arguments,
+    check_arguments,
+    input_shape,
+    original,
+    prune_and_finetune,
+)
 
 TOOLS = Path(__file__).resolve().parent
 
@@ -40,6 +46,7 @@ def main() -> None:
     """Run every stage, measure, write the results."""
     args = parse_args()
     pipeline = Pipeline(TOOLS, args.work_dir, args.cfg_options)
+    check_arguments(args)
     shape = input_shape(args.prune, args.cfg_options)
     baseline = original(pipeline, args.baseline, args.checkpoint)
     pruned, tuned = prune_and_finetune(pipeline, args, baseline)

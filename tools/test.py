@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.evaluator import DumpResults
 
@@ -13,11 +15,18 @@ from mmgfp.apps.cli import (
     check_checkpoint,
     load_config,
     parse_runner_args,
+    reading_config,
     run_cli,
     write_json,
 )
-from mmgfp.apps.run_config import build_runner, configure_run, prepare_config
+from mmgfp.apps.run_config import (
+    build_runner,
+    check_entries,
+    configure_run,
+    prepare_config,
+)
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.io import check_folder
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,10 +49,13 @@ def check_args(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: If the checkpoint is missing or `--out` is no pickle file.
+        SavingError: If a file cannot be written where it shall be.
     """
     check_checkpoint('checkpoint', args.checkpoint)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ConfigError('--out', 'a .pkl file', args.out, 'rename it')
+    for path in filter(None, (args.out, args.json)):
+        check_folder(Path(path).parent)
 
 
 def show_results(cfg: Config, args: argparse.Namespace) -> None:
@@ -77,8 +89,14 @@ def dump_metric(cfg: Config, out: str) -> DumpResults:
 
 
 def write_metrics(path: str, metrics: dict[str, Any]) -> None:
-    """Write metrics as JSON; arrays and tensors of one element become numbers."""
-    write_json(path, {key: float(value) for key, value in metrics.items()})
+    """Write metrics as JSON; tensors become numbers, or lists of them."""
+    write_json(path, {key: _number(value) for key, value in metrics.items()})
+
+
+def _number(value: Any) -> Any:
+    if not hasattr(value, 'tolist'):
+        return value
+    return value.item() if np.prod(value.shape) == 1 else value.tolist()
 
 
 def main() -> None:
@@ -87,11 +105,14 @@ def main() -> None:
     check_args(args)
     cfg = load_config(args.config, args.cfg_options)
     prepare_config(cfg, ['test'])
+    check_entries(cfg, 'test')
     configure_run(cfg, args)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         show_results(cfg, args)
-    runner = build_runner(cfg)
+    with reading_config(cfg):
+        runner = build_runner(cfg)
+        runner.test_loop  # noqa: B018 - is built when it is read
     if args.out:
         runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))
     metrics = runner.test()

@@ -12,9 +12,15 @@ from mmgfp.apps.cli import (
     check_checkpoint,
     load_config,
     parse_runner_args,
+    reading_config,
     run_cli,
 )
-from mmgfp.apps.run_config import build_runner, configure_run, prepare_config
+from mmgfp.apps.run_config import (
+    build_runner,
+    check_entries,
+    configure_run,
+    prepare_config,
+)
 from mmgfp.engine.checkpoints import newest_checkpoint
 from mmgfp.engine.distributed import use_cpus
 from mmgfp.utils.errors import ConfigError
@@ -97,6 +103,7 @@ def main() -> None:
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
     prepare_config(cfg, ('train', 'val'))
+    check_entries(cfg, 'train')
     configure_run(cfg, args)
     if args.amp:
         enable_amp(cfg)
@@ -105,9 +112,12 @@ def main() -> None:
     apply_resume(cfg, args.resume)
     # The runner would load it only after everything else is built.
     if cfg.get('load_from'):
-        check_checkpoint('load_from', cfg.load_from)
+        check_checkpoint('load_from', cfg.load_from, bool(cfg.get('resume')))
     use_cpus(cfg)
-    build_runner(cfg).train()
+    with reading_config(cfg):
+        runner = build_runner(cfg)
+        runner.train_loop  # noqa: B018 - is built when it is read
+    runner.train()
 
 
 if __name__ == '__main__':

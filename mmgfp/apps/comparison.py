@@ -11,15 +11,14 @@ import torch
 from mmengine.runner import load_checkpoint
 
 from mmgfp.apps.analysis import costs_of
-from mmgfp.apps.cli import load_config, write_json
+from mmgfp.apps.cli import build_from, load_config, write_json
 from mmgfp.apps.latency import measure_latency
 from mmgfp.apps.pipeline import Candidate, Pipeline
 from mmgfp.apps.plots import layer_widths, plot_channels
 from mmgfp.apps.stages import parse_options
 from mmgfp.apps.tables import machine_facts, markdown, print_table, table_cells
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import demo_batch
-from mmgfp.engine.model_building import build_model
+from mmgfp.engine.demo_batch import demo_calls
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.io import atomic_write
 
@@ -79,9 +78,9 @@ def build(
 ) -> tuple[torch.nn.Module, BatchCalls]:
     """Build a model with its weights, in eval mode, and its calls on a demo batch."""
     cfg = load_config(candidate.config, parse_options([*options, *candidate.options]))
-    model = build_model(cfg)
+    model = build_from(cfg)
     load_checkpoint(model, candidate.checkpoint, map_location='cpu')
-    calls = BatchCalls(model, demo_batch(cfg))
+    calls = demo_calls(cfg, model)
     model.eval()  # not chained: where distillation overrides it, it returns None
     return model, calls
 
@@ -127,6 +126,6 @@ def draw(candidate: Candidate, options: Sequence[str], pruned: str, path: Path) 
         pruned: A checkpoint with the structure.
         path: The image file to write.
     """
-    model = build_model(load_config(candidate.config, parse_options(options)))
+    model = build_from(load_config(candidate.config, parse_options(options)))
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     plot_channels(layer_widths(PruneStructure.load(pruned), shapes), path)

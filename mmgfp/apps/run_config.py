@@ -16,20 +16,13 @@ from mmgfp.config import PruningConfig
 from mmgfp.engine.registry import PRUNING_HOOKS, is_named
 from mmgfp.utils.errors import ConfigError
 
+#: Entries that a runner needs, by what it shall do.
+NEEDED = {
+    'train': ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'),
+    'test': ('model', 'test_dataloader', 'test_cfg', 'test_evaluator'),
+}
 #: Variables of a config file that its other entries repeat.
 VARIABLES = ('data_root', 'pretrained', 'pruned')
-#: Input sizes (C, H, W) at which papers state costs, by library.
-DEFAULT_SHAPES = {'mmdet': (3, 800, 1280), 'mmpretrain': (3, 224, 224)}
-
-
-def default_input_shape(cfg: Config) -> tuple[int, int, int]:
-    """Return the input size (C, H, W) at which papers state a model's costs.
-
-    Examples:
-        >>> default_input_shape(Config(dict(default_scope='mmdet')))
-        (3, 800, 1280)
-    """
-    return DEFAULT_SHAPES.get(cfg.get('default_scope'), DEFAULT_SHAPES['mmpretrain'])
 
 
 def pruning_config(cfg: Config) -> PruningConfig:
@@ -82,6 +75,26 @@ def prepare_config(cfg: Config, splits: Iterable[str]) -> None:
     if cfg.get('default_scope') == 'mmpretrain':
         _complete_dataloaders(cfg)
     check_data(cfg, splits)
+
+
+def check_entries(cfg: Config, stage: str) -> None:
+    """Check that a config has all that a stage needs.
+
+    Args:
+        cfg: The config.
+        stage: `train` or `test`.
+
+    Raises:
+        ConfigError: If an entry is missing.
+    """
+    missing = [name for name in NEEDED[stage] if cfg.get(name) is None]
+    if missing:
+        raise ConfigError(
+            str(cfg.filename or 'config'),
+            f'one with {", ".join(NEEDED[stage])}',
+            f'none for {", ".join(missing)}',
+            f'give the config of a run that can {stage}',
+        )
 
 
 def spread_variables(cfg: Config, options: Mapping[str, Any] | None) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
-from mmgfp.apps.cli import check_checkpoint, load_config
+from mmgfp.apps.cli import Overrides, check_checkpoint, load_config, whole_number
 from mmgfp.apps.pipeline import Candidate, Pipeline, StageError
 from mmgfp.engine.registry import PRUNING_HOOKS, is_named
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.io import check_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,18 +34,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         '--latency-rounds',
-        type=int,
+        type=whole_number(0),
         default=50,
         help='how often each model is timed on the CPU; 0 times nothing',
     )
     parser.add_argument(
         '--batches',
         nargs='+',
-        type=int,
+        type=whole_number(1),
         default=[1],
         metavar='N',
         help='batch sizes that are timed',
     )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check what would only fail in a later stage; make the work directory.
+
+    Raises:
+        ConfigError: If a config cannot be read.
+        SavingError: If nothing can be written to the work directory.
+    """
+    for config in (args.baseline, args.prune, args.finetune):
+        load_config(config, parse_options(args.cfg_options))
+    check_folder(args.work_dir)
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -132,7 +145,7 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
         {'custom_hooks.0.interval': 5, 'load_from': 'a.pth'}
     """
     parser = argparse.ArgumentParser()
-    parser.add_argument('--options', nargs='*', action=DictAction, default={})
+    parser.add_argument('--options', nargs='*', action=Overrides, default={})
     return parser.parse_args(['--options', *options]).options
 
 
@@ -150,7 +163,7 @@ def find_hook(cfg: Config) -> tuple[int, Mapping[str, Any]]:
             return index, hook
     raise ConfigError(
         f'{cfg.filename} must have a {" or ".join(PRUNING_HOOKS)} with input_shape in '
-        'custom_hooks (got none); add input_shape=(3, H, W) to it'
+        'custom_hooks (got none); add input_shape=(C, H, W) to it'
     )
 
 

@@ -73,7 +73,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(plain(v) for v in value)
+        # Not the type itself: subclasses are not plain.
+        return (tuple if isinstance(value, tuple) else list)(plain(v) for v in value)
     if isinstance(value, np.ndarray):
         return plain(value.tolist())
     if isinstance(value, np.generic):

@@ -106,12 +106,24 @@ class BatchCalls:
             dict: The profiles by weight; RoI heads are counted for `rois_per_image`.
 
         Raises:
-            ConfigError: If ``shape`` is not (C, H, W) with the model's channels.
+            ConfigError: If ``shape`` is not (C, H, W) with the model's channels, or the
+                model does not run on such an image.
         """
         rois = rois_per_image(model)
         if shape is None:
             return profile_layers(model, self.forward, self.images, rois)
-        return profile_layers(model, self.sized_forward(shape), 1, rois)
+        try:
+            return profile_layers(model, self.sized_forward(shape), 1, rois)
+        except ConfigError:
+            raise
+        except Exception as error:  # each layer that fails has an error of its own
+            reason = f'{type(error).__name__}: {" ".join(str(error).split())[:300]}'
+            raise ConfigError(
+                'input_shape',
+                'the size (C, H, W) of an image that the model runs on',
+                f'{tuple(shape)}, {reason}',
+                'give a size that it was trained with',
+            ) from error
 
     def _outputs(self, model: nn.Module, data: dict) -> Any:
         inputs = data['inputs']
@@ -198,6 +210,7 @@ class BatchCalls:
     def _sized(self, shape: Sequence[int], images: int) -> dict[str, Any]:
         """Return ``images`` blank copies of the first sample, each (C, H, W)."""
         inputs = self.data['inputs']
+        inputs = inputs[0] if isinstance(inputs, list | tuple) else inputs
         if len(shape) != 3 or shape[0] != inputs.shape[1] or min(shape) < 1:
             raise ConfigError(
                 'input_shape',

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from mmgfp.utils.io import atomic_write, load_weights_only
 
 #: Largest image side in a checkpoint that is taken seriously.
 MAX_SIDE = 8192
+#: Bytes of a name; file systems allow 255, of which suffixes take some.
+MAX_NAME = 200
 REMEDY = 'give the config and the checkpoint of one and the same run'
 
 
@@ -85,7 +89,7 @@ def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
     for built in (original, model):
         # Not chained: eval() returns nothing where distillation overrides train().
         built.eval()
-    return Deployable(architecture, structure, original, model, raw.get('meta', {}))
+    return Deployable(architecture, structure, original, model, meta_of(raw))
 
 
 def load_training_checkpoint(path: Path) -> dict[str, Any]:
@@ -105,8 +109,10 @@ def load_training_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def recorded_shape(meta: dict[str, Any]) -> Sequence[int] | None:
-    """Return the image size that a checkpoint names, None if it names none.
+def recorded_shape(
+    meta: dict[str, Any], source: str = 'the checkpoint'
+) -> Sequence[int] | None:
+    """Return the image size that a file's ``meta`` names, None if it names none.
 
     Raises:
         ConfigError: If it is not (C, H, W), or so large that it would fill the memory.
@@ -121,12 +127,33 @@ def recorded_shape(meta: dict[str, Any]) -> Sequence[int] | None:
     has_three = isinstance(shape, list | tuple) and len(shape) == 3
     if not has_three or not all(type(s) is int and 1 <= s <= MAX_SIDE for s in shape):
         raise ConfigError(
-            'meta.input_shape of the checkpoint',
+            f'meta.input_shape of {source}',
             f'(C, H, W), each at most {MAX_SIDE}',
             repr(shape)[:60],
             'name the size with --input-shape',
         )
     return shape
+
+
+def structure_shape(path: str | Path) -> Sequence[int] | None:
+    """Return the image size that the file of a structure names, None if none.
+
+    Args:
+        path: A ``.json`` file or a checkpoint that holds a structure.
+
+    Raises:
+        ConfigError: If it is no size, or a very large one.
+    """
+    path = Path(path)
+    is_json = path.suffix == '.json'
+    meta = json.loads(path.read_text()) if is_json else meta_of(load_weights_only(path))
+    return recorded_shape(meta, str(path))
+
+
+def meta_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return the ``meta`` of a checkpoint; an empty one if it has no valid one."""
+    meta = checkpoint.get('meta')
+    return meta if isinstance(meta, dict) else {}
 
 
 def write_config(cfg: Config, item: Deployable, structure: str, path: Path) -> None:
@@ -157,25 +184,45 @@ def write_config(cfg: Config, item: Deployable, structure: str, path: Path) -> N
     atomic_write(path, lambda tmp: tmp.write_text(text))
 
 
-def deploy(cfg: Config, item: Deployable, out: Path, name: str) -> dict[str, Path]:
-    """Write weights, config and structure into ``out``.
+def check_destination(out: Path, name: str) -> None:
+    """Check that files called ``name`` can be written into ``out``; write nothing.
 
     Raises:
         ConfigError: If ``out`` is a file, or ``name`` leads out of it.
     """
-    if name in ('', '.', '..') or name != Path(name).name:
+    is_name = name not in ('', '.', '..') and name == Path(name).name
+    if not is_name or '\0' in name or len(name.encode()) > MAX_NAME:
         raise ConfigError(
-            '--name', 'a file name', repr(name), 'name the folder with --out'
+            '--name', 'a file name', repr(name)[:80], 'name the folder with --out'
         )
-    if out.exists() and not out.is_dir():
-        raise ConfigError('--out', 'a folder', f'the file {out}', 'name another one')
+    # Where it does not exist yet, the first folder above that does has to be one.
+    above = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not above.is_dir():
+        raise ConfigError('--out', 'a folder', f'the file {above}', 'name another one')
+    if not os.access(above, os.W_OK):
+        got = f'{above}, where you may not write'
+        raise ConfigError('--out', 'a folder to write to', got, 'name another one')
+
+
+def deploy(cfg: Config, item: Deployable, out: Path, name: str) -> dict[str, Path]:
+    """Write weights, config and structure into ``out``.
+
+    The structure's file names the image size of the model's ``meta``, if there is one.
+
+    Raises:
+        ConfigError: If ``out`` is a file, or ``name`` leads out of it.
+    """
+    check_destination(out, name)
     paths = {
         'weights': out / f'{name}.pth',
         'structure': out / 'structure.json',
         'config': out / f'{name}.py',
     }
     save_artifact(paths['weights'], item.model, item.structure, item.meta)
-    item.structure.save(paths['structure'])
+    shape = recorded_shape(item.meta)
+    size = {} if shape is None else {'input_shape': list(shape)}
+    text = json.dumps({**item.structure.to_dict(), **size})
+    atomic_write(paths['structure'], lambda tmp: tmp.write_text(text))
     write_config(cfg, item, paths['structure'].name, paths['config'])
     return paths
 

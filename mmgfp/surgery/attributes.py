@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mmgfp.tracing import attention_spec, update_head_counts
-from mmgfp.utils.layers import has_conv_attributes, output_dim
+from mmgfp.utils.layers import CONV_ATTRIBUTES, has_conv_attributes, output_dim
 
 Fixer = Callable[[Any], None]
 #: Rules, of which the first that applies counts: (applies to the module, fixes it).
@@ -147,9 +147,45 @@ def _fix_prelu(prelu: Any) -> None:
 )
 def _fix_conv_block(block: Any) -> None:
     """Mmcv's `ConvModule` repeats the numbers of its convolution."""
-    for name in ('in_channels', 'out_channels', 'groups'):
+    for name in CONV_ATTRIBUTES:
         if hasattr(block, name):
             setattr(block, name, getattr(block.conv, name))
+
+
+@register_attributes(
+    lambda m: (
+        hasattr(m, 'switch_to_deploy')
+        and all(hasattr(m, name) for name in CONV_ATTRIBUTES)
+        and _branch_conv(m) is not None
+    )
+)
+def _fix_reparameterised_block(block: Any) -> None:
+    """RepVGG, MobileOne and their like fuse branches into a convolution of these."""
+    conv = _branch_conv(block)
+    for name in CONV_ATTRIBUTES:
+        setattr(block, name, getattr(conv, name))
+
+
+def _branch_conv(block: nn.Module) -> Any:
+    """Return the convolution of a branch, or the one that all were fused into."""
+    for part in _parts(block):
+        # Not any convolution inside: squeeze-and-excitation has other widths.
+        conv = getattr(part, 'conv', None) if isinstance(part, nn.Sequential) else part
+        if isinstance(conv, nn.Module) and has_conv_attributes(conv):
+            return conv
+    return None
+
+
+@register_attributes(
+    lambda m: all(hasattr(m, n) for n in ('switch_to_deploy', 'dim', 'token_mixer'))
+)
+def _fix_riformer_block(block: Any) -> None:
+    """RIFormer fuses its first norm into one of ``dim`` channels."""
+    norm = block.norm1
+    block.dim = len(norm.weight)
+    if isinstance(norm, nn.GroupNorm):
+        # A new dict, because all blocks share the one of the backbone.
+        block.norm_cfg = {**block.norm_cfg, 'num_groups': norm.num_groups}
 
 
 @register_attributes(lambda m: hasattr(m, 'width') and hasattr(m, 'convs'))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -31,16 +32,36 @@ class _StandIn(list):
 
 
 class _Harmless:
-    """A pickle module that loads tensors and containers and nothing else."""
+    """A pickle module that loads tensors and plain containers and nothing else."""
 
-    class Unpickler(pickle.Unpickler):
+    # The one in Python, because the one in C sets states without asking.
+    class Unpickler(pickle._Unpickler):
         """Resolve the names that weights need; all others become stand-ins."""
 
+        dispatch: ClassVar[Any] = dict(pickle._Unpickler.dispatch)
+        stack: list[Any]
+
         def find_class(self, module: str, name: str) -> Any:
-            known = (module, name) in _WEIGHT_NAMES or (
-                module == 'torch' and name.endswith('Storage')
-            )
+            known = (module, name) in _WEIGHT_NAMES
             return super().find_class(module, name) if known else _StandIn
+
+        def load_build(self) -> None:
+            """Set the state of an object: only of what weights give one.
+
+            Raises:
+                UnpicklingError: If it is the state of anything else. A file could
+                    set attributes of classes, and so change the whole process.
+            """
+            state = self.stack.pop()
+            target = self.stack[-1]
+            if type(target) is OrderedDict and isinstance(state, dict):
+                metadata = state.get('_metadata')  # versions of a model's modules
+                if isinstance(metadata, dict):
+                    vars(target)['_metadata'] = metadata
+            elif type(target) is not _StandIn:
+                raise pickle.UnpicklingError(f'it sets the state of {target!r:.60}')
+
+        dispatch[pickle.BUILD[0]] = load_build
 
     @classmethod
     def load(cls, file: Any, **kwargs: Any) -> Any:
@@ -65,8 +86,8 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
         write: Writes to the path that it is given.
 
     Raises:
-        SavingError: If the disk is full or fails. A file that was at ``path`` before
-            is as it was.
+        SavingError: If the disk is full or fails, or the folder cannot be written to.
+            A file that was at ``path`` before is as it was.
 
     Examples:
         >>> import tempfile
@@ -77,7 +98,7 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
         'whole'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_folder(path.parent)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     os.close(handle)
     tmp = Path(name)
@@ -98,6 +119,22 @@ def atomic_write(path: str | Path, write: Callable[[Path], Any]) -> None:
         ) from error
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def check_folder(path: str | Path) -> None:
+    """Make a folder unless there is one, and check that files can be put into it.
+
+    Raises:
+        SavingError: If it is a file, or may not be written to.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise SavingError(
+            str(path), 'a folder to write to', str(error.strerror), 'name another one'
+        ) from error
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:

@@ -76,15 +76,24 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         tensor([0., 0.])
     """
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    buffers = [
+        (module, key, buffer, buffer.clone())
+        for module in model.modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     modes = [(m, m.training) for m in model.modules()]
     try:
         with _cpu_random_states(), torch.random.fork_rng(devices):
             yield
     finally:
-        for name, buffer in model.named_buffers():
-            if name in buffers:
-                buffer.copy_(buffers[name])
+        with torch.no_grad():
+            for module, key, buffer, value in buffers:
+                # A run may resize a buffer, or put another tensor in its place.
+                if buffer.shape != value.shape:
+                    buffer.resize_(value.shape)
+                buffer.copy_(value)
+                module._buffers[key] = buffer
         for module, training in modes:
             # Not `train()`, which some models override to keep parts in eval mode.
             module.training = training

@@ -86,6 +86,6 @@ def test_weights_that_the_user_has_are_not_trained(tmp_path):
     with pytest.raises(ConfigError, match='--checkpoint must be a checkpoint file'):
         original(pipeline, 'a.py', str(tmp_path / 'none.pth'))
     path = tmp_path / 'some.pth'
-    torch.save({'state_dict': {}}, path)
+    torch.save({'state_dict': {'w': torch.ones(1)}}, path)
     assert original(pipeline, 'a.py', str(path)).checkpoint == str(path)
     assert pipeline.stages == []

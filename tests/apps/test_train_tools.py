@@ -41,7 +41,7 @@ test_dataloader = train_dataloader
 )
 def test_what_is_wrong_gets_one_line(tool, args, words, tmp_path, monkeypatch, capsys):
     (tmp_path / 'c.py').write_text(CONFIG)
-    torch.save({'state_dict': {}}, tmp_path / 'w.pth')
+    torch.save({'state_dict': {'w': torch.ones(1)}}, tmp_path / 'w.pth')
     with pytest.raises(SystemExit) as stop:
         call(tool, monkeypatch, *(arg.format(tmp=tmp_path) for arg in args))
     assert stop.value.code == 2

@@ -7,10 +7,12 @@ import mmdet
 import pytest
 import torch
 from mmengine.hub import get_config
+from support.configs import classifier
 from torch import nn
 
+from mmgfp.apps.input_shape import default_input_shape
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import demo_batch
+from mmgfp.engine.demo_batch import demo_batch, demo_calls, image_channels
 from mmgfp.engine.model_building import build_model
 from mmgfp.utils.errors import ConfigError
 
@@ -82,3 +84,63 @@ def test_a_distilled_detector_is_built_without_its_teachers_weights(monkeypatch)
     calls = BatchCalls(model, demo_batch(config))
     assert calls.loss(model).isfinite()
     assert calls.profile(model)
+
+
+def grey(config):
+    config.model.data_preprocessor.update(mean=[120.0], std=[60.0], bgr_to_rgb=False)
+    config.model.backbone.in_channels = 1
+
+
+def four(config):
+    config.model.data_preprocessor.update(mean=None, std=None, bgr_to_rgb=False)
+    config.model.backbone.in_channels = 4
+
+
+def grey_means_for_colours(config):
+    config.model.data_preprocessor.update(mean=[120.0], std=[60.0])
+
+
+@pytest.mark.parametrize(
+    ('change', 'channels'), [(grey, 1), (four, 4), (grey_means_for_colours, 3)]
+)
+def test_images_have_the_channels_that_a_detector_reads(change, channels):
+    config = get_config('mmdet::retinanet/retinanet_r18_fpn_1x_coco.py')
+    change(config)
+    assert_counts(config, channels)
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_have_the_channels_that_a_classifier_reads(channels):
+    backbone = dict(type='ResNet', depth=18, in_channels=channels)
+    config = classifier(backbone, 512)
+    steps = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64))]
+    steps += [dict(type='RandomFlip', prob=0.5), dict(type='PackInputs')]
+    config.train_dataloader = dict(dataset=dict(pipeline=steps))
+    for key in ('mean', 'std'):
+        config.data_preprocessor[key] = config.data_preprocessor[key][:1] * channels
+    assert_counts(config, channels)
+
+
+def assert_counts(config, channels):
+    """The loss runs, and costs are counted for images of so many channels."""
+    model = build_model(config)
+    calls = demo_calls(config, model)
+    assert calls.loss(model).isfinite()
+    assert default_input_shape(config, image_channels(config, model))[0] == channels
+    profiles = calls.profile(model, (channels, 64, 96))
+    assert profiles['backbone.conv1.weight'].macs_positions == 32 * 48
+    for shape in [(channels + 1, 64, 96), (channels, 0, 96), (channels, 64)]:
+        with pytest.raises(ConfigError, match='input_shape must be '):
+            calls.profile(model, shape)
+
+
+@pytest.mark.parametrize(
+    ('name', 'channels'),
+    [
+        ('yolox/yolox_tiny_8xb8-300e_coco', 3),  # its first layer stacks 4 pixels
+        ('ssd/ssd300_coco', 3),
+    ],
+)
+def test_channels_where_the_config_does_not_tell(name, channels):
+    config = get_config(f'mmdet::{name}.py')
+    assert image_channels(config, build_model(config)) == channels

@@ -2,11 +2,14 @@
 
 import os
 import stat
+import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 
+from mmgfp.utils import io
 from mmgfp.utils.errors import SavingError, StructureError
 from mmgfp.utils.io import atomic_write, load_weights_only, save_checkpoint
 
@@ -138,6 +141,94 @@ def test_loading_runs_no_code(tmp_path):
     made.rmdir()
     assert torch.equal(load_weights_only(path)['weight'], torch.ones(2))
     assert not made.exists()
+
+
+def pickled(*opcodes):
+    """A pickle of the given opcodes, in protocol 2."""
+    return b'\x80\x02' + b''.join(opcodes) + b'.'
+
+
+def named(module, name):
+    return f'c{module}\n{name}\n'.encode()
+
+
+def text(value):
+    return b'X' + len(value).to_bytes(4, 'little') + value.encode()
+
+
+#: {'x': text} as a state, and (None, {'x': text}) as one of slots.
+STATE = b'}' + text('x') + text('set') + b's'
+SLOTS = b'N' + STATE + b'\x86'
+
+
+@pytest.mark.parametrize(
+    'target',
+    [
+        named('torch', 'UntypedStorage'),
+        named('torch', 'FloatStorage'),
+        named('torch', 'Size'),
+        named('torch', 'device'),
+        named('torch._utils', '_rebuild_tensor_v2'),
+        named('collections', 'OrderedDict'),
+        named('mmgfp.utils.io', '_StandIn'),
+        named('builtins', 'dict'),
+        named('torch', 'device') + text('cpu') + b'\x85R',
+        named('torch', 'Size') + b')\x85R',
+        b']',
+    ],
+)
+@pytest.mark.parametrize('state', [STATE, SLOTS])
+def test_a_file_changes_no_class_and_no_function(target, state, tmp_path):
+    path = tmp_path / 'crafted.pth'
+    crafted = pickled(b'}', text('a'), target, state, b'b', b's')
+    with zipfile.ZipFile(path, 'w') as file:
+        file.writestr('crafted/data.pkl', crafted)
+        file.writestr('crafted/version', b'3\n')
+        file.writestr('crafted/byteorder', b'little')
+    holders = (torch.UntypedStorage, torch.FloatStorage, torch.Size, torch.device)
+    holders += (torch._utils._rebuild_tensor_v2, OrderedDict, io._StandIn, dict)
+    with pytest.raises(StructureError, match=r'crafted\.pth must be a checkpoint'):
+        load_weights_only(path)
+    assert not [h for h in holders if 'x' in vars_of(h)]
+
+
+def vars_of(holder):
+    return getattr(holder, '__dict__', {})
+
+
+def test_an_ordered_dict_gets_its_metadata_and_nothing_else(tmp_path):
+    path = tmp_path / 'crafted.pth'
+    weights = torch.nn.BatchNorm1d(2).state_dict()
+    weights.other = 'an attribute'
+    torch.save({'state_dict': weights, 'hub': Foreign()}, path)
+    loaded = load_weights_only(path)['state_dict']
+    assert loaded._metadata == weights._metadata
+    assert loaded.keys() == weights.keys() and not hasattr(loaded, 'other')
+
+
+@pytest.mark.parametrize('new', [True, False])
+def test_both_formats_of_torch_are_read(new, tmp_path):
+    path = tmp_path / 'train.pth'
+    weights = {'one': torch.randn(3), 'two': torch.nn.Parameter(torch.randn(2, 2))}
+    data = {'hub': Foreign(), 'state_dict': OrderedDict(weights)}
+    torch.save(data, path, _use_new_zipfile_serialization=new)
+    loaded = load_weights_only(path)['state_dict']
+    assert all(torch.equal(tensor, weights[n]) for n, tensor in loaded.items())
+
+
+@pytest.mark.parametrize('kind', ['a file', 'below a file', 'not writable'])
+def test_a_folder_that_cannot_be_written_to_gets_one_line(kind, tmp_path, monkeypatch):
+    file = tmp_path / 'file'
+    file.touch()
+    folder = {'a file': file, 'below a file': file / 'a/b'}.get(kind, tmp_path)
+    if kind == 'not writable':  # not by its mode, which binds no administrator
+
+        def refuse(*args, **kwargs):
+            raise PermissionError(13, 'Permission denied')
+
+        monkeypatch.setattr(io.tempfile, 'TemporaryFile', refuse)
+    with pytest.raises(SavingError, match=f'{folder} must be a folder to write to'):
+        atomic_write(folder / 'x.txt', lambda tmp: tmp.write_text('x'))
 
 
 def test_missing_file(tmp_path):

@@ -7,8 +7,11 @@ import torch
 from mmengine.structures import InstanceData
 from support.toys import ConvPair, images
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from mmgfp.utils.trial_runs import copy_module
+from mmgfp import GroupFisherPruner
+from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.trial_runs import copy_module, undisturbed
 
 
 class Keeper(nn.Module):
@@ -39,3 +42,74 @@ def test_a_module_that_keeps_outputs_can_be_copied():
         torch.equal(a, b) and a is not b
         for a, b in zip(model.parameters(), copied.parameters(), strict=True)
     )
+
+
+class Buffered(nn.Module):
+    """Changes its buffer in each forward: its values, its size or the tensor."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.register_buffer('seen', torch.ones(3))
+        self.change = change
+
+    def forward(self, x):
+        self.change(self)
+        return x
+
+
+BUFFERED = {
+    'values': lambda: Buffered(lambda m: m.seen.add_(1)),
+    'size': lambda: Buffered(lambda m: m.seen.resize_(5).fill_(2)),
+    'tensor': lambda: Buffered(lambda m: setattr(m, 'seen', m.seen + 1)),
+    'larger tensor': lambda: Buffered(lambda m: setattr(m, 'seen', torch.ones(9))),
+    'spectral norm': lambda: parametrizations.spectral_norm(nn.Linear(3, 4)),
+    'old spectral norm': lambda: nn.utils.spectral_norm(nn.Linear(3, 4)),
+    'batch norm': lambda: nn.BatchNorm1d(3),
+}
+
+
+@pytest.mark.parametrize('kind', BUFFERED)
+def test_buffers_are_the_same_tensors_with_the_same_values(kind):
+    torch.manual_seed(0)
+    model = BUFFERED[kind]()
+    before = dict(model.named_buffers())
+    values = {name: buffer.clone() for name, buffer in before.items()}
+    with undisturbed(model):
+        model(torch.randn(2, 3))
+    after = dict(model.named_buffers())
+    assert values and after.keys() == values.keys()
+    assert all(after[n] is before[n] for n in values)
+    assert all(torch.equal(after[n], values[n]) for n in values)
+
+
+def net_around(layer):
+    ends = nn.Conv2d(3, 4, 3), nn.ReLU(), layer, nn.ReLU(), nn.Conv2d(4, 2, 3)
+    return nn.Sequential(*ends, nn.ReLU(), nn.Conv2d(2, 3, 1))
+
+
+PARAMETRIZED = {
+    'spectral norm': parametrizations.spectral_norm,
+    'old spectral norm': nn.utils.spectral_norm,
+    'weight norm': parametrizations.weight_norm,
+    'orthogonal': parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize('kind', PARAMETRIZED)
+def test_parametrised_layers_are_left_alone_and_no_buffer_changes(kind):
+    torch.manual_seed(0)
+    model = net_around(PARAMETRIZED[kind](nn.Conv2d(4, 4, 3)))
+    values = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    pruner = GroupFisherPruner(model, interval=1)
+    image = torch.rand(2, 3, 12, 12)
+    grouping = pruner.prepare(lambda m: m(image).sum(), lambda m: m(image), 2)
+    assert {f.layer for f in grouping.frozen} == {'0', '2', '6'}
+    assert [g.name for g in grouping.groups] == ['4']
+    assert all(torch.equal(b, values[n]) for n, b in model.named_buffers())
+
+
+def test_scripted_parts_are_refused():
+    model = net_around(torch.jit.script(nn.Conv2d(4, 4, 3)))
+    words = r'model must be without scripted modules.*\(got 2, a .*prune first'
+    with pytest.raises(ConfigError, match=words):
+        GroupFisherPruner(model, interval=1)

@@ -1,0 +1,150 @@
+"""What users get wrong with the tools is said in one line, before anything is done."""
+
+import sys
+
+import pytest
+import torch
+from support.tooling import ROOT, load_tool
+
+from mmgfp.apps.cli import run_cli
+
+DEMO = str(ROOT / 'configs/demo/retinanet_r18_fpn_digits.py')
+PRUNE = DEMO.replace('.py', '_prune.py')
+TUNE = DEMO.replace('.py', '_finetune.py')
+TOOLS = {
+    name: load_tool(name)
+    for name in ('train', 'test', 'analyze', 'deploy_pruned', 'pipeline', 'ablation')
+}
+ALL = [DEMO, PRUNE, TUNE, '--work-dir', '{tmp}/work']
+NOWHERE = 'a folder to write to'
+FILES = {
+    'empty.py': '',
+    'broken.py': 'raise RuntimeError("broken")',
+    'list.json': '[1]',
+    'typo.py': "model = dict(type='NoSuchNet')\n",
+    'wrong.py': "model = dict(type='mmpretrain.ResNet', depth=18, width=3)\n",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Configs and checkpoints as users have them, some of no use."""
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    torch.save([torch.ones(2)], tmp_path / 'tensors.pth')
+    torch.save({'meta': {'epoch': 1}, 'optimizer': {}}, tmp_path / 'no_weights.pth')
+    torch.save({'state_dict': [torch.ones(2)]}, tmp_path / 'listed.pth')
+    torch.save({'state_dict': {'w': torch.ones(2)}, 'meta': 3}, tmp_path / 'plain.pth')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ('tool', 'args', 'words'),
+    [
+        *[
+            (tool, [DEMO, f'{{tmp}}/{name}.pth', *more], words)
+            for name, words in [
+                ('tensors', 'must hold a dict (got list)'),
+                ('no_weights', "with weights in 'state_dict'"),
+                ('listed', "with weights in 'state_dict'"),
+            ]
+            for tool, more in [('test', []), ('analyze', [])]
+        ],
+        *[
+            ('deploy_pruned', [DEMO, f'{{tmp}}/{name}.pth', '--out', '{tmp}/o'], words)
+            for name, words in [
+                ('tensors', 'must hold a dict (got list)'),
+                ('no_weights', "must be a checkpoint with 'state_dict'"),
+                ('listed', "must be a checkpoint with 'state_dict'"),
+                ('plain', "must hold the key 'prune_structure'"),
+            ]
+        ],
+        *[
+            ('deploy_pruned', [DEMO, '{tmp}/plain.pth', *options], words)
+            for options, words in [
+                (['--out', '{tmp}/plain.pth'], '--out must be a folder'),
+                (['--out', '{tmp}/plain.pth/a/b'], '--out must be a folder'),
+                (['--out', '{tmp}/o', '--name', '../x'], '--name must be a file name'),
+                (['--out', '{tmp}/o', '--name', ''], '--name must be a file name'),
+                (['--out', '{tmp}/o', '--name', 'x' * 300], '--name must be a file'),
+            ]
+        ],
+        ('train', [DEMO, '--cfg-options', 'load_from={tmp}/listed.pth'], 'weights in'),
+        ('train', [PRUNE, '--resume', '{tmp}/plain.pth'], 'without its progress'),
+        ('train', ['{tmp}/empty.py'], 'must be one with model, train_dataloader'),
+        ('test', ['{tmp}/empty.py', '{tmp}/plain.pth'], 'must be one with model, test'),
+        ('analyze', ['{tmp}/empty.py'], 'config must be a model'),
+        ('analyze', ['{tmp}/broken.py'], '(got {tmp}/broken.py (RuntimeError: broken'),
+        ('analyze', ['{tmp}/list.json'], 'config must be a config file'),
+        ('analyze', ['{tmp}'], 'config must be a config file'),
+        ('analyze', ['{tmp}/typo.py'], 'NoSuchNet is not in'),
+        ('analyze', ['{tmp}/wrong.py'], "unexpected keyword argument 'width'"),
+        *[
+            ('analyze', [DEMO, '--input-shape', *shape.split()], words)
+            for shape, words in [
+                ('3 0 64', 'input_shape must be (C, H, W) with C = 3'),
+                ('3 -1 64', 'input_shape must be (C, H, W) with C = 3'),
+                ('4 64 64', 'input_shape must be (C, H, W) with C = 3'),
+                ('3 9000000 9000000', 'input_shape must be the size (C, H, W)'),
+            ]
+        ],
+        *[
+            (tool, [*start, '--cfg-options', option], '--cfg-options must be ')
+            for tool, start in [
+                ('analyze', [DEMO]),
+                ('train', [PRUNE]),
+                ('pipeline', ALL),
+                ('ablation', ALL),
+            ]
+            for option in [
+                'model',
+                'custom_hooks.7.x=3',
+                'x=[1,(2',
+                'model.type.x=2',
+            ]
+        ],
+        ('ablation', [*ALL, '--variant', 'slow', 'interval'], 'KEY=VALUE'),
+        ('pipeline', [DEMO, PRUNE, 'no.py', '--work-dir', 'w'], 'got no.py'),
+        ('pipeline', [*ALL[:3], '--work-dir', '{tmp}/plain.pth'], NOWHERE),
+        ('ablation', [*ALL[:3], '--work-dir', '{tmp}/plain.pth/x'], NOWHERE),
+        ('analyze', [DEMO, '--json', '{tmp}/plain.pth/r.json'], NOWHERE),
+        ('test', [DEMO, '{tmp}/plain.pth', '--json', '{tmp}/plain.pth/r'], NOWHERE),
+    ],
+)
+def test_it_is_said_in_one_line(tool, args, words, folder, monkeypatch, capsys):
+    before = sorted(folder.iterdir())
+    monkeypatch.chdir(folder)
+    filled = [arg.replace('{tmp}', str(folder)) for arg in args]
+    monkeypatch.setattr(sys, 'argv', ['tool', *filled])
+    with pytest.raises(SystemExit) as stop:
+        run_cli(TOOLS[tool].main)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    (line,) = [x for x in said.splitlines() if x.startswith('error: ')]
+    assert words.replace('{tmp}', str(folder)) in line and 'Traceback' not in said
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ('tool', 'args'),
+    [
+        ('deploy_pruned', [DEMO, 'x.pth', '--out', 'o', '--rounds', '-1']),
+        ('pipeline', [*ALL, '--latency-rounds', '-1']),
+        ('ablation', [*ALL, '--batches', '0']),
+        ('ablation', [*ALL, '--batches', 'many']),
+    ],
+)
+def test_numbers_are_checked_as_they_are_read(tool, args, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['tool', *args])
+    with pytest.raises(SystemExit):
+        run_cli(TOOLS[tool].main)
+    assert 'must be a whole number of at least' in capsys.readouterr().err
+
+
+def test_a_name_that_nothing_reads_is_mentioned(monkeypatch, capsys):
+    options = ['modell.depth=3', 'resume=True', 'randomness.seed=1']
+    monkeypatch.setattr(sys, 'argv', ['tool', 'no', '--cfg-options', *options])
+    args = TOOLS['analyze'].parse_args()
+    TOOLS['analyze'].load_config(DEMO, args.cfg_options)
+    warning = capsys.readouterr().err
+    assert 'adds modell, which' in warning and 'resume' not in warning
