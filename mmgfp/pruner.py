@@ -130,7 +130,7 @@ class ChannelPruner:
             loss: Computes the training loss of the module it is given, a scalar, on
                 a real batch.
             forward: Returns all outputs that the module it is given has at inference.
-            images: Number of images in the batch of ``forward``.
+            images: Number of images in the batch of ``loss`` and ``forward``.
             profiles: How often each layer uses its weight for one image, by weight;
                 recorded from ``forward`` if not given.
 
@@ -274,8 +274,7 @@ class ChannelPruner:
         """Return the state needed to resume, in plain types and tensors."""
         units, criterion = self.units, self.criterion.state_dict()
         state = (self.iteration, units.kept, units.in_model, criterion, self.reached)
-        run = RunState(self.discovery, *state)  # type: ignore[arg-type]
-        return run.to_dict(self.config)
+        return RunState(self.discovery, *state).to_dict(self.config)  # type: ignore
 
     def load_state_dict(
         self, state: Mapping[str, Any], optimizers: Sequence[Optimizer] = ()
