@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmgfp import GroupFisherPruner
 from mmgfp.discovery.profile import profile_layers
 from mmgfp.discovery.verify import random_units
-from mmgfp.selection.costs import CostTable, RunningCosts
+from mmgfp.selection.costs import CostTable, LayerProfile, RunningCosts
 from mmgfp.utils.errors import ConfigError
 
 
@@ -287,7 +287,7 @@ def test_a_cost_of_zero_is_no_target(cost):
     pruner = GroupFisherPruner(ConvPair(), target={cost: 0.5})
     words = rf'target\.{cost} must be of a cost that the model has \(got 0\.5 of 0\)'
     with pytest.raises(ConfigError, match=words):
-        pruner.prepare(toy_loss, toy_loss, 2, profiles={})
+        pruner.prepare(toy_loss, toy_loss, 2, {'conv1.weight': LayerProfile(0, 0)})
 
 
 def test_flops_is_another_word_for_macs():
