@@ -158,9 +158,8 @@ class ChannelPruner:
     def attach(self, discovery: Discovery, kept: np.ndarray | None = None) -> None:
         """Start to watch, with a discovery (and kept units) of another run."""
         facts = (discovery.grouping, discovery.profiles, self._copies)
-        units, config = UnitState(self.model, *facts), self.config
-        limits = (config.min_channels, config.max_ratio, config.divisor)
-        self.limits = units.limits(self.pending, kept, *limits)
+        units = UnitState(self.model, *facts)
+        self.limits = units.limits(self.config, self.pending, kept)
         self.discovery, self._units = discovery, units
         self._watch()
 

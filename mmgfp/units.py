@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
+from mmgfp.config import PruningConfig
 from mmgfp.groups import Grouping
 from mmgfp.selection.costs import CostTable, LayerProfile, Totals
 from mmgfp.selection.greedy import Limits
@@ -83,18 +83,22 @@ class UnitState:
         return self.costs.totals(self.removed)
 
     def limits(
-        self, targets: Sequence[Target], kept: np.ndarray | None, *options: Any
+        self,
+        config: PruningConfig,
+        targets: Sequence[Target],
+        kept: np.ndarray | None = None,
     ) -> Limits:
         """Return how far each group may shrink, which must be far enough.
 
         Args:
+            config: The options of the run.
             targets: Targets to reach.
             kept: Units that an interrupted run had kept, (U,); all if None.
-            *options: The options of `Limits.of`.
 
         Raises:
             ConfigError: If a target cannot be reached; all hooks are off then.
         """
+        options = (config.min_channels, config.max_ratio, config.divisor)
         limits = Limits.of(self.sizes, self.widths, *options)
         units = np.bincount(
             self.group_of if kept is None else self.group_of[kept],
