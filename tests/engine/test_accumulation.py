@@ -21,7 +21,7 @@ def watched(folder, **options):
 
 def test_accumulating_two_batches_equals_one_of_both(tmp_path):
     """Twice the iterations, with an interval of twice as many."""
-    hook = dict(target=dict(flops=0.1), units_per_step=2)
+    hook = dict(target=dict(flops=0.2), units_per_step=2)
     whole = watched(tmp_path / 'a', batch=4, iters=6, hook=hook | dict(interval=3))
     halves = watched(
         tmp_path / 'b',

@@ -148,7 +148,7 @@ def test_average_that_starts_later(tmp_path):
     runner = toy_runner(
         tmp_path,
         iters=4,
-        hook=HOOK | dict(target=dict(flops=0.1)),
+        hook=HOOK | dict(target=dict(flops=0.2)),
         hooks=[EMA | dict(begin_iter=99)],
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=100, val_interval=100),
     )

@@ -101,7 +101,7 @@ def decisions(folder, **options):
         before_train_iter=lambda r: scales.append(loss_scale(r.optim_wrapper)),
         after_train_iter=lambda r: kept.append(pruner_of(r).units.kept.tolist()),
     )
-    hook = dict(interval=4, units_per_step=3, target=dict(flops=0.1))
+    hook = dict(interval=4, units_per_step=3, target=dict(flops=0.2))
     runner = toy_runner(folder, iters=12, hook=hook, hooks=[notes], **options)
     runner.train()
     return kept, scales, runner
