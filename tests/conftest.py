@@ -6,8 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from support.configs import PRUNE_CONFIG, small_prune_config
 from support.tooling import ROOT
+
+
+@pytest.fixture(autouse=True)
+def any_algorithm():
+    """A run that asks for deterministic algorithms asks for itself alone."""
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope='session')

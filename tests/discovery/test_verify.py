@@ -480,7 +480,7 @@ def test_running_out_of_memory_is_no_disagreement(error, training):
 
 
 def test_a_group_that_fails_is_frozen_and_reported(caplog):
-    pruner = GroupFisherPruner(fixed_width())
+    pruner = GroupFisherPruner(fixed_width(), target=dict(flops=0.9))
     with caplog.at_level(logging.WARNING, 'mmgfp'):
         grouping = pruner.prepare(toy_loss, toy_forward, 2)
     assert [g.name for g in grouping.groups] == ['b']
@@ -503,7 +503,7 @@ def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
     answers = [lambda groups: [Disagreement(groups[1], 'no')], lambda groups: []]
     monkeypatch.setattr(
         'mmgfp.discovery.discover.find_disagreements',
-        lambda model, grouping, toy_forward, loss: answers.pop(0)(grouping.groups),
+        lambda model, grouping, forward, loss: answers.pop(0)(grouping.groups),
     )
     grouping = GroupFisherPruner(SharedHead()).prepare(toy_loss, toy_forward, 2)
     assert [g.name for g in grouping.groups] == ['stem', 'tower']
@@ -512,7 +512,7 @@ def test_groups_that_share_a_layer_with_a_failed_one_stay(monkeypatch):
 def test_verification_is_repeated_until_it_holds(monkeypatch):
     answers = [1, 1, None]
 
-    def find(model, grouping, toy_forward, loss):
+    def find(model, grouping, forward, loss):
         wrong = answers.pop(0)
         return [] if wrong is None else [Disagreement(grouping.groups[wrong], 'no')]
 
