@@ -517,6 +517,10 @@ def test_verification_is_repeated_until_it_holds(monkeypatch):
         return [] if wrong is None else [Disagreement(grouping.groups[wrong], 'no')]
 
     monkeypatch.setattr('mmgfp.discovery.discover.find_disagreements', find)
-    grouping = GroupFisherPruner(SharedHead()).prepare(toy_loss, toy_forward, 2)
+    grouping = (
+        GroupFisherPruner(SharedHead(), target=dict(flops=0.9))
+        .discover(toy_loss, toy_forward, 2)
+        .grouping
+    )
     assert [g.name for g in grouping.groups] == ['stem']
     assert answers == []
