@@ -1,5 +1,6 @@
 """What users get wrong with the tools is said in one line, before anything is done."""
 
+import logging
 import sys
 
 import pytest
@@ -27,8 +28,10 @@ FILES = {
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
     """Configs and checkpoints as users have them, some of no use."""
+    # Loggers of earlier tests write to what these had captured, which is closed.
+    monkeypatch.setattr(logging, 'raiseExceptions', False)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     torch.save([torch.ones(2)], tmp_path / 'tensors.pth')
