@@ -206,7 +206,7 @@ class ChannelPruner:
         """Score all units, select those that go, mask them (paper, algorithm 2)."""
         units, interval = self.units, self.config.interval
         scores = self.criterion.scores(reduce)
-        self.checks.check(scores, units.grouping, interval)
+        self.checks.check(scores, units.grouping, units.kept, interval)
         costs, ends = (units.totals, units.full), (self.config.targets, self.pending)
         state = (*costs, *ends, scores.values, units.kept)
         point = DecisionPoint(self.iteration, interval, *state)

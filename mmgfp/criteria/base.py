@@ -60,10 +60,10 @@ class Criterion(ABC):
     """Says how much the loss depends on each unit.
 
     The pruner calls `unscorable` once, before groups are made; `attach` once they are
-    known, and again after each cut of the model; then `watch` before and `update` after
-    each iteration, and at each decision `scores` and `reset`. A class of your own is
-    registered with ``@CRITERIA.register('name')`` and asked for by ``criterion='name'``
-    or ``criterion=dict(type='name', ...)``.
+    known, again after each cut of the model, and after a copy was made; then `watch`
+    before and `update` after each iteration, and at each decision `scores` and `reset`.
+    A class of your own is registered with ``@CRITERIA.register('name')`` and asked for
+    by ``criterion='name'`` or ``criterion=dict(type='name', ...)``.
 
     Attributes:
         additive: Whether the scores of several units, added up, estimate what removing

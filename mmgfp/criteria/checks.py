@@ -8,7 +8,7 @@ import numpy as np
 
 from mmgfp.criteria.base import Scores
 from mmgfp.groups import Grouping
-from mmgfp.utils.errors import StatisticsError
+from mmgfp.utils.errors import ConfigError, StatisticsError
 
 logger = logging.getLogger('mmgfp')
 
@@ -26,18 +26,30 @@ class ScoreChecks:
         self._nonfinite = 0
         self.warned: set[str] = set()
 
-    def check(self, scores: Scores, grouping: Grouping, interval: int) -> None:
-        """Warn of groups without gradients; stop if no iteration counts.
+    def check(
+        self, scores: Scores, grouping: Grouping, kept: np.ndarray, interval: int
+    ) -> None:
+        """Warn of groups without scores; stop if no iteration counts.
 
         Args:
             scores: The scores of all units.
             grouping: Their groups.
+            kept: Units not pruned yet, (U,).
             interval: Iterations since the last decision.
 
         Raises:
+            ConfigError: If a criterion returns anything but a score for each unit.
             StatisticsError: If too many iterations in a row had gradients that are not
                 finite.
         """
+        shape = np.shape(getattr(scores, 'values', ()))
+        if not isinstance(scores, Scores) or shape != kept.shape:
+            raise ConfigError(
+                'scores of the criterion',
+                f'Scores with an array of {len(kept)} values',
+                f'{type(scores).__name__} of shape {shape}',
+                'give each unit that there was a score, or NaN',
+            )
         if scores.nonfinite_in_row >= self._max_nonfinite:
             raise StatisticsError(
                 'gradients',
@@ -52,7 +64,8 @@ class ScoreChecks:
                 'gradients were not finite in %d iterations so far, which do not count',
                 scores.nonfinite,
             )
-        unseen = np.unique(grouping.group_of[np.isnan(scores.values)])
+        known = kept & ~np.isnan(scores.values)
+        unseen = np.setdiff1d(grouping.group_of[kept], grouping.group_of[known])
         if len(unseen) == len(grouping.groups) and scores.nonfinite_in_row:
             return  # the reason has been given
         for g in unseen:

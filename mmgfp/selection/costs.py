@@ -87,11 +87,17 @@ class Cost(ABC):
         [24]
     """
 
-    label: ClassVar[str]
+    label: ClassVar[str] = ''
     unit: ClassVar[str] = ''
     scale: ClassVar[float] = 1.0
     is_target: ClassVar[bool] = True
     is_normalizer: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        if not cls.label:
+            raise TypeError(
+                f'cost {cls.__name__} must have a label for tables and logs'
+            )
 
     @abstractmethod
     def count(self, sizes: TensorSizes) -> np.ndarray:

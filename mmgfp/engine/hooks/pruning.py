@@ -206,7 +206,8 @@ class ChannelPruningHook(Hook):
             runner.logger.warning(
                 f'the schedule ended before the target {target.cost}='
                 f'{target.ratio:g}; reached {target.cost}={ratio:.4f}. Train longer, '
-                f'or set interval or iterations lower, or units_per_step higher'
+                f'or set interval or iterations lower, or units_per_step higher, or '
+                f'choose a faster schedule'
             )
             reached = Target(target.cost, round(ratio, 4)).label
             self._save(runner, self.pruner, f'{reached}_unfinished')
