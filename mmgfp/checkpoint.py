@@ -129,7 +129,9 @@ def _fixed_options(config: PruningConfig) -> dict[str, Any]:
 
 def _plain(spec: Any) -> Any:
     """Return a criterion's name or arguments in types that weights-only files hold."""
-    return dict(spec) if isinstance(spec, Mapping) else spec
+    if isinstance(spec, Mapping):  # a name alone means the same
+        return dict(spec) if len(spec) > 1 else spec['type']
+    return spec
 
 
 def discovery_to_dict(discovery: Discovery) -> dict[str, Any]:

@@ -104,6 +104,9 @@ class PruningConfig:
         """
         if isinstance(config, Mapping):
             options = {**config, **options}
+        elif config is not None and not isinstance(config, cls):
+            expected = 'a PruningConfig or a dict of its fields'
+            raise ConfigError('config', expected, repr(config), 'give options by name')
         check_known('pruning', options, [f.name for f in fields(cls)])
         return replace(config, **options) if isinstance(config, cls) else cls(**options)
 

@@ -195,9 +195,8 @@ class ChannelPruner:
         units = self.units
         self.criterion.update(loss_scale)
         self.iteration += 1
-        step = None
-        if self.iteration % self.config.interval == 0 and not self.done:
-            step = self._decide(reduce)
+        is_turn = self.iteration % self.config.interval == 0
+        step = self._decide(reduce) if is_turn and not self.done else None
         units.masks[0].apply()  # the optimizer may have moved masked columns
         self._watch_next()
         return step
@@ -238,13 +237,14 @@ class ChannelPruner:
 
     def compact(self, copied: nn.Module | None = None) -> nn.Module:
         """Return a compact copy of the model as it stands, or of a copy it tracks."""
-        units = self.units
+        structure = self.units.remaining_structure(self.units.kept)
         self.criterion.detach()  # its hooks have no business in the copy
         try:
             small = copy_module(self.model if copied is None else copied)
         finally:
-            self.criterion.attach(self._context)  # type: ignore[arg-type]
-        return compact_(small, units.remaining_structure(units.kept))
+            if self._context is not None:
+                self.criterion.attach(self._context)
+        return compact_(small, structure)
 
     def compact_(self, optimizers: Sequence[Optimizer] = ()) -> bool:
         """Cut the pruned units out of the model while it goes on training.
@@ -267,6 +267,7 @@ class ChannelPruner:
     def close(self) -> None:
         """Take all hooks off the model; masked columns stay at zero."""
         self.criterion.detach()
+        self._context = None
         self.units.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -292,9 +293,9 @@ class ChannelPruner:
             self.close()
         self.iteration, self.reached = saved.iteration, saved.reached
         self.attach(saved.discovery, saved.kept)
-        self.criterion.load_state_dict(saved.criterion)
         self.units.restore(saved.kept, saved.in_model, optimizers)
         self._watch()
+        self.criterion.load_state_dict(saved.criterion)
 
 
 class GroupFisherPruner(ChannelPruner):

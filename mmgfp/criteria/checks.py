@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 
@@ -42,14 +43,7 @@ class ScoreChecks:
             StatisticsError: If too many iterations in a row had gradients that are not
                 finite.
         """
-        shape = np.shape(getattr(scores, 'values', ()))
-        if not isinstance(scores, Scores) or shape != kept.shape:
-            raise ConfigError(
-                'scores of the criterion',
-                f'Scores with an array of {len(kept)} values',
-                f'{type(scores).__name__} of shape {shape}',
-                'give each unit that there was a score, or NaN',
-            )
+        _check_values(scores, kept.shape)
         if scores.nonfinite_in_row >= self._max_nonfinite:
             raise StatisticsError(
                 'gradients',
@@ -76,3 +70,16 @@ class ScoreChecks:
             if message not in self.warned:
                 self.warned.add(message)
                 logger.warning(message)
+
+
+def _check_values(scores: Any, shape: tuple[int, ...]) -> None:
+    """Raise a ConfigError if a criterion returns anything but a score for each unit."""
+    values: Any = getattr(scores, 'values', None)
+    is_array = isinstance(scores, Scores) and isinstance(values, np.ndarray)
+    if not is_array or values.shape != shape or (values < 0).any():
+        raise ConfigError(
+            'scores of the criterion',
+            f'Scores with an array of {shape[0]} values, none of them negative',
+            f'{type(scores).__name__} with {type(values).__name__}',
+            'give each unit that there was a score, or NaN',
+        )

@@ -160,8 +160,8 @@ class Totals:
         return self.values[name if name in self.values else COSTS.canonical(name)]
 
     def ratio(self, name: str, full: Totals) -> float:
-        """Return the share that this is of another model's cost called ``name``."""
-        return self[name] / full[name]
+        """Return the share of another model's cost called ``name``; 1 if that is 0."""
+        return self[name] / full[name] if full[name] else 1.0
 
 
 class CostTable:

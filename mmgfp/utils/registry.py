@@ -107,8 +107,11 @@ class Registry(Generic[T]):
             )
         entry = self[name]
         parameters = inspect.signature(entry).parameters.values()
-        check_known(f'{self.kind} {name}', arguments, [p.name for p in parameters])
-        required = [p.name for p in parameters if p.default is p.empty]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            check_known(f'{self.kind} {name}', arguments, [p.name for p in parameters])
+        packed = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        named = [p for p in parameters if p.kind not in packed]
+        required = [p.name for p in named if p.default is p.empty]
         missing = [name for name in required if name not in arguments]
         if missing:
             raise ConfigError(

@@ -164,7 +164,8 @@ def test_grid_head_is_pruned_as_far_as_its_grouped_deconvolution_allows():
     calls = BatchCalls(model, demo_batch(config))
     pruner = ready(model, calls)
     reasons = reasons_of(pruner.units.grouping)
-    assert 'grouped transposed' in reasons['roi_head.grid_head.convs.7.conv']
+    # each conv group of the last deconvolution makes one of the grid points
+    assert reasons['roi_head.grid_head.convs.7.conv'].startswith('an output')
     assert not any('disagree' in r or 'rows' in r for r in reasons.values())
     assert 'roi_head.grid_head.convs.0.conv' not in reasons
     iterate(pruner, calls.loss)

@@ -74,6 +74,10 @@ class ExactResumeHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Have checkpoints written whole, and start to listen for SIGTERM."""
+        if sum(isinstance(hook, ExactResumeHook) for hook in runner.hooks) > 1:
+            raise ConfigError(
+                'custom_hooks', 'with one ExactResumeHook', 'two', 'drop one'
+            )
         save_atomically(runner)
         if self._termination not in runner.hooks:
             runner.register_hook(self._termination)

@@ -92,6 +92,7 @@ class ChannelPruningHook(Hook):
                 repr(runner.cfg.compile),
                 'remove it; the compact model can be compiled for fine-tuning',
             )
+        self.pruner = self.progress = None  # of another run of this hook
         hooks = [h for h in runner.hooks if isinstance(h, ExactResumeHook)]
         if not hooks:
             hooks = [ExactResumeHook(agree_interval=self.config.interval)]
