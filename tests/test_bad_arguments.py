@@ -1,12 +1,14 @@
 """Options that cannot be: refused in one line, by pruner and hook alike."""
 
+import numpy as np
 import pytest
 import torch
 from mmengine.registry import HOOKS
+from support.pruning import iterate, prepared
 from support.toy_runner import toy_runner
-from support.toys import ConvPair
+from support.toys import ConvPair, toy_loss
 
-from mmgfp import GroupFisherPruner
+from mmgfp import ChannelPruner, GroupFisherPruner
 from mmgfp.config import PruningConfig
 from mmgfp.criteria.base import CRITERIA, Criterion, Scores
 from mmgfp.utils.errors import ConfigError
@@ -106,6 +108,49 @@ def test_auto_needs_scores_that_add_up():
             GroupFisherPruner(ConvPair(), criterion='rank')
     finally:
         CRITERIA.remove('rank')
+
+
+@pytest.mark.parametrize(
+    'make', [lambda n: [1.0] * n, lambda n: np.ones(n + 1), lambda n: -np.ones(n)]
+)
+def test_scores_must_be_one_for_each_unit_and_not_negative(make):
+    @CRITERIA.register('odd')
+    class Odd(Criterion):
+        def attach(self, context):
+            self.count = len(context.group_of)
+
+        def scores(self, reduce=None):
+            return Scores(make(self.count))
+
+    try:
+        pruner = ChannelPruner(ConvPair(), criterion='odd', interval=1)
+        pruner.prepare(toy_loss, toy_loss, 2)
+        with pytest.raises(ConfigError, match='scores of the criterion must be Scores'):
+            iterate(pruner)
+    finally:
+        CRITERIA.remove('odd')
+
+
+def test_config_must_be_a_config():
+    with pytest.raises(ConfigError, match=r'^config must be a PruningConfig or .* 5'):
+        ChannelPruner(ConvPair(), 5)
+
+
+def test_two_resume_hooks_are_refused(tmp_path):
+    hooks = [dict(type='mmgfp.ExactResumeHook')] * 2
+    runner = toy_runner(tmp_path)
+    for hook in hooks:
+        runner.register_hook(dict(hook))
+    with pytest.raises(ConfigError, match=r'one ExactResumeHook \(got two\); drop'):
+        runner.train()
+
+
+def test_closed_pruner_leaves_no_hooks_behind_a_compact_copy():
+    pruner = prepared(ConvPair())
+    pruner.close()
+    pruner.compact()
+    modules = list(pruner.model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
 def test_pruner_that_is_not_prepared_says_so():
