@@ -58,9 +58,12 @@ class ScoreChecks:
                 'gradients were not finite in %d iterations so far, which do not count',
                 scores.nonfinite,
             )
+        groups, group_of = len(grouping.groups), grouping.group_of
         known = kept & ~np.isnan(scores.values)
-        unseen = np.setdiff1d(grouping.group_of[kept], grouping.group_of[known])
-        if len(unseen) == len(grouping.groups) and scores.nonfinite_in_row:
+        has_kept = np.bincount(group_of[kept], minlength=groups) > 0
+        has_known = np.bincount(group_of[known], minlength=groups) > 0
+        unseen = np.flatnonzero(has_kept & ~has_known)
+        if len(unseen) == groups and scores.nonfinite_in_row:
             return  # the reason has been given
         for g in unseen:
             message = (

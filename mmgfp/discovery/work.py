@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True)
 class Product:
-    """What one op multiplies and puts out.
+    """Operands and counts of one op that multiplies.
 
     Attributes:
         factors: Operands that may be a weight, the likeliest first, each with its
