@@ -9,9 +9,9 @@ import numpy as np
 from torch import nn
 
 from benchmarks.step import pruned_step
-from benchmarks.timing import Times, ratios, spread, take_turns, timed_calls
 from mmgfp import GroupFisherPruner, pruner
 from mmgfp.config import PruningConfig
+from mmgfp.runtimes.timing import Times, ratios, spread, take_turns, timed_calls
 from mmgfp.selection.schedules import build_schedule
 
 #: Units that go at once, by the names that tables have for it.

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import mmgfp.discovery.discover as discover_module
-from benchmarks.timing import Times, spread, stopwatch, timed_calls
 from mmgfp.criteria.fisher import Fisher
 from mmgfp.discovery.discover import Discovery, discover, own_profiles, trace_model
 from mmgfp.discovery.grouping import build_groups
+from mmgfp.runtimes.timing import Times, spread, stopwatch, timed_calls
 
 
 def unverified(model: nn.Module, calls: Any) -> Discovery:

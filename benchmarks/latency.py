@@ -17,9 +17,9 @@ from torch import nn
 
 from benchmarks.discovering import unverified
 from benchmarks.models import seeded, sgd, train_step
-from benchmarks.timing import ratio_text, ratios, spread, take_turns
 from mmgfp import GroupFisherPruner
 from mmgfp.discovery.discover import Discovery
+from mmgfp.runtimes.timing import ratio_text, ratios, spread, take_turns
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.trial_runs import copy_module
 

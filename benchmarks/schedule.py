@@ -10,7 +10,9 @@ from torch import nn
 
 from benchmarks.discovering import unverified
 from benchmarks.models import seeded, sgd, train_step
-from benchmarks.timing import (
+from mmgfp import GroupFisherPruner
+from mmgfp.discovery.discover import Discovery
+from mmgfp.runtimes.timing import (
     Times,
     ratio_text,
     ratios,
@@ -18,8 +20,6 @@ from benchmarks.timing import (
     stopwatch,
     take_turns,
 )
-from mmgfp import GroupFisherPruner
-from mmgfp.discovery.discover import Discovery
 from mmgfp.utils.trial_runs import copy_module
 
 TARGET = {'flops': 0.5}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from benchmarks.discovering import unverified
 from benchmarks.models import seeded, train_step
-from benchmarks.timing import ratio_text, ratios, spread, take_turns
 from benchmarks.traffic import bytes_moved, peak_bytes
 from mmgfp import GroupFisherPruner
+from mmgfp.runtimes.timing import ratio_text, ratios, spread, take_turns
 
 Loss = Callable[[nn.Module], Tensor]
 NEVER = 10**9

@@ -11,15 +11,16 @@ from support.toys import ConvPair, ResidualPair, TinyDetector, images, square_lo
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import decision, latency, schedule, timing
+from benchmarks import decision, latency, schedule
 from benchmarks.discovering import unverified
 from benchmarks.models import SUBJECTS, initialize, sgd, train_step
-from benchmarks.timing import ratios, spread, take_turns
 from benchmarks.traffic import bytes_moved, peak_bytes
 from mmgfp.checkpoint import discovery_to_dict
 from mmgfp.discovery.discover import discover
 from mmgfp.discovery.profile import profile_layers
 from mmgfp.pruner import GroupFisherPruner
+from mmgfp.runtimes import timing
+from mmgfp.runtimes.timing import ratios, spread, take_turns
 from mmgfp.selection.greedy import select_units
 
 

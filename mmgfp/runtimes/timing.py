@@ -1,4 +1,4 @@
-"""Times and peaks of several things that take turns in one process."""
+"""Times of several things that take turns in one process."""
 
 from __future__ import annotations
 
