@@ -17,6 +17,11 @@ from mmgfp.utils.validation import check, check_count
 
 Spec = str | Mapping[str, Any]
 
+#: Kernels of CPUs and GPUs are made for blocks of so many channels; other widths may
+#: take longer than the next block (docs/performance.md). Networks of plain PyTorch may
+#: be too narrow for it, so that only runs of MMEngine's runner begin with it.
+RUNNER_DIVISOR = 8
+
 
 @dataclass(frozen=True)
 class PruningConfig:
@@ -42,7 +47,8 @@ class PruningConfig:
         schedule: Another pace, instead of both: a name in `SCHEDULES`, or
             ``dict(type='cubic', iterations=5000)``.
         divisor: Channels of a group come to rest at multiples of this number, if at all
-            they get fewer.
+            they get fewer. Runs of MMEngine's runner begin with 8, which the kernels of
+            most devices are made for; the paper's exact method is 1.
         min_channels: Output channels that always stay in each group.
         max_ratio: Largest share of a group that may go.
         keep: Names or glob patterns of layers that are never pruned.
@@ -109,6 +115,24 @@ class PruningConfig:
             raise ConfigError('config', expected, repr(config), 'give options by name')
         check_known('pruning', options, [f.name for f in fields(cls)])
         return replace(config, **options) if isinstance(config, cls) else cls(**options)
+
+    @classmethod
+    def for_runner(
+        cls, config: PruningConfig | Mapping[str, Any] | None = None, **options: Any
+    ) -> PruningConfig:
+        """Return a configuration as `of` does, with `RUNNER_DIVISOR` by default.
+
+        Raises:
+            ConfigError: If an option is unknown or not valid.
+
+        Examples:
+            >>> PruningConfig.for_runner(interval=5).divisor
+            8
+        """
+        if config is None or isinstance(config, Mapping):
+            options = {'divisor': RUNNER_DIVISOR, **(config or {}), **options}
+            config = None
+        return cls.of(config, **options)
 
     def __post_init__(self) -> None:
         self._check_counts()

@@ -30,12 +30,12 @@ from mmgfp.utils.errors import ConfigError
 
 TOOLS = Path(__file__).resolve().parent
 
-#: Settings of the hook by variant (paper, section 5).
+#: Settings of the hook by variant (paper, section 5), which knows no alignment.
 PAPER = {
-    'M': ['normalize=memory'],
-    'F': ['normalize=flops'],
-    'U': ['normalize=none'],
-    'I': ['normalize=memory', 'coupled=False'],
+    'M': ['normalize=memory', 'divisor=1'],
+    'F': ['normalize=flops', 'divisor=1'],
+    'U': ['normalize=none', 'divisor=1'],
+    'I': ['normalize=memory', 'divisor=1', 'coupled=False'],
 }
 
 

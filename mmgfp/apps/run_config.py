@@ -39,8 +39,8 @@ def pruning_config(cfg: Config) -> PruningConfig:
     for hook in cfg.get('custom_hooks') or []:
         if is_named(hook.get('type'), *PRUNING_HOOKS):
             options = {k: v for k, v in hook.items() if k not in ('type', 'priority')}
-            return PruningConfig.of(**options)
-    return PruningConfig()
+            return PruningConfig.for_runner(**options)
+    return PruningConfig.for_runner()
 
 
 def configure_run(cfg: Config, args: argparse.Namespace) -> None:

@@ -6,8 +6,10 @@ import datetime
 import time
 from collections.abc import Sequence
 
+import numpy as np
 from mmengine.runner import Runner
 
+from mmgfp.config import RUNNER_DIVISOR
 from mmgfp.engine.artifact import costs_in_numbers
 from mmgfp.pruner import ChannelPruner, PruneStep
 from mmgfp.selection.targets import Target
@@ -36,6 +38,24 @@ class Progress:
         )
         for layer in grouping.frozen:
             self.runner.logger.info(f'{layer.layer} keeps channels: {layer.reason}')
+        self._log_alignment()
+
+    def _log_alignment(self) -> None:
+        """Say which groups the divisor leaves whole, or what doing without it costs."""
+        units, divisor = self.pruner.units, self.pruner.config.divisor
+        if divisor % RUNNER_DIVISOR:
+            self.runner.logger.warning(
+                f'divisor={divisor} lets groups end at widths that are no multiples of '
+                f'{RUNNER_DIVISOR}: counts go down, but the time in onnxruntime may '
+                'even rise (docs/performance.md)'
+            )
+        whole = np.flatnonzero(self.pruner.limits.smallest(units.sizes) == units.sizes)
+        if len(whole):
+            names = [units.grouping.groups[g].name for g in whole]
+            self.runner.logger.info(
+                f'{len(whole)} groups are too narrow to lose channels under '
+                f'divisor={divisor}, min_channels and max_ratio: {", ".join(names)}'
+            )
 
     def log_step(self, step: PruneStep) -> None:
         """Log and plot a pruning step."""

@@ -32,7 +32,7 @@ def test_variants_are_the_papers_unless_told():
     assert list(ablation.variants_of(parse())) == ['M', 'F', 'U', 'I']
     told = parse('--variant', 'U', '--variant', 'slow', 'interval=50', 'normalize=none')
     assert ablation.variants_of(told) == {
-        'U': ['normalize=none'],
+        'U': ['normalize=none', 'divisor=1'],
         'slow': ['interval=50', 'normalize=none'],
     }
 

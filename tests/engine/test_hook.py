@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 from support.configs import small_prune_config
 from support.toy_runner import hook_of
 
+from mmgfp import ChannelPruningHook, PruningConfig
 from mmgfp.utils.errors import ConfigError, TraceError
 
 
@@ -158,3 +159,46 @@ def test_pruned_columns_stay_at_zero_under_momentum(pruning_run):
                 assert not columns.any()
                 checked += columns.numel()
     assert checked
+
+
+@pytest.mark.parametrize(
+    ('hook', 'said', 'unsaid'),
+    [
+        (
+            {},
+            'too narrow to lose channels under divisor=8',
+            'multiples of 8:',
+        ),
+        (dict(divisor=1), 'divisor=1 lets groups end at widths', 'too narrow'),
+        (dict(divisor=4), 'divisor=4 lets groups end at widths', 'divisor=8'),
+        (dict(divisor=16), 'too narrow to lose channels under divisor=16', 'may not'),
+    ],
+)
+def test_runs_are_aligned_by_default_and_say_what_that_means(
+    tmp_path, hook, said, unsaid
+):
+    config = small_prune_config(tmp_path, target=dict(flops=0.8))
+    del config.custom_hooks[0]['divisor']
+    config.custom_hooks[0].update(hook)
+    runner = Runner.from_cfg(config)
+    runner.train()
+    [log] = (tmp_path / 'work').glob('*/*.log')
+    text = log.read_text()
+    assert said in text and unsaid not in text
+    pruner = hook_of(runner).pruner
+    divisor = hook.get('divisor', 8)
+    units = pruner.units
+    kept = (units.sizes - units.removed) * units.widths
+    assert pruner.done and np.all(kept[units.removed > 0] % divisor == 0)
+
+
+def test_a_whole_configuration_keeps_its_own_divisor():
+    for given, divisor in (
+        (None, 8),
+        (dict(interval=5), 8),
+        (dict(divisor=2), 2),
+        (PruningConfig(interval=5), 1),
+        (PruningConfig(divisor=32), 32),
+    ):
+        assert ChannelPruningHook(given).config.divisor == divisor
+    assert ChannelPruningHook(dict(divisor=2), divisor=4).config.divisor == 4

@@ -42,7 +42,11 @@ def small_prune_config(folder, **hook):
     config.train_cfg.max_iters = 12
     config.default_hooks.checkpoint.interval = 4
     config.custom_hooks[0].update(
-        interval=2, units_per_step=150, min_channels=2, input_shape=(3, 64, 64)
+        interval=2,
+        units_per_step=150,
+        min_channels=2,
+        divisor=1,  # the widths are small
+        input_shape=(3, 64, 64),
     )
     config.custom_hooks[0].update(hook)
     return config

@@ -96,6 +96,7 @@ def tiny_classifier(folder):
                 type='FisherPruningHook',
                 interval=3,
                 units_per_step=25,
+                divisor=1,
                 target=[dict(flops=0.8), dict(flops=0.3)],
             )
         ],

@@ -50,7 +50,7 @@ class ChannelPruningHook(Hook):
     written to the work directory; at the last one the run stops.
 
     Args:
-        config: Options of the run; the defaults if None.
+        config: Options of the run; those of `PruningConfig.for_runner` if None.
         **options: Options by name, see `PruningConfig`; they override ``config``.
 
     Attributes:
@@ -76,7 +76,7 @@ class ChannelPruningHook(Hook):
         config: PruningConfig | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        self.config = PruningConfig.of(config, **options)
+        self.config = PruningConfig.for_runner(config, **options)
         self.pruner: ChannelPruner | None = None
         self.progress: Progress | None = None
         #: The pruner of the run that is resumed.
