@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mmgfp.config import PruningConfig
+from mmgfp.criteria.base import CRITERIA
 from mmgfp.discovery.discover import Discovery
 from mmgfp.groups import (
     ChannelGroup,
@@ -27,6 +28,7 @@ from mmgfp.tracing import RowUse
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.layers import is_layer
 from mmgfp.utils.modules import weight_owners
+from mmgfp.utils.plain import plain, same, short
 
 #: Version of the entries that `RunState.to_dict` gives.
 VERSION = 2
@@ -97,9 +99,9 @@ class RunState:
             )
         try:
             for name, value in _fixed_options(config).items():
-                if raw['options'][name] != value:
-                    expected = repr(raw['options'][name])
-                    raise ConfigError(name, expected, repr(value), REMEDY)
+                if not same(raw['options'][name], value):
+                    expected, got = short(raw['options'][name]), short(value)
+                    raise ConfigError(name, expected, got, REMEDY)
             discovery = discovery_from_dict(raw['discovery'], model)
             # A runner may have loaded the checkpoint onto a GPU.
             kept, in_model = (
@@ -124,14 +126,12 @@ class RunState:
 
 def _fixed_options(config: PruningConfig) -> dict[str, Any]:
     options = {name: getattr(config, name) for name in FIXED_OPTIONS}
-    return options | {'keep': list(config.keep), 'criterion': _plain(config.criterion)}
-
-
-def _plain(spec: Any) -> Any:
-    """Return a criterion's name or arguments in types that weights-only files hold."""
-    if isinstance(spec, Mapping):  # a name alone means the same
-        return dict(spec) if len(spec) > 1 else spec['type']
-    return spec
+    spec = config.criterion
+    arguments = dict(spec) if isinstance(spec, Mapping) else {'type': spec}
+    arguments['type'] = CRITERIA.canonical(arguments['type'])
+    # A name alone means the same as a dict of nothing else.
+    options['criterion'] = arguments if len(arguments) > 1 else arguments['type']
+    return plain(options | {'keep': sorted(set(config.keep))})
 
 
 def discovery_to_dict(discovery: Discovery) -> dict[str, Any]:

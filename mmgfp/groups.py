@@ -31,6 +31,10 @@ class Member:
     index: np.ndarray
     role: Role
 
+    def __repr__(self) -> str:
+        units = f'{len(self.index)} units of {self.width}'
+        return f'Member({self.name}, dim {self.dim}, {self.role}, {units})'
+
     @property
     def width(self) -> int:
         """Entries that one unit takes."""
@@ -61,6 +65,10 @@ class ChannelGroup:
 
     name: str
     members: tuple[Member, ...]
+
+    def __repr__(self) -> str:
+        members = f'{len(self.members)} members'
+        return f'ChannelGroup({self.name}, {self.units} units, {members})'
 
     @property
     def units(self) -> int:
@@ -109,11 +117,23 @@ class Grouping:
         frozen: Layers with output channels that no unit can remove.
         inputs: For each layer's weight, the unit that each of its input channels
             belongs to, shape (C_in,), or -1. Units are numbered through all groups.
+
+    Examples:
+        >>> index = np.arange(8).reshape(4, 2)
+        >>> group = ChannelGroup('conv', (Member('conv.weight', 0, index, 'out'),))
+        >>> group.members[0]
+        Member(conv.weight, dim 0, out, 4 units of 2)
+        >>> Grouping((group,), (FrozenLayer('head', 'an output', 3),), {})
+        Grouping(1 groups, 4 units, 1 frozen layers)
     """
 
     groups: tuple[ChannelGroup, ...]
     frozen: tuple[FrozenLayer, ...]
     inputs: dict[str, np.ndarray]
+
+    def __repr__(self) -> str:
+        parts = f'{len(self.groups)} groups, {self.units} units'
+        return f'Grouping({parts}, {len(self.frozen)} frozen layers)'
 
     @property
     def units(self) -> int:

@@ -18,7 +18,6 @@ from mmgfp.criteria.fisher import Fisher
 from mmgfp.discovery.discover import Discovery, discover
 from mmgfp.groups import Grouping
 from mmgfp.selection.costs import LayerProfile, Totals
-from mmgfp.selection.greedy import select_units
 from mmgfp.selection.schedules import DecisionPoint
 from mmgfp.selection.targets import Target
 from mmgfp.surgery.compact import compact_
@@ -26,7 +25,7 @@ from mmgfp.surgery.masking import check_not_masked
 from mmgfp.units import UnitState
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.trial_runs import Forward, LossFunction, copy_module, undisturbed
-from mmgfp.utils.validation import check_not_compiled
+from mmgfp.utils.validation import check_not_compiled, refuse_copy
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,10 @@ class PruneStep:
     totals: Totals
     reached: tuple[Target, ...]
     exhausted: bool = False
+
+    def __repr__(self) -> str:
+        parts = f'{len(self.units)} units, totals={self.totals}'
+        return f'PruneStep({parts}, reached={self.reached}, exhausted={self.exhausted})'
 
 
 class ChannelPruner:
@@ -210,23 +213,15 @@ class ChannelPruner:
         state = (*costs, *ends, scores.values, units.kept)
         point = DecisionPoint(self.iteration, interval, *state)
         quota = self.schedule.quota(point)
-        gone = select_units(
-            scores.values,
-            units.group_of,
-            units.kept,
-            units.costs,
-            self.limits,
-            self.config.normalize,
-            lambda now: quota.is_met(now, point),
-            quota.units,
-            quota.importance,
-        )
+        gone = units.select(point, quota, self.limits, self.config.normalize)
         units.prune(gone)
         self.criterion.reset()
         totals = units.totals
         reached = tuple(t for t in self.pending if t.reached(totals, units.full))
         self.reached += reached
         exhausted = not len(gone) and not quota.is_met(totals, point)
+        if exhausted:
+            self.checks.warn_of_nothing_to_prune(scores, units.kept)
         return PruneStep(gone, totals, reached, exhausted)
 
     def track_copy(self, copied: nn.Module) -> None:
@@ -268,7 +263,10 @@ class ChannelPruner:
         """Take all hooks off the model; masked columns stay at zero."""
         self.criterion.detach()
         self._context = None
-        self.units.close()
+        if self._units is not None:
+            self._units.close()
+
+    __reduce_ex__ = refuse_copy  # which pickle, copy.copy and copy.deepcopy call
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state needed to resume, in plain types and tensors."""
@@ -286,16 +284,21 @@ class ChannelPruner:
         its weights are to be loaded afterwards.
 
         Raises:
-            ConfigError: If the state is of another version, model or configuration.
+            ConfigError: If the state does not fit; the model is as it was, unwatched.
         """
         saved = RunState.from_dict(state, self.model, self.config)
-        if self._units is not None:
-            self.close()
+        self.close()
+        progress = self.iteration, self.reached
         self.iteration, self.reached = saved.iteration, saved.reached
-        self.attach(saved.discovery, saved.kept)
-        self.units.restore(saved.kept, saved.in_model, optimizers)
-        self._watch()
-        self.criterion.load_state_dict(saved.criterion)
+        try:
+            self.attach(saved.discovery, saved.kept)
+            self.criterion.load_state_dict(saved.criterion)  # before the model changes
+            self.units.restore(saved.kept, saved.in_model, optimizers)
+            self._watch()
+        except BaseException:
+            self.close()
+            self._units, (self.iteration, self.reached) = None, progress
+            raise
 
 
 class GroupFisherPruner(ChannelPruner):

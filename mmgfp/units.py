@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from mmgfp.config import PruningConfig
 from mmgfp.groups import Grouping
 from mmgfp.selection.costs import CostTable, LayerProfile, Totals
-from mmgfp.selection.greedy import Limits
+from mmgfp.selection.greedy import Limits, select_units
+from mmgfp.selection.schedules import DecisionPoint, Quota
 from mmgfp.selection.targets import Target, check_reachable
 from mmgfp.surgery.live import compact_training_, units_to_keep_in_model
 from mmgfp.surgery.masking import ColumnMask, check_not_masked
@@ -134,6 +135,29 @@ class UnitState:
         self._copies.append(copied)
         self.masks.append(self._mask(copied))
 
+    def select(
+        self, point: DecisionPoint, quota: Quota, limits: Limits, normalize: str
+    ) -> np.ndarray:
+        """Return the numbers of the units that a decision takes, (V,).
+
+        Args:
+            point: The state of the run, with the importance of all units.
+            quota: How much the decision may take.
+            limits: How far each group may shrink.
+            normalize: The cost that importance is divided by, or ``'none'``.
+        """
+        return select_units(
+            point.importance,
+            self.group_of,
+            self.kept,
+            self.costs,
+            limits,
+            normalize,
+            lambda now: quota.is_met(now, point),
+            quota.units,
+            quota.importance,
+        )
+
     def prune(self, units: np.ndarray) -> None:
         """Mask units, given by their numbers, in the model and its copies."""
         self.kept[units] = False
@@ -169,9 +193,12 @@ class UnitState:
             kept: Units that were kept there, (U,).
             in_model: Units that were in the model there, (U,).
             optimizers: Those that train the model.
+
+        Raises:
+            ConfigError: If an optimizer's state cannot be cut; nothing has changed.
         """
+        self._cut(in_model, optimizers)  # first, as it changes nothing if it fails
         self.prune(np.flatnonzero(~kept))
-        self._cut(in_model, optimizers)
 
     def _cut(self, stay: np.ndarray, optimizers: Sequence[Optimizer]) -> bool:
         if np.array_equal(stay, self.in_model):

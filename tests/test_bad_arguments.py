@@ -6,13 +6,15 @@ import torch
 from mmengine.registry import HOOKS
 from support.pruning import iterate, prepared
 from support.toy_runner import toy_runner
-from support.toys import ConvPair, toy_loss
+from support.toys import ConvPair, TinyDetector, toy_loss
 
 from mmgfp import ChannelPruner, GroupFisherPruner
 from mmgfp.config import PruningConfig
 from mmgfp.criteria.base import CRITERIA, Criterion, Scores
+from mmgfp.selection.schedules import SCHEDULES, Quota, Schedule
 from mmgfp.utils.errors import ConfigError
 
+INF, NAN = float('inf'), float('nan')
 WHOLE = r'must be a whole number of at least 1 \(got'
 TWO = [dict(flops=0.9), dict(flops=0.5)]
 BAD = [
@@ -61,6 +63,12 @@ BAD = [
     (dict(target=dict(flops=0)), r'target\.flops must be a ratio .* 0 and 1 \(got 0'),
     (dict(target=[dict(flops=2)]), r'target\.flops .* between 0 and 1 \(got 2'),
     (dict(target=dict(params='0.5')), r"target.params must be a ratio .* \(got '0.5'"),
+    (dict(target=[dict(flops=0.5), dict(macs=0.5)]), 'flops=0.5 and macs=0.5.; drop'),
+    (
+        dict(target=[dict(flops=0.5000001), dict(flops=0.5000002)]),
+        r'target must be a list of targets that differ, also in the names of their '
+        r'files \(got flops=0\.5000001 and flops=0\.5000002\); drop one',
+    ),
     (dict(keep='backbone'), r"keep must be a list .* \(got 'backbone'"),
     (dict(keep=None), r'keep must be a list .* \(got None'),
     (dict(coupled='no'), r"coupled must be True or False \(got 'no'"),
@@ -129,6 +137,66 @@ def test_scores_must_be_one_for_each_unit_and_not_negative(make):
             iterate(pruner)
     finally:
         CRITERIA.remove('odd')
+
+
+@pytest.mark.parametrize(
+    ('scores', 'words', 'gone'),
+    [
+        ([INF] * 40, ['none of the 40 that are left has a finite score of the'], 0),
+        ([INF] * 39 + [1.0], ['none of the 39 that are left has a finite score'], 1),
+        ([1.0] * 4 + [INF] * 36, ['units with a finite score may not go; see min_'], 3),
+        ([NAN] * 4 + [INF] * 36, ['stem got no gradient in 1', 'none of the 40 th'], 0),
+    ],
+)
+def test_pruner_says_once_that_nothing_can_go(caplog, scores, words, gone):
+    """The first four units are those of a group, one of which stays."""
+
+    @CRITERIA.register('given')
+    class Given(Criterion):
+        def attach(self, context):
+            """Nothing to watch."""
+
+        def scores(self, reduce=None):
+            return Scores(np.array(scores))
+
+    try:
+        pruner = ChannelPruner(TinyDetector(), criterion='given', interval=1)
+        pruner.prepare(toy_loss, toy_loss, 2)
+        steps = [iterate(pruner) for _ in range(6)]
+    finally:
+        CRITERIA.remove('given')
+    assert (~pruner.units.kept).sum() == gone
+    assert [s.exhausted for s in steps] == [False] * gone + [True] * (6 - gone)
+    for record, word in zip(caplog.records, words, strict=True):
+        assert word in record.message
+
+
+def test_schedule_may_let_nothing_go(caplog):
+    @SCHEDULES.register('pause')
+    class Pause(Schedule):
+        def quota(self, point):
+            return Quota(units=point.iteration % 2)
+
+    try:
+        pruner = prepared(ConvPair(), interval=1, schedule='pause')
+        steps = [iterate(pruner) for _ in range(4)]
+    finally:
+        SCHEDULES.remove('pause')
+    assert [len(s.units) for s in steps] == [1, 0, 1, 0]
+    assert not any(s.exhausted for s in steps) and not caplog.records
+
+
+def test_what_is_printed_is_one_short_line():
+    pruner = prepared(ConvPair(), interval=1)
+    step, grouping = iterate(pruner), pruner.units.grouping
+    assert repr(grouping) == 'Grouping(1 groups, 6 units, 1 frozen layers)'
+    assert repr(pruner.discovery) == f'Discovery(grouping={grouping})'
+    group = 'ChannelGroup(conv1, 6 units, '
+    assert repr(grouping.groups[0]).startswith(group)
+    assert repr(pruner.units.structure()).startswith('PruneStructure(')
+    assert repr(step).startswith('PruneStep(1 units, totals=')
+    for thing in (pruner.units.structure(), step, *grouping.groups[0].members):
+        assert len(repr(thing)) < 200 and '\n' not in repr(thing)
 
 
 def test_config_must_be_a_config():

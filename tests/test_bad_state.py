@@ -1,10 +1,13 @@
 """Damaged, foreign and crafted files: refused in one line before anything changes."""
 
 import copy
+import pickle
 
+import numpy as np
 import pytest
 import torch
-from support.pruning import prepared
+from support.pruning import hooks_on, iterate, prepared
+from support.states import saved_and_loaded
 from support.toys import (
     ConvPair,
     DepthWise,
@@ -13,10 +16,13 @@ from support.toys import (
     TinyDetector,
     Transposed,
     structure_of,
+    toy_loss,
 )
 
-from mmgfp import GroupFisherPruner
+from mmgfp import ChannelPruner, GroupFisherPruner
+from mmgfp.criteria.base import CRITERIA, Criterion, Scores
 from mmgfp.engine.export import deploy, recorded_shape
+from mmgfp.selection.targets import Target
 from mmgfp.surgery.compact import compact_
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.errors import ConfigError, StructureError
@@ -28,17 +34,23 @@ def state():
     return prepared(TinyDetector(), interval=1).state_dict()
 
 
-def resume(state, watched=False):
-    """Resume; the model must not have changed if that fails."""
+def resume(state, make_optimizers=lambda model: ()):
+    """Resume, which must fail and change nothing; then the pruner is as new."""
     model = TinyDetector()
+    optimizers = make_optimizers(model)
     before = copy.deepcopy(model.state_dict())
+    pruner = GroupFisherPruner(model, interval=1)
     try:
-        GroupFisherPruner(model, interval=1).load_state_dict(state)
+        pruner.load_state_dict(state, optimizers)
     finally:
         after = model.state_dict()
         assert all(torch.equal(t, after[n]) for n, t in before.items())
-        hooks = [h for m in model.modules() for h in m._forward_pre_hooks]
-        assert bool(hooks) == watched
+        assert hooks_on(model) == 0
+        assert pruner.iteration == 0 and pruner.reached == ()
+        with pytest.raises(ConfigError, match='not prepared'):
+            pruner.step()
+        pruner.prepare(toy_loss, toy_loss, 2)
+        pruner.close()
 
 
 def members(state):
@@ -91,7 +103,7 @@ def units_of_inputs(value):
     return lambda state: state['discovery']['inputs']['stage1.weight'].fill_(value)
 
 
-INF = float('inf')
+INF, NAN = float('inf'), float('nan')
 CRAFTED = {
     'no such tensor': (set_member('name', 'stem.nothing'), "KeyError: 'stem.nothing'"),
     'no name': (set_member('name', ['stem']), 'AttributeError'),
@@ -213,7 +225,120 @@ def test_crafted_statistics_are_refused(state):
     for importance in (torch.zeros(()), torch.zeros(10**6), torch.zeros(40, 1)):
         sums = state['criterion'] | dict(importance=importance)
         with pytest.raises(ConfigError, match=r'must be statistics of 40 units \(got'):
-            resume(state | dict(criterion=sums), watched=True)
+            resume(state | dict(criterion=sums))
+
+
+def test_optimizer_that_cannot_be_cut_leaves_the_model_alone():
+    pruner = prepared(TinyDetector(), interval=1)
+    pruner.units.prune(np.array([0, 1]))
+    assert pruner.compact_()
+
+    def used(model):
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+        toy_loss(model).backward()
+        optimizer.step(lambda: toy_loss(model))
+        return [optimizer]
+
+    with pytest.raises(ConfigError, match='optimizer must be one that keeps'):
+        resume(pruner.state_dict(), used)
+
+
+def test_failed_resume_ends_what_the_pruner_did_before(state):
+    """It was prepared and pruned: it must not seem to go on with other groups."""
+    pruner = prepared(TinyDetector(), interval=1)
+    sums = dict(importance=torch.zeros(3))
+    with pytest.raises(ConfigError, match='statistics of 40 units'):
+        pruner.load_state_dict(state | dict(criterion=sums))
+    assert hooks_on(pruner.model) == 0
+    pruner.load_state_dict(state)
+    assert pruner.units.kept.all() and hooks_on(pruner.model)
+
+
+@pytest.mark.parametrize('act', [copy.copy, copy.deepcopy, pickle.dumps])
+def test_pruner_is_not_copied(act):
+    for pruner in (prepared(ConvPair()), ChannelPruner(ConvPair())):
+        with pytest.raises(ConfigError) as caught:
+            act(pruner)
+        name = type(pruner).__name__
+        assert str(caught.value) == (
+            f'a {name} cannot be copied or pickled, as its hooks stay on this model '
+            f'(got copy, deepcopy or pickle); give state_dict() to load_state_dict of '
+            f'a new {name} of the other model, unpruned'
+        )
+
+
+# -- options that mean the same ---------------------------------------------------
+
+
+@CRITERIA.register('weighted', 'by_weight')
+class Weighted(Criterion):
+    """Scores that are given.
+
+    Args:
+        by: Anything.
+    """
+
+    def __init__(self, by=1.0):
+        self.by = by
+
+    def attach(self, context):
+        self.count = len(context.group_of)
+
+    def scores(self, reduce=None):
+        return Scores(np.arange(self.count) + 1.0)
+
+
+ARRAY, TENSOR = np.array([0.5, NAN]), torch.tensor([0.5, NAN])
+
+
+@pytest.mark.parametrize(
+    ('first', 'second'),
+    [
+        ('weighted', dict(type='by_weight')),
+        (dict(type='weighted', by=ARRAY), dict(type='by_weight', by=ARRAY.copy())),
+        (dict(type='weighted', by=TENSOR), dict(by=ARRAY, type='weighted')),
+        (dict(type='weighted', by=(1, [2.0])), dict(type='weighted', by=[1, (2.0,)])),
+        (dict(type='weighted', by=NAN), dict(type='weighted', by=float('nan'))),
+        (
+            dict(type='weighted', by=dict(a=ARRAY, f=toy_loss)),
+            dict(type='weighted', by=dict(f=toy_loss, a=ARRAY)),
+        ),
+    ],
+)
+def test_criterion_with_the_same_arguments_is_resumed(first, second):
+    pruner = ChannelPruner(TinyDetector(), criterion=first, keep=['fpn1', 'st*m'])
+    pruner.prepare(toy_loss, toy_loss, 2)
+    state = saved_and_loaded(pruner.state_dict())  # by weights_only=True
+    again = ChannelPruner(TinyDetector(), criterion=second, keep=['st*m', 'fpn1'])
+    again.load_state_dict(state)
+    assert again.units.kept.all()
+
+
+@pytest.mark.parametrize(
+    ('by', 'words'),
+    [
+        (np.arange(3.0), r"'by': \[0\.0, 1\.0, 2\.0\]}\); resume with"),
+        (np.arange(999.0), r"'by': \[0\.0, 1\.0, .{20,80} \.\.\.\); resume with"),
+        (torch.zeros(2, 2), r"'by': tensor\(\[\[0\., 0\.\], \[0\., 0\.\]\]\)}\); res"),
+        (TENSOR.tolist()[::-1], r"'by': \[nan, 0\.5\]}\); resume with"),
+    ],
+)
+def test_criterion_with_other_arguments_is_not_resumed(by, words):
+    pruner = ChannelPruner(ConvPair(), criterion=dict(type='weighted', by=TENSOR))
+    pruner.prepare(toy_loss, toy_loss, 2)
+    other = ChannelPruner(ConvPair(), criterion=dict(type='weighted', by=by))
+    with pytest.raises(ConfigError, match=r'^criterion must be .*got .*' + words) as e:
+        other.load_state_dict(pruner.state_dict())
+    assert '\n' not in str(e.value)
+
+
+def test_target_by_another_name_is_reached_already():
+    pruner = prepared(ConvPair(), interval=1, target=dict(flops=0.9))
+    while not pruner.done:
+        iterate(pruner)
+    again = GroupFisherPruner(ConvPair(), target=[dict(macs=0.9), dict(macs=0.5)])
+    again.load_state_dict(saved_and_loaded(pruner.state_dict()))
+    assert again.pending == [Target('flops', 0.5)]
 
 
 def test_state_as_it_was_is_accepted(state):

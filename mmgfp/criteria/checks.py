@@ -54,9 +54,10 @@ class ScoreChecks:
             )
         if scores.nonfinite > self._nonfinite:
             self._nonfinite = scores.nonfinite
+            # One text for each number: MMEngine's log drops texts that it has seen.
             logger.warning(
-                'gradients were not finite in %d iterations so far, which do not count',
-                scores.nonfinite,
+                f'gradients were not finite in {scores.nonfinite} iterations so far, '
+                f'which do not count'
             )
         groups, group_of = len(grouping.groups), grouping.group_of
         known = kept & ~np.isnan(scores.values)
@@ -70,9 +71,33 @@ class ScoreChecks:
                 f'group {grouping.groups[g].name} got no gradient in {interval} '
                 f'iterations and is left alone until it does'
             )
-            if message not in self.warned:
-                self.warned.add(message)
-                logger.warning(message)
+            self._warn_once(message)
+
+    def warn_of_nothing_to_prune(self, scores: Scores, kept: np.ndarray) -> None:
+        """Say why a decision took nothing although the schedule asked for it.
+
+        Args:
+            scores: The scores of all units.
+            kept: Units not pruned yet, (U,).
+        """
+        if np.isfinite(scores.values[kept]).any():
+            why = (
+                'units with a finite score may not go; see min_channels, max_ratio, '
+                'divisor and keep'
+            )
+        elif scores.nonfinite_in_row:
+            return  # the reason has been given
+        else:
+            why = (
+                f'none of the {kept.sum()} that are left has a finite score of the '
+                f'criterion (NaN: nothing is known, infinity: it never goes)'
+            )
+        self._warn_once(f'no unit was pruned: {why}')
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            logger.warning(message)
 
 
 def _check_values(scores: Any, shape: tuple[int, ...]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -63,8 +63,8 @@ class Discovery:
     """
 
     grouping: Grouping
-    rows: RowUse
-    profiles: dict[str, LayerProfile]
+    rows: RowUse = field(repr=False)
+    profiles: dict[str, LayerProfile] = field(repr=False)
 
 
 @dataclass(frozen=True)

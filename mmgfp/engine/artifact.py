@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from mmengine.runner.checkpoint import weights_to_cpu
 from torch import nn
 
 from mmgfp.selection.costs import Totals
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
 from mmgfp.utils.io import save_checkpoint
+from mmgfp.utils.plain import plain
 from mmgfp.version import __version__
 
 
@@ -61,24 +60,3 @@ def costs_in_numbers(now: Totals, full: Totals) -> dict[str, dict[str, float]]:
         cost: {'remaining': now[cost], 'ratio': now.ratio(cost, full)}
         for cost in now.values
     }
-
-
-def plain(value: Any) -> Any:
-    """Return ``value`` made of types that a weights-only checkpoint may hold.
-
-    Examples:
-        >>> plain({'classes': ('cat', 'dog'), 1: np.float32(0.5), 'path': Path('a/b')})
-        {'classes': ('cat', 'dog'), '1': 0.5, 'path': 'a/b'}
-    """
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        # Not the type itself: subclasses are not plain.
-        return (tuple if isinstance(value, tuple) else list)(plain(v) for v in value)
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, bool | int | float | str | torch.Tensor):
-        return value
-    return str(value)

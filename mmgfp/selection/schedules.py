@@ -54,7 +54,7 @@ class Quota:
     """Bounds on one decision; whichever is met first ends it.
 
     Attributes:
-        units: Number of units.
+        units: Number of units; with 0, nothing goes this time.
         importance: Largest importance of all that go as one unit, at worst: their
             number times the sum of their importances.
         waypoints: Shares of costs at which the decision ends, once all are reached.
@@ -65,12 +65,14 @@ class Quota:
     waypoints: tuple[Target, ...] = ()
 
     def is_met(self, now: Totals, point: DecisionPoint) -> bool:
-        """Return whether costs are low enough to end the decision at ``point``.
+        """Return whether the decision at ``point`` ends at these costs.
 
         Args:
             now: Costs of the model after some picks.
             point: The state of the run when the decision began.
         """
+        if self.units <= 0:
+            return True
         on_the_way = [t.reached(now, point.full) for t in self.waypoints]
         at_a_target = any(t.reached(now, point.full) for t in point.pending)
         return at_a_target or (bool(on_the_way) and all(on_the_way))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from math import ceil
 from typing import Any
 
@@ -11,9 +12,11 @@ from mmgfp.selection.costs import COSTS, Totals
 from mmgfp.utils.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """A bound on a cost, as a share of the unpruned model's.
+
+    Targets are equal if they mean the same: ``'flops'`` is another name of ``'macs'``.
 
     Attributes:
         cost: A name in `COSTS`, such as ``'flops'`` (multiply-accumulates).
@@ -50,6 +53,16 @@ class Target:
             )
         return cls(cost, float(ratio))
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Target) and self._meaning == other._meaning
+
+    def __hash__(self) -> int:
+        return hash(self._meaning)
+
+    @property
+    def _meaning(self) -> tuple[str, float]:
+        return COSTS.canonical(self.cost), self.ratio
+
     @property
     def label(self) -> str:
         """A short name for files, such as ``flops50``."""
@@ -64,14 +77,24 @@ def parse_targets(raw: Any) -> tuple[Target, ...]:
     """Read one target such as ``dict(flops=0.5)``, or a list of them.
 
     Raises:
-        ConfigError: If there is none, or one is not valid.
+        ConfigError: If there is none, one is not valid, or two are the same or would
+            be written to the same file.
     """
     targets = list(raw) if isinstance(raw, list | tuple) else [raw]
     if not targets:
         raise ConfigError(
             'target', 'at least one target', repr(raw), 'give dict(flops=0.5), say'
         )
-    return tuple(t if isinstance(t, Target) else Target.parse(t) for t in targets)
+    parsed = tuple(t if isinstance(t, Target) else Target.parse(t) for t in targets)
+    for first, second in combinations(parsed, 2):
+        if first == second or first.label == second.label:
+            raise ConfigError(
+                'target',
+                'a list of targets that differ, also in the names of their files',
+                f'{first.cost}={first.ratio!r} and {second.cost}={second.ratio!r}',
+                'drop one of them',
+            )
+    return parsed
 
 
 def check_reachable(targets: Sequence[Target], least: Totals, full: Totals) -> None:

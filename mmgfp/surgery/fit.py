@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.tracing import width_attributes
-from mmgfp.utils.errors import StructureError
+from mmgfp.utils.errors import MMGFPError, StructureError
 from mmgfp.utils.layers import is_layer, output_dim
 
 #: Kept indices by dimension, by the identity of a tensor, which may have several names.
@@ -61,6 +61,7 @@ def check_shapes(
     shapes: Mapping[str, Sequence[int]],
     reference: str,
     remedy: str,
+    error: type[MMGFPError] = StructureError,
 ) -> None:
     """Refuse weights of other shapes, which loading would skip with a warning.
 
@@ -69,6 +70,7 @@ def check_shapes(
         shapes: Shapes that they must have.
         reference: Where these shapes come from, for the message.
         remedy: Which weights to give instead.
+        error: The error to raise, where the weights are not what is wrong.
 
     Raises:
         StructureError: If a tensor has another shape.
@@ -80,7 +82,7 @@ def check_shapes(
     for name, shape in shapes.items():
         got = getattr(weights.get(name), 'shape', None)
         if got is not None and list(got) != list(shape):
-            raise StructureError(
+            raise error(
                 f'checkpoint: {name}',
                 f'of shape {list(shape)} {reference}',
                 str(list(got)),

@@ -47,6 +47,10 @@ class PruneStructure:
     kept: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     attributes: dict[str, int] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        parts = f'{len(self.sizes)} tensors, {len(self.attributes)} attributes'
+        return f'PruneStructure({parts})'
+
     @classmethod
     def of(
         cls,

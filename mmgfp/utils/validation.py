@@ -53,3 +53,17 @@ def check_not_compiled(model: Any) -> None:
                 f'{name or "the model"}, a {type(module).__name__}',
                 'prune first; the compact model can be scripted',
             )
+
+
+def refuse_copy(self: Any, protocol: object) -> Any:
+    """Refuse to copy or pickle an object whose hooks are on one model.
+
+    Raises:
+        ConfigError: Always.
+    """
+    name = type(self).__name__
+    raise ConfigError(
+        f'a {name} cannot be copied or pickled, as its hooks stay on this model (got '
+        f'copy, deepcopy or pickle); give state_dict() to load_state_dict of a new '
+        f'{name} of the other model, unpruned'
+    )

@@ -30,3 +30,16 @@ def seen_by(pruner):
 def warnings_of(pruner):
     """All that the pruner has warned of."""
     return pruner.checks.warned | pruner.criterion.warned
+
+
+def hooks_on(model):
+    """The number of hooks on a model, its modules and its parameters."""
+    kinds = ('forward', 'forward_pre', 'backward', 'backward_pre')
+    names = [f'_{kind}_hooks' for kind in kinds] + ['_load_state_dict_post_hooks']
+    on_modules = [getattr(m, name) for m in model.modules() for name in names]
+    on_parameters = [
+        getattr(p, name) or ()
+        for p in model.parameters()
+        for name in ('_backward_hooks', '_post_accumulate_grad_hooks')
+    ]
+    return sum(map(len, [*on_modules, *on_parameters]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmgfp.checkpoint import discovery_from_dict, discovery_to_dict
+from mmgfp.checkpoint import REMEDY, discovery_from_dict, discovery_to_dict
 from mmgfp.config import PruningConfig
 from mmgfp.engine.artifact import costs_in_numbers, save_artifact
 from mmgfp.engine.batch_calls import BatchCalls
@@ -30,12 +31,13 @@ from mmgfp.engine.runner_access import (
     rewrap_model,
     unwrap_model,
 )
+from mmgfp.engine.train_scope import during_training, warnings_in_log
 from mmgfp.pruner import ChannelPruner, PruneStep, require_fisher
 from mmgfp.selection.targets import Target
 from mmgfp.surgery.fit import check_shapes
 from mmgfp.surgery.live import check_optimizer
 from mmgfp.surgery.structure import STRUCTURE_KEY
-from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.errors import ConfigError, MMGFPError, StructureError
 
 #: The key under which training checkpoints hold the state of pruning.
 STATE_KEY = 'pruner'
@@ -92,7 +94,10 @@ class ChannelPruningHook(Hook):
                 repr(runner.cfg.compile),
                 'remove it; the compact model can be compiled for fine-tuning',
             )
-        self.pruner = self.progress = None  # of another run of this hook
+        self.close()
+        self.pruner = self.progress = self._resumed = None  # of another run
+        during_training(runner, lambda: closing(self))
+        during_training(runner, lambda: warnings_in_log(runner.logger))
         hooks = [h for h in runner.hooks if isinstance(h, ExactResumeHook)]
         if not hooks:
             hooks = [ExactResumeHook(agree_interval=self.config.interval)]
@@ -175,11 +180,6 @@ class ChannelPruningHook(Hook):
             runner.logger.info('all pruning targets are reached; the run stops')
             runner.train_loop.stop_training = True
             return
-        if step.exhausted:
-            runner.logger.warning(
-                'no unit was pruned: none has gradients and may go; see min_channels, '
-                'max_ratio and keep'
-            )
         if self._compacts_now(pruner):
             optimizer = optimizer_of(runner.optim_wrapper)
             if pruner.compact_([optimizer]):
@@ -212,7 +212,12 @@ class ChannelPruningHook(Hook):
             )
             reached = Target(target.cost, round(ratio, 4)).label
             self._save(runner, self.pruner, f'{reached}_unfinished')
-        self.pruner.close()
+
+    def close(self) -> None:
+        """Take all hooks off the model, as at the end of a run, however it ends."""
+        for pruner in (self.pruner, self._resumed):
+            if pruner is not None:
+                pruner.close()
 
     def _gather(self) -> None:
         """Let the main process, which saves, have the statistics of all."""
@@ -231,8 +236,9 @@ class ChannelPruningHook(Hook):
         """Go on with the state of an interrupted run, before its weights are loaded.
 
         Raises:
-            ConfigError: If the checkpoint to resume from is not of a pruning run.
-            StructureError: If the weights are of another width.
+            ConfigError: If the checkpoint to resume from is not of a pruning run, or of
+                a model with other shapes.
+            StructureError: If the weights are compact ones.
         """
         state = checkpoint.get(STATE_KEY) if runner._resume else None
         if state is not None:
@@ -242,13 +248,11 @@ class ChannelPruningHook(Hook):
                 rewrap_model(runner)
             self._resumed = pruner
         if runner._resume or STRUCTURE_KEY in checkpoint:
-            model = unwrap_model(runner.model)
-            check_shapes(
-                checkpoint.get('state_dict', {}),
-                {name: tensor.shape for name, tensor in model.state_dict().items()},
-                'as in the model that is pruned',
-                'give a checkpoint of that model, not one that was cut down',
-            )
+            try:
+                self._check_weights(runner, checkpoint)
+            except MMGFPError:
+                self.close()
+                raise
         if runner._resume and state is None:
             raise ConfigError(
                 'checkpoint',
@@ -256,6 +260,17 @@ class ChannelPruningHook(Hook):
                 'one without its state',
                 'to prune these weights, name them in load_from and do not resume',
             )
+
+    def _check_weights(self, runner: Runner, checkpoint: dict) -> None:
+        kind: type[MMGFPError] = StructureError
+        remedy = 'give a checkpoint of that model, not one that was cut down'
+        if self._resumed is not None:  # its groups fit, so the configuration is another
+            kind, remedy = ConfigError, REMEDY
+        model = unwrap_model(runner.model)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        reference = 'as in the model that is pruned'
+        weights = checkpoint.get('state_dict', {})
+        check_shapes(weights, shapes, reference, remedy, kind)
 
     def _save(self, runner: Runner, pruner: ChannelPruner, label: str) -> None:
         """Write ``<config>_<label>.pth`` into the work directory."""

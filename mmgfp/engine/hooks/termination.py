@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmgfp.engine.checkpoints import ATOMIC_BACKEND
+from mmgfp.engine.train_scope import during_training
 from mmgfp.utils.io import atomic_write
 
 #: The exit status that a shell gives to a process ended by SIGTERM.
@@ -35,13 +38,24 @@ class Termination(Hook):
     def __init__(self) -> None:
         self.requested = False
         self.agreed = False
-        self._previous_handler: Any = None
 
-    def before_train(self, runner: Runner) -> None:
-        """Start to listen."""
+    def before_run(self, runner: Runner) -> None:
+        """Listen while the runner trains; then SIGTERM does again what it did."""
+        during_training(runner, self._listening)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        self.requested = self.agreed = False  # of another run
         # Python lets no other thread set a handler.
-        if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGTERM, self._note)
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, self._note)
+        try:
+            yield
+        finally:
+            # None is a handler that was not set by Python, which cannot set it again.
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
     def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
         """Save and leave if that is agreed on."""
@@ -51,14 +65,7 @@ class Termination(Hook):
                 f'asked to end (SIGTERM): saved {path}; go on with --resume'
             )
             barrier()  # a launcher ends all processes as soon as one has left
-            self.after_train(runner)
             raise SystemExit(EXIT_STATUS)
-
-    def after_train(self, runner: Runner) -> None:
-        """Stop listening: SIGTERM does again what it did before."""
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
-            self._previous_handler = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
