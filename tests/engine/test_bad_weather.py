@@ -7,7 +7,14 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from support.configs import slim_retinanet, small_prune_config
-from support.pruning import importance_of, iterate, prepared, seen_by, warnings_of
+from support.pruning import (
+    hooks_on,
+    importance_of,
+    iterate,
+    prepared,
+    seen_by,
+    warnings_of,
+)
 from support.reference import mask_fisher
 from support.roundtrip import without_boxes
 from support.toy_runner import Call, pruner_of, toy_loader, toy_runner
@@ -257,12 +264,12 @@ def test_compact_weights_are_not_loaded_into_the_full_model(tmp_path, trained, r
 
 
 def resumed_with(tmp_path, path, change):
-    """Resume a checkpoint whose pruning state has been tampered with."""
+    """Return a runner that resumes a checkpoint which has been tampered with."""
     checkpoint = torch.load(path, weights_only=False)
     change(checkpoint)
     changed = tmp_path / 'changed.pth'
     torch.save(checkpoint, changed)
-    toy_runner(tmp_path, load_from=str(changed), resume=True).train()
+    return toy_runner(tmp_path, load_from=str(changed), resume=True)
 
 
 def rename_a_member(checkpoint):
@@ -270,9 +277,20 @@ def rename_a_member(checkpoint):
     group['members'][0]['name'] = 'backbone.conv1.weight'
 
 
+def narrow_the_kernel(checkpoint):
+    weights = checkpoint['state_dict']
+    weights['net.stem.weight'] = weights['net.stem.weight'][..., 1:2, 1:2]
+
+
 @pytest.mark.parametrize(
     ('change', 'words'),
     [
+        (
+            narrow_the_kernel,
+            'checkpoint: net.stem.weight must be of shape [4, 3, 3, 3] as in the model '
+            'that is pruned (got [4, 3, 1, 1]); resume with the configuration that the '
+            'run was started with',
+        ),
         (
             lambda c: c['pruner'].update(version=99),
             'checkpoint must be a pruning state of version 2 (got version 99); '
@@ -292,13 +310,16 @@ def rename_a_member(checkpoint):
     ],
 )
 def test_state_of_something_else_is_refused(tmp_path, trained, change, words):
+    runner = resumed_with(tmp_path, trained[0], change)
     with pytest.raises(ConfigError) as caught:
-        resumed_with(tmp_path, trained[0], change)
+        runner.train()
     assert str(caught.value) == words
+    if 'exact_resume' not in words:  # another hook refuses that, later
+        assert hooks_on(runner.model) == 0
 
 
 def test_untouched_checkpoint_resumes(tmp_path, trained):
     """The tests above would pass with any checkpoint otherwise."""
     state = torch.load(trained[0], weights_only=False)['pruner']
     assert not state['kept'].all()
-    resumed_with(tmp_path, trained[0], lambda c: None)
+    resumed_with(tmp_path, trained[0], lambda c: None).train()
