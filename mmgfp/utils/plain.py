@@ -16,8 +16,11 @@ def plain(value: Any) -> Any:
     """Return ``value`` made of types that a weights-only checkpoint may hold.
 
     Examples:
+        >>> from pathlib import Path
         >>> plain({'classes': ('cat', 'dog'), 1: np.float32(0.5), 'path': Path('a/b')})
         {'classes': ('cat', 'dog'), '1': 0.5, 'path': 'a/b'}
+        >>> plain([object()])
+        ['<object object>']
     """
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
