@@ -133,7 +133,8 @@ class UnitStatistics:
         Raises:
             ConfigError: If the state is of other units.
         """
-        parts = [torch.as_tensor(state.get(name, 0.0)) for name in PARTS]
+        saved = [state.get(name, 0.0) for name in PARTS]
+        parts = [torch.as_tensor(part, device=self.device) for part in saved]
         shapes = [tuple(part.shape) for part in parts]
         if shapes != [(size,) for size in self._sizes]:
             raise ConfigError(

@@ -150,7 +150,9 @@ def _nudge(model: nn.Module, seed: int) -> None:
     """Change the last digits of all parameters; zeros remain, and so does the mask."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+        noise = torch.rand(
+            parameter.shape, generator=generator, dtype=torch.float64, device='cpu'
+        )
         parameter.mul_(1 + 1e-11 * (noise.to(parameter.device) - 0.5))
 
 
@@ -166,7 +168,9 @@ def _randomize_vectors(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.dim() != 1 or not tensor.is_floating_point():
             continue
-        noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
+        noise = torch.rand(
+            tensor.shape, generator=generator, dtype=torch.float64, device='cpu'
+        )
         noise = noise.to(tensor.device)
         if name.endswith('running_var'):  # scaled: else activations may overflow
             tensor.mul_(noise + 0.5).clamp_(min=1e-3)
@@ -190,7 +194,9 @@ def _randomize_small(model: nn.Module) -> None:
             continue
         if parameter.abs().max() > SMALL:
             continue
-        noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+        noise = torch.rand(
+            parameter.shape, generator=generator, dtype=torch.float64, device='cpu'
+        )
         noise = noise.to(parameter.device)
         is_scale = parameter.numel() == max(parameter.shape, default=1)
         if is_scale:

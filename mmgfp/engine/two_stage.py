@@ -75,9 +75,9 @@ def _boxes(count: int, size: tuple[int, ...], seed: int) -> Tensor:
     """Return boxes of an eighth to the whole of (H, W), (count, 4) as corners."""
     generator = torch.Generator().manual_seed(seed)
     height, width = size[:2]
-    scale = torch.tensor([width, height])
-    shares = torch.logspace(-3, 0, count, 2)[:, None]  # (count, 1)
-    corners = torch.rand(count, 2, generator=generator) * (1 - shares)
+    scale = torch.tensor([width, height], device='cpu')
+    shares = torch.logspace(-3, 0, count, 2, device='cpu')[:, None]  # (count, 1)
+    corners = torch.rand(count, 2, generator=generator, device='cpu') * (1 - shares)
     return torch.cat([corners * scale, (corners + shares) * scale], 1)
 
 

@@ -45,7 +45,7 @@ def rows_in_order(order: str, count: int, images: int, start: int = 0) -> Rows |
         >>> rows_in_order('parted', 1, 2, 1).index.tolist()
         [1]
     """
-    every = torch.arange(images)
+    every = torch.arange(images, device='cpu')
     if order == PARTED:
         part = every[start : start + count]
         return Rows(images, part) if len(part) == count else None
@@ -62,10 +62,11 @@ def order_of(calls: Sequence[Rows]) -> str | None:
     for order in ORDERS:
         start = 0
         for rows in calls:
-            index = torch.arange(rows.images) if rows.index is None else rows.index
+            every = torch.arange(rows.images, device='cpu')
+            index = every if rows.index is None else rows.index.cpu()
             expected = rows_in_order(order, len(index), rows.images, start)
             start += len(index)
-            if expected is None or not torch.equal(expected.index, index.cpu()):  # type: ignore[arg-type]
+            if expected is None or not torch.equal(expected.index, index):  # type: ignore[arg-type]
                 break
         else:
             if order != PARTED or start == calls[0].images:

@@ -106,8 +106,10 @@ def _of_leaf(x: Tensor) -> Rows | Lost:
 
 
 def mark_rows(x: Tensor, rows: Rows | Lost) -> None:
-    """Let the walks of `rows_of` end at ``x``."""
+    """Let the walks of `rows_of` end at ``x``, beside which its rows then lie."""
     node: Any = x.grad_fn
+    if isinstance(rows, Rows) and rows.index is not None:
+        rows = rows.moved(rows.index.to(x.device))
     node.metadata[KEY] = [rows]
 
 

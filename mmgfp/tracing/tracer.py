@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from mmgfp.tracing.attention import attention_owners
@@ -78,12 +79,14 @@ def trace_loss(
             'compute it with gradients enabled and from parameters that require them',
         )
     graph = read_graph(loss, unused)
-    trace = _Tracer(model, strict).run(graph, widths or {})
-    narrowed = _inseparable(trace)
-    # Labels are only ever equated, never told apart again: hence a second pass.
-    if not narrowed:
-        return trace
-    return _Tracer(model, strict, narrowed).run(graph, widths or {})
+    # Labels are on the CPU, whatever the model's device and torch's default one.
+    with torch.device('cpu'):
+        trace = _Tracer(model, strict).run(graph, widths or {})
+        narrowed = _inseparable(trace)
+        # Labels are only ever equated, never told apart again: hence a second pass.
+        if not narrowed:
+            return trace
+        return _Tracer(model, strict, narrowed).run(graph, widths or {})
 
 
 def _inseparable(trace: Trace) -> frozenset[str]:

@@ -78,7 +78,7 @@ def slim(name):
     return config
 
 
-def slim_retinanet(**backbone):
+def slim_retinanet(device='cpu', **backbone):
     """A RetinaNet of a few channels in single precision, and a batch for it."""
     cfg = get_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
     options = dict(depth=18, base_channels=8, frozen_stages=-1, init_cfg=None)
@@ -89,7 +89,7 @@ def slim_retinanet(**backbone):
     cfg.model.bbox_head.update(in_channels=8, feat_channels=8, num_classes=3)
     cfg.model.bbox_head.anchor_generator.strides = [8, 16, 32]
     torch.manual_seed(0)
-    model = build_model(cfg)
+    model = build_model(cfg).to(device)
     return model, BatchCalls(model, demo_batch(cfg, 2, (64, 64)))
 
 
