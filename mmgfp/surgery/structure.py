@@ -201,6 +201,8 @@ def _whole_numbers(raw: Any) -> list[int]:
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return shapes by name, of all tensors and of attributes that count channels."""
     shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    # Some buffers are in no state, but shrink as the others do.
+    shapes |= {n: tuple(b.shape) for n, b in model.named_buffers()}
     for name, module in model.named_modules():
         for attribute, width in width_attributes(module).items():
             shapes[f'{name}.{attribute}'] = (width,)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.toys import Net, conv, grouped, images, widths
+from support.toys import Net, conv, grouped, images, toy_forward, widths
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops.misc import FrozenBatchNorm2d
@@ -117,6 +117,18 @@ def test_they_go_along(make, names):
         small_buffer = getattr(small.part, name)
         assert small_buffer.shape[dim] == 3 * double[f'part.{name}']
         assert not small_buffer.requires_grad
+
+
+def test_those_in_no_state_go_along():
+    parts = {'a': conv(3, 6), 'b': conv(6, 4)}
+    net = Net(lambda net, x: net.b(net.a(x) * net.scale), **parts)
+    scale = torch.linspace(1, 6, 6)[:, None, None]
+    net.register_buffer('scale', scale, persistent=False)
+    (group,) = grouped(net).groups
+    kept = np.array([True, False, True, True, False, True])
+    assert disagreement(net, [group], kept, toy_forward) is None
+    _, small = masked_and_compact(net, [group], kept)
+    assert small.scale.flatten().tolist() == [1, 3, 4, 6]
 
 
 POSITIONS = {
