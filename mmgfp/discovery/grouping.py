@@ -26,7 +26,7 @@ from mmgfp.groups import (
 )
 from mmgfp.tracing import Trace
 from mmgfp.utils.errors import ConfigError
-from mmgfp.utils.layers import is_layer
+from mmgfp.utils.layers import is_layer, output_dim
 from mmgfp.utils.modules import weight_owners
 
 #: A tensor's name and one of its dimensions.
@@ -265,10 +265,15 @@ def _frozen_layers(
 ) -> list[FrozenLayer]:
     """List every layer with output channels that stay, with the reason."""
     produced = trace.table.produced()
+    # Of a tied weight, which may be read either way round, a layer's own outputs count.
+    own = {n: output_dim(m) for n, m in model.named_modules() if is_layer(m)}
+    dimensions = sorted(
+        trace.table.vectors, key=lambda key: key[1] == own.get(module_of(key[0]), 0)
+    )
     outputs = {
         module_of(name): components.of_label[labels.numpy()]
-        for (name, _), labels in trace.table.vectors.items()
-        if produced[labels.numpy()].all()
+        for name, dim in dimensions
+        if produced[(labels := trace.table.vectors[name, dim]).numpy()].all()
     }
     traced = dict.fromkeys(module_of(call.weight) for call in trace.calls)
     modules = [name for name, module in model.named_modules() if is_layer(module)]

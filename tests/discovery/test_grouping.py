@@ -467,6 +467,18 @@ def test_a_shared_layer_that_also_reads_the_image_reads_all_channels():
     assert find_disagreements(net, grouping, toy_forward) == []
 
 
+def test_a_layer_that_is_read_either_way_round_counts_its_own_outputs():
+    """Its weight (6, 4) makes 6 channels, and by its transpose 4 further ones."""
+
+    def run(net, x):
+        y = net.b(net.a(x).mean((2, 3))).relu()
+        return net.head(F.linear(y, net.b.weight.t()))
+
+    net = Net(run, a=conv(3, 4), b=nn.Linear(4, 6), head=nn.Linear(4, 2))
+    frozen = {f.layer: f.channels for f in grouped(net, keep=['b']).frozen}
+    assert frozen == {'a': 4, 'b': 6, 'head': 2}
+
+
 class TiedAutoencoder(nn.Module):
     """Decodes with the weights of the encoder, beside a layer that reads the code.
 
