@@ -24,6 +24,8 @@ from mmgfp.utils.trial_runs import Forward, LossFunction, copy_module
 TOLERANCE = 1e-4
 #: Outputs above this say nothing of the size of the others, if there are any.
 HUGE = 1e4
+#: Groups of so few units are verified whole, unit by unit.
+FEW = 3
 
 #: Returns why a masked and a compact copy disagree, None if they agree.
 Check = Callable[[nn.Module, nn.Module], str | None]
@@ -67,13 +69,41 @@ def _counts(groups: Sequence[ChannelGroup], share: float | np.ndarray) -> np.nda
 
 
 def _units(
-    groups: Sequence[ChannelGroup], counts: np.ndarray, rng: np.random.Generator
+    groups: Sequence[ChannelGroup],
+    counts: np.ndarray,
+    rng: np.random.Generator,
+    spare_ends: bool = False,
 ) -> np.ndarray:
-    """Draw the units to keep: all but so many of each group, (U,)."""
+    """Draw the units to keep: all but so many of each group, (U,).
+
+    With ``spare_ends`` the first and the last unit of a group go after all others.
+    """
     parts = []
     for group, count in zip(groups, counts, strict=True):
         kept = np.ones(group.units, dtype=bool)
-        kept[rng.permutation(group.units)[:count]] = False
+        order = rng.permutation(group.units)
+        if spare_ends:
+            is_end = np.isin(order, (0, group.units - 1))
+            order = np.concatenate([order[~is_end], order[is_end]])
+        kept[order[:count]] = False
+        parts.append(kept)
+    return np.concatenate([np.ones(0, dtype=bool), *parts])
+
+
+def _without(groups: Sequence[ChannelGroup], unit: int) -> np.ndarray:
+    """Return the units to keep, (U,): all but one of each group, if it has others.
+
+    Where code centres channels, as pads on both sides, the first unit of a group may go
+    or the last one, by whether their number is even, but not both.
+
+    Args:
+        groups: The groups.
+        unit: Which unit of each group goes, 0 for the first and -1 for the last.
+    """
+    parts = []
+    for group in groups:
+        kept = np.ones(group.units, dtype=bool)
+        kept[unit] = group.units == 1
         parts.append(kept)
     return np.concatenate([np.ones(0, dtype=bool), *parts])
 
@@ -220,7 +250,7 @@ def find_disagreements(
 ) -> list[Disagreement]:
     """Remove random units of all groups; where that fails, find the wrong groups.
 
-    Several sets are drawn, each from the compact model that the one before has left.
+    Several sets are removed: one that leaves a small model, then others from that.
 
     A wrong group is found by halving. The groups of the same layers in other blocks
     are rejected with it, since code that fails in one block fails in the next.
@@ -233,33 +263,54 @@ def find_disagreements(
         loss: Computes the training loss of a copy, which is compared as well.
     """
     groups = grouping.groups
+    if not groups:
+        return []
     rng = np.random.default_rng(seed)
     training = TrainingCheck(model, loss) if loss else None
+    outputs: list[Check] = [partial(_compare, forward=forward)]
     probe = random_probe(model)
-    candidates = np.arange(len(groups))
-    disagreements: list[Disagreement] = []
-    for turn, draw_counts in enumerate((_uneven_counts, _odd_counts)):
-        counts = draw_counts(grouping.groups, rng)
-        if not counts.any():
-            break
-        checks: list[Check] = [partial(_compare, forward=forward)]
-        if training:
-            # Only a whole model shows whether its loss runs at all; a small one will do
-            # to compare losses.
-            checks.append(training.agrees if turn else training.runs)
-        draw = _Draw(probe, grouping, _units(grouping.groups, counts, rng), checks)
-        while len(candidates) and (reason := draw.trial(candidates)):
-            wrong, reason = _narrow(candidates, reason, draw.trial)
-            patterns = {_pattern(groups[g]) for g in wrong}
-            rejected = np.array([_pattern(groups[g]) in patterns for g in candidates])
-            disagreements += [
-                Disagreement(groups[g], reason) for g in candidates[rejected]
-            ]
-            candidates = candidates[~rejected]
-        if not len(candidates):
-            break
-        probe, grouping = draw.small, grouping.remaining(draw.kept(candidates))
-    return disagreements
+    # Only a whole model shows whether its loss runs; a small one compares losses.
+    checks = [*outputs, training.runs] if training else outputs
+    kept = _units(groups, _uneven_counts(groups, rng), rng, spare_ends=True)
+    draw = _Draw(probe, grouping, kept, checks)
+    candidates, wrong = _reject(draw, groups, np.arange(len(groups)))
+    # Groups of few units are whole again in the small model, so that each can go alone.
+    has_few = np.array([g.units <= FEW for g in groups])[candidates]
+    few, shrunk = candidates[has_few], candidates[~has_few]
+    if len(few):
+        shrunk, more = _reject(draw, groups, shrunk)
+        candidates, wrong = np.sort(np.concatenate([few, shrunk])), wrong + more
+    small = draw.small if len(shrunk) else probe
+    left = grouping.remaining(draw.kept(shrunk))
+
+    checks = [*outputs, training.agrees] if training else outputs
+    draws = [(_units(left.groups, _odd_counts(left.groups, rng), rng), checks)]
+    draws += [(_without(left.groups, unit), outputs) for unit in (0, -1)]
+    for kept, checks in draws:
+        draw = _Draw(small, left, kept, checks)
+        candidates, more = _reject(draw, groups, candidates)
+        wrong += more
+    return wrong
+
+
+def _reject(
+    draw: _Draw, groups: Sequence[ChannelGroup], candidates: np.ndarray
+) -> tuple[np.ndarray, list[Disagreement]]:
+    """Return the candidates whose units can be removed, and why others cannot.
+
+    Args:
+        draw: The units to remove.
+        groups: All groups.
+        candidates: Numbers of the groups to remove them from.
+    """
+    wrong: list[Disagreement] = []
+    while len(candidates) and (reason := draw.trial(candidates)):
+        members, reason = _narrow(candidates, reason, draw.trial)
+        patterns = {_pattern(groups[g]) for g in members}
+        rejected = np.array([_pattern(groups[g]) in patterns for g in candidates])
+        wrong += [Disagreement(groups[g], reason) for g in candidates[rejected]]
+        candidates = candidates[~rejected]
+    return candidates, wrong
 
 
 def _uneven_counts(
@@ -271,7 +322,6 @@ def _uneven_counts(
     The shares are large, so that the draws that follow work on a small model.
     """
     shares = np.resize([0.5, 0.8], len(groups)) + rng.uniform(0, 0.15, len(groups))
-    units = np.array([g.units for g in groups], dtype=int)
     units = np.array([g.units for g in groups], dtype=int)
     # The next draw needs two units to remove one. Counts that differ by one alone may
     # still go well, as where code rounds.
