@@ -9,6 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from support.random_blocks import (
+    BothViews,
+    Changing,
+    Fixed,
+    Folded,
+    Functional,
+    InPlace,
+    PadShortcut,
+    Tied,
+    leaky,
+)
 from support.toys import conv
 
 
@@ -24,7 +35,7 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
-        return x.relu() if self.active else x
+        return leaky(x) if self.active else x
 
 
 class Residual(nn.Module):
@@ -38,7 +49,7 @@ class Residual(nn.Module):
         self.skip = Conv(c_in, c_out, 1, active=False) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.skip(x) + self.b(self.a(x))).relu()
+        return leaky(self.skip(x) + self.b(self.a(x)))
 
 
 class Concat(nn.Module):
@@ -126,7 +137,7 @@ class SqueezeExcite(nn.Module):
         self.width = c_in
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.squeeze(F.adaptive_avg_pool2d(x, 1)).relu()
+        gate = leaky(self.squeeze(F.adaptive_avg_pool2d(x, 1)))
         return x * self.expand(gate).sigmoid()
 
 
@@ -140,7 +151,7 @@ class GroupNorm(nn.Module):
         self.width = groups * each
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x)).relu()
+        return leaky(self.norm(self.conv(x)))
 
 
 class UpDown(nn.Module):
@@ -152,7 +163,7 @@ class UpDown(nn.Module):
         self.width = c_out
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(self.up(x).relu(), 2)
+        return F.avg_pool2d(leaky(self.up(x)), 2)
 
 
 class Head(nn.Module):
@@ -166,7 +177,7 @@ class Head(nn.Module):
             return
         positions = 4 if kind == 'flat' else 1
         self.layer = nn.Sequential(
-            nn.Linear(c_in * positions, hidden), nn.ReLU(), nn.Linear(hidden, 3)
+            nn.Linear(c_in * positions, hidden), nn.LeakyReLU(0.1), nn.Linear(hidden, 3)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,10 +196,17 @@ class RandomNet(nn.Module):
         blocks: The class of each block, and its arguments after the input's width.
         heads: The block that each further head reads, counted from the last, its kind
             and its hidden width.
+        frames: How an image and its mirror image are folded into rows, which the heads'
+            results are averaged over: ``'repeated'`` or ``'cycled'``; None for images.
+
+    Attributes:
+        needs_verification: Whether code depends on widths in ways that tracing a net
+            cannot tell.
     """
 
-    def __init__(self, stem, blocks, heads):
+    def __init__(self, stem, blocks, heads, frames=None):
         super().__init__()
+        self.frames = frames
         self.stem = Conv(3, stem)
         self.blocks, widths = nn.ModuleList(), [stem]
         for kind, arguments in blocks:
@@ -203,15 +221,27 @@ class RandomNet(nn.Module):
             Head(widths[place], *rest)
             for place, (_, *rest) in zip(self.places, heads, strict=True)
         )
+        self.needs_verification = any(
+            getattr(block, 'needs_verification', False) for block in self.blocks
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.frames == 'repeated':
+            x = torch.stack([x, x.flip(3)], 1).flatten(0, 1)
+        elif self.frames == 'cycled':
+            x = torch.cat([x, x.flip(3)])
         outputs = [self.stem(x)]
         for block in self.blocks:
             outputs.append(block(outputs[-1]))
         return tuple(
-            head(outputs[place])
+            self._images(head(outputs[place]))
             for place, head in zip(self.places, self.heads, strict=True)
         )
+
+    def _images(self, rows: Tensor) -> Tensor:
+        if self.frames == 'repeated':
+            return rows.unflatten(0, (-1, 2)).mean(1)
+        return rows.unflatten(0, (2, -1)).mean(0) if self.frames else rows
 
 
 def _block(kind, *arguments):
@@ -219,6 +249,13 @@ def _block(kind, *arguments):
 
 
 _width, _few, _flag = st.integers(2, 7), st.integers(1, 3), st.booleans()
+_changes = st.lists(st.sampled_from(['add', 'mul', 'neg']), max_size=2)
+
+
+def _one_of(*names):
+    return st.sampled_from(names)
+
+
 _blocks = st.one_of(
     _block(Conv, _width, st.sampled_from([1, 3]), st.just(1), _flag, _flag),
     _block(Residual, _width, _width, _flag),
@@ -230,6 +267,24 @@ _blocks = st.one_of(
     _block(SqueezeExcite, _width),
     _block(GroupNorm, st.integers(2, 4), _few),
     _block(UpDown, _width),
+    _block(
+        PadShortcut,
+        st.integers(0, 3),
+        st.integers(0, 3),
+        _one_of('fixed', 'halves', 'last'),
+    ),
+    _block(
+        Functional,
+        _width,
+        _one_of('conv', 'linear', 'depth-wise'),
+        _one_of('weight', 'kernel'),
+    ),
+    _block(Tied, _width, _one_of('parameter', 'linear', 'conv', 'again', 'layers')),
+    _block(BothViews, _width, _one_of('product', 'concat')),
+    _block(Folded, _width, _one_of('repeated', 'cycled', 'points')),
+    _block(Fixed, _one_of('vector', 'map', 'filter'), _flag),
+    _block(InPlace, _width, _changes, _changes),
+    _block(Changing, _width, _one_of('square', 'in place', 'residual', 'twice')),
 )
 _heads = st.tuples(
     st.integers(0, 5), st.sampled_from(['map', 'mean', 'flat']), st.integers(2, 6)
@@ -237,5 +292,8 @@ _heads = st.tuples(
 
 #: Arguments of `RandomNet`.
 specifications = st.tuples(
-    _width, st.lists(_blocks, max_size=5), st.lists(_heads, min_size=1, max_size=2)
+    _width,
+    st.lists(_blocks, max_size=5),
+    st.lists(_heads, min_size=1, max_size=2),
+    st.sampled_from([None, None, None, 'repeated', 'cycled']),
 )

@@ -83,7 +83,8 @@ def weight_fisher(model: nn.Module, losses, groups) -> Tensor:
     """The same from weights alone, (units,).
 
     A mask on an input channel scales the weights that read it, so its gradient is
-    ``Σ w · ∂L_n/∂w`` over these weights; convolutions with groups are left out.
+    ``Σ w · ∂L_n/∂w`` over these weights. Those of a convolution with groups are found
+    by the outputs that they make.
 
     Args:
         model: The module.
@@ -106,7 +107,11 @@ def weight_fisher(model: nn.Module, losses, groups) -> Tensor:
         for group in groups:
             part = torch.zeros(group.units, dtype=torch.float64)
             for member in group.members:
-                if member.role == 'in':
+                layer = model.get_submodule(member.name.rpartition('.')[0])
+                tied = (
+                    getattr(layer, 'groups', 1) > 1 and products[member.name].dim() > 1
+                )
+                if member.role == 'in' or (tied and member.role == 'out'):
                     by_channel = products[member.name].transpose(0, member.dim)
                     sums = by_channel.flatten(1).sum(1).double()
                     part += sums[torch.from_numpy(member.index)].sum(1)

@@ -16,9 +16,9 @@ from mmgfp.tracing import Trace, trace_loss, watch_buffers
 from mmgfp.utils.trial_runs import all_parameters_require_grad, undisturbed
 
 
-def images(count: int = 2, size: int = 8) -> Tensor:
+def images(count: int = 2, size: int = 8, seed: int = 0) -> Tensor:
     """Fixed random images (count, 3, size, size)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 3, size, size, generator=generator)
 
 
