@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+import mmgfp.units as units_module
 from benchmarks.step import pruned_step
-from mmgfp import GroupFisherPruner, pruner
+from mmgfp import GroupFisherPruner
 from mmgfp.config import PruningConfig
 from mmgfp.runtimes.timing import Times, ratios, spread, take_turns, timed_calls
 from mmgfp.selection.schedules import build_schedule
@@ -68,7 +69,7 @@ def _decide(
 
     def run() -> None:
         decider.schedule = build_schedule(None, PACES[name], None)
-        with timed_calls(pruner, 'select_units', selection, device):
+        with timed_calls(units_module, 'select_units', selection, device):
             step = decider.step()
         assert step is not None
         units[name] = len(step.units)

@@ -535,3 +535,46 @@ def test_verification_is_repeated_until_it_holds(monkeypatch):
     )
     assert [g.name for g in grouping.groups] == ['stem']
     assert answers == []
+
+
+class DeadLayer(nn.Module):
+    """Pads to the middle what ReLU zeroes on any batch, by sizes read off tensors."""
+
+    def __init__(self, relu):
+        super().__init__()
+        self.first, self.relu = nn.Conv2d(3, 8, 1), relu
+        self.wide, self.head = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 4, 1)
+        self.low = nn.Parameter(torch.full((1, 8, 1, 1), -100.0))
+
+    def forward(self, x):
+        x = self.relu(self.first(x) + self.low)
+        y = self.wide(x)
+        missing = y.shape[1] - x.shape[1]
+        pads = missing // 2, missing - missing // 2
+        return self.head(y + F.pad(x, (0, 0, 0, 0, *pads)))
+
+
+@pytest.mark.parametrize('relu', [nn.ReLU(), nn.ReLU(inplace=True), F.relu, nn.ReLU6()])
+def test_layers_that_are_dead_on_the_batch_hide_nothing(relu):
+    model = DeadLayer(relu)
+    assert not relu(model.first(images()) + model.low).any()
+    pruner = GroupFisherPruner(model)
+    grouping = pruner.prepare(lambda m: m(images()).square().sum(), toy_forward, 2)
+    [wide] = [layer for layer in grouping.frozen if layer.layer == 'wide']
+    assert 'masked and compact disagree' in wide.reason and wide.channels == 8
+
+
+def test_code_that_counts_on_relu_is_verified_with_it():
+    """Its root would not be finite if anything negative got through."""
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            return self.b((F.relu(self.a(x)) + 1e-6).sqrt())
+
+    pruner = GroupFisherPruner(Root())
+    grouping = pruner.prepare(lambda m: m(images()).square().sum(), toy_forward, 2)
+    assert grouping.units == 8

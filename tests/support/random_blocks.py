@@ -11,11 +11,6 @@ from torch.nn import functional as F
 from support.toys import conv
 
 
-def leaky(x: Tensor) -> Tensor:
-    """Layers this narrow would often be dead, and hide what is wrong behind them."""
-    return F.leaky_relu(x, 0.1)
-
-
 class PadShortcut(nn.Module):
     """A layer that widens, beside its input with zeros for the channels it lacks.
 
@@ -34,7 +29,7 @@ class PadShortcut(nn.Module):
         missing = y.shape[1] - x.shape[1]
         before = {'fixed': self.pads[0], 'halves': missing // 2, 'last': 0}[self.kind]
         after = self.pads[1] if self.kind == 'fixed' else missing - before
-        return leaky(y + F.pad(x, (0, 0, 0, 0, before, after)))
+        return F.relu(y + F.pad(x, (0, 0, 0, 0, before, after)))
 
 
 class Functional(nn.Module):
@@ -53,9 +48,9 @@ class Functional(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = getattr(self, self.name)
         if self.kind == 'linear':
-            return leaky(F.linear(x.movedim(1, -1), weight, self.bias).movedim(-1, 1))
+            return F.relu(F.linear(x.movedim(1, -1), weight, self.bias).movedim(-1, 1))
         groups = x.shape[1] if self.groups > 1 else 1
-        return leaky(F.conv2d(x, weight, self.bias, padding=1, groups=groups))
+        return F.relu(F.conv2d(x, weight, self.bias, padding=1, groups=groups))
 
 
 class Tied(nn.Module):
@@ -80,17 +75,17 @@ class Tied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == 'layers':
-            return self.second(leaky(self.layer(x)))
+            return self.second(F.relu(self.layer(x)))
         if self.kind == 'again':
-            return F.conv2d(leaky(self.layer(x)), self.layer.weight, padding=1)
+            return F.conv2d(F.relu(self.layer(x)), self.layer.weight, padding=1)
         if self.kind == 'conv':
-            y = leaky(self.layer(x))
+            y = F.relu(self.layer(x))
             return F.conv_transpose2d(y, self.layer.weight, padding=1)
         x = x.movedim(1, -1)
         if self.kind == 'linear':
-            x = F.linear(leaky(self.layer(x)), self.layer.weight.t())
+            x = F.linear(F.relu(self.layer(x)), self.layer.weight.t())
         else:
-            x = F.linear(leaky(F.linear(x, self.shared)), self.shared.t())
+            x = F.linear(F.relu(F.linear(x, self.shared)), self.shared.t())
         return x.movedim(-1, 1)
 
 
@@ -99,9 +94,7 @@ class BothViews(nn.Module):
 
     def __init__(self, c_in, c_out, joined):
         super().__init__()
-        self.layers = nn.Sequential(
-            conv(c_in, c_out), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.1)
-        )
+        self.layers = nn.Sequential(conv(c_in, c_out), nn.BatchNorm2d(c_out), nn.ReLU())
         self.joined = joined
         self.width = c_out * (2 if joined == 'concat' else 1)
 
@@ -123,12 +116,12 @@ class Folded(nn.Module):
         if self.kind == 'points':
             x = x.movedim(1, -1)
             rows = self.layer(x.flatten(0, 2))
-            return leaky(rows.view(*x.shape[:3], -1).movedim(-1, 1))
+            return F.relu(rows.view(*x.shape[:3], -1).movedim(-1, 1))
         if self.kind == 'cycled':
             rows = self.layer(torch.cat(x.chunk(2, 2)))
-            return leaky(torch.cat(rows.chunk(2), 2))
+            return F.relu(torch.cat(rows.chunk(2), 2))
         rows = self.layer(x.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1))
-        return leaky(rows.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3))
+        return F.relu(rows.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3))
 
 
 class Fixed(nn.Module):
@@ -197,7 +190,7 @@ class ChangingConv(nn.Conv2d):
             return super().forward(x.relu_())
         if self.kind == 'residual':
             return super().forward(x) + x
-        return super().forward(x) + leaky(super().forward(x.flip(3)))
+        return super().forward(x) + F.relu(super().forward(x.flip(3)))
 
 
 class Changing(nn.Module):

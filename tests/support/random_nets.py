@@ -18,7 +18,6 @@ from support.random_blocks import (
     InPlace,
     PadShortcut,
     Tied,
-    leaky,
 )
 from support.toys import conv
 
@@ -35,7 +34,7 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x))
-        return leaky(x) if self.active else x
+        return F.relu(x) if self.active else x
 
 
 class Residual(nn.Module):
@@ -49,7 +48,7 @@ class Residual(nn.Module):
         self.skip = Conv(c_in, c_out, 1, active=False) if project else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return leaky(self.skip(x) + self.b(self.a(x)))
+        return F.relu(self.skip(x) + self.b(self.a(x)))
 
 
 class Concat(nn.Module):
@@ -137,7 +136,7 @@ class SqueezeExcite(nn.Module):
         self.width = c_in
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = leaky(self.squeeze(F.adaptive_avg_pool2d(x, 1)))
+        gate = F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))
         return x * self.expand(gate).sigmoid()
 
 
@@ -151,7 +150,7 @@ class GroupNorm(nn.Module):
         self.width = groups * each
 
     def forward(self, x: Tensor) -> Tensor:
-        return leaky(self.norm(self.conv(x)))
+        return F.relu(self.norm(self.conv(x)))
 
 
 class UpDown(nn.Module):
@@ -163,7 +162,7 @@ class UpDown(nn.Module):
         self.width = c_out
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(leaky(self.up(x)), 2)
+        return F.avg_pool2d(F.relu(self.up(x)), 2)
 
 
 class Head(nn.Module):
@@ -177,7 +176,7 @@ class Head(nn.Module):
             return
         positions = 4 if kind == 'flat' else 1
         self.layer = nn.Sequential(
-            nn.Linear(c_in * positions, hidden), nn.LeakyReLU(0.1), nn.Linear(hidden, 3)
+            nn.Linear(c_in * positions, hidden), nn.ReLU(), nn.Linear(hidden, 3)
         )
 
     def forward(self, x: Tensor) -> Tensor:
