@@ -13,6 +13,7 @@ from torch import nn
 
 from mmgfp.discovery.grouping import build_groups
 from mmgfp.discovery.profile import profile_layers
+from mmgfp.discovery.readings import ReadingTrials
 from mmgfp.discovery.verify import Disagreement, find_disagreements
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.selection.costs import LayerProfile
@@ -30,6 +31,7 @@ from mmgfp.tracing.graph import read_graph
 from mmgfp.tracing.image_order import tell_images
 from mmgfp.tracing.operands import judge_operands
 from mmgfp.tracing.row_use import LayerCalls
+from mmgfp.tracing.splits import Readings
 from mmgfp.utils.errors import TraceError
 from mmgfp.utils.trial_runs import (
     Forward,
@@ -132,6 +134,17 @@ def trace_model(
     return ModelTrace(trace, use)
 
 
+def trace_again(model: nn.Module, loss: LossFunction, readings: Readings) -> Trace:
+    """Run the loss once more, and read splits of channels as ``readings`` say."""
+    with (
+        _trial(model),
+        watch_widths(model, has_attribute_rule) as widths,
+        watch_buffers(model),
+        watch_outputs(model) as outputs,
+    ):
+        return trace_loss(model, loss(model), False, widths, outputs, readings)
+
+
 @contextmanager
 def _trial(model: nn.Module) -> Iterator[None]:
     """Let the loss run for a look at its whole graph."""
@@ -184,15 +197,12 @@ def discover(
     for op, layers in traced.trace.unknown_ops.items():
         logger.warning('op %s has no rule; it freezes %s', op, ', '.join(layers))
     unscored = unscorable(model, traced.weights, traced.rows)
-    build = partial(build_groups, model, traced.trace, keep, unscored)
-    frozen: list[tuple[ChannelGroup, str]] = []
-    if not coupled:
-        frozen += [(g, SHARED) for g in build().groups if not g.internal]
-    # A frozen group may leave others in a new shape, so all are verified again.
-    verify = partial(find_disagreements, forward=forward, loss=loss)
-    while failures := verify(model, grouping := build(frozen)):
-        _report(failures, strict)
-        frozen += [(f.group, f'{DISAGREES}: {f.reason}') for f in failures]
+    build = partial(build_groups, model, keep=keep, unscorable=unscored)
+    shared = [] if coupled else build(traced.trace).groups
+    frozen = [(g, SHARED) for g in shared if not g.internal]
+    verify = partial(find_disagreements, model, forward=forward, loss=loss)
+    retrace = partial(trace_again, model, loss)
+    grouping = _verified(verify, build, traced.trace, retrace, frozen, strict)
     if not grouping.groups:
         reasons = dict.fromkeys(f.reason for f in grouping.frozen)
         raise TraceError(
@@ -202,6 +212,26 @@ def discover(
     if profiles is None:
         profiles = profile_layers(model, forward, images)
     return Discovery(grouping, traced.rows, own_profiles(model, profiles))
+
+
+def _verified(
+    verify: Callable[[Grouping], Sequence[Disagreement]],
+    build: Callable[..., Grouping],
+    trace: Trace,
+    retrace: Callable[[Readings], Trace],
+    frozen: list[tuple[ChannelGroup, str]],
+    strict: bool,
+) -> Grouping:
+    """Return the groups that pass verification; the others are ``frozen``."""
+    trials = ReadingTrials()
+    # A frozen group may leave others in a new shape, so all are verified again.
+    while failures := verify(grouping := build(trace, frozen_groups=frozen)):
+        if readings := trials.next_readings(trace, [f.group for f in failures]):
+            trace = retrace(readings)
+            continue
+        _report(failures, strict)
+        frozen = [*frozen, *((f.group, f'{DISAGREES}: {f.reason}') for f in failures)]
+    return grouping
 
 
 def _report(failures: Sequence[Disagreement], strict: bool) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from mmgfp.tracing.buffers import KEY, buffer_name, channel_dim
 from mmgfp.tracing.graph import Graph, Node, read_graph
 from mmgfp.tracing.labels import LabelTable, varying
 from mmgfp.tracing.rules import LABEL_RULES
+from mmgfp.tracing.splits import Readings, Splits, with_loose_splits
 from mmgfp.tracing.value import Context, LayerCall, Value, op_name, planes_of
 from mmgfp.tracing.widths import Outputs, width_labels
 from mmgfp.utils.errors import TraceError
@@ -31,6 +34,7 @@ class Trace:
         unknown_ops: Ops without a rule, with the layers whose outputs they froze.
         widths: Labels of the channels that a module's attribute counts, (C,) for
             each tensor that has them, by the attribute's name.
+        splits: Channels that code splits into several dimensions, and how it was read.
     """
 
     table: LabelTable
@@ -38,6 +42,7 @@ class Trace:
     shapes: dict[str, tuple[int, ...]]
     unknown_ops: dict[str, list[str]] = field(default_factory=dict)
     widths: dict[str, list[Tensor]] = field(default_factory=dict)
+    splits: Splits = field(default_factory=Splits)
 
 
 def trace_loss(
@@ -46,6 +51,7 @@ def trace_loss(
     strict: bool = False,
     widths: Mapping[str, Outputs] | None = None,
     unused: Iterable[Tensor] = (),
+    readings: Readings = MappingProxyType({}),
 ) -> Trace:
     """Label every parameter dimension that takes part in ``loss``.
 
@@ -56,6 +62,8 @@ def trace_loss(
         widths: The tensors that `watch_widths` collected while the loss was computed.
         unused: Tensors that the model computed beside the loss; their layers are
             labelled as well, since they read channels.
+        readings: How to read splits of channels; all others are read so that some of
+            their channels may go.
 
     Raises:
         TraceError: If the loss has no graph, or under ``strict`` an op has no rule.
@@ -79,14 +87,25 @@ def trace_loss(
             'compute it with gradients enabled and from parameters that require them',
         )
     graph = read_graph(loss, unused)
+    trace = partial(_trace_graph, model, graph, strict, widths or {})
     # Labels are on the CPU, whatever the model's device and torch's default one.
     with torch.device('cpu'):
-        trace = _Tracer(model, strict).run(graph, widths or {})
-        narrowed = _inseparable(trace)
-        # Labels are only ever equated, never told apart again: hence a second pass.
-        if not narrowed:
-            return trace
-        return _Tracer(model, strict, narrowed).run(graph, widths or {})
+        return with_loose_splits(trace, readings)
+
+
+def _trace_graph(
+    model: nn.Module,
+    graph: Graph,
+    strict: bool,
+    widths: Mapping[str, Outputs],
+    readings: Readings,
+) -> Trace:
+    trace = _Tracer(model, strict, readings).run(graph, widths)
+    narrowed = _inseparable(trace)
+    # Labels are only ever equated, never told apart again: hence a second pass.
+    if not narrowed:
+        return trace
+    return _Tracer(model, strict, readings, narrowed).run(graph, widths)
 
 
 def _inseparable(trace: Trace) -> frozenset[str]:
@@ -109,7 +128,11 @@ class _Tracer:
     """Evaluates rules over the graph, operands first."""
 
     def __init__(
-        self, model: nn.Module, strict: bool, narrowed: frozenset[str] = frozenset()
+        self,
+        model: nn.Module,
+        strict: bool,
+        readings: Readings,
+        narrowed: frozenset[str] = frozenset(),
     ) -> None:
         self.model = model
         self.table = LabelTable()
@@ -117,6 +140,7 @@ class _Tracer:
         self.unknown_ops: dict[str, list[str]] = {}
         self.strict = strict
         self.narrowed = narrowed
+        self.splits = Splits(readings)
         self.attention_owners = attention_owners(model)
         self.parameters = {id(p): n for n, p in model.named_parameters()}
         # Buffers are not in the graph; tensors that nodes saved share their memory.
@@ -140,7 +164,14 @@ class _Tracer:
         self._freeze_recurrent()
         couple_averaged_copies(self.table, averaged_copy_tensors(self.model))
         counted = width_labels(self.model, widths, values)
-        return Trace(self.table, self.calls, self.shapes, self.unknown_ops, counted)
+        return Trace(
+            self.table,
+            self.calls,
+            self.shapes,
+            self.unknown_ops,
+            counted,
+            self.splits,
+        )
 
     def _evaluate(self, node: Node, operands: list[Value | None]) -> list[Value]:
         if hasattr(node, 'variable'):
@@ -154,6 +185,7 @@ class _Tracer:
             self.calls,
             self.narrowed,
             self.attention_owners,
+            self.splits,
         )
         rule = LABEL_RULES.get(op_name(node))
         if rule is None:

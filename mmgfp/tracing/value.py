@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmgfp.tracing.attention import AttentionOwner
 from mmgfp.tracing.labels import NO_LABEL, LabelTable, varying
+from mmgfp.tracing.splits import Splits
 
 Shape = tuple[int, ...]
 
@@ -70,6 +71,7 @@ class Context:
         calls: Layer calls so far; layer rules append to it.
         narrowed: Weights of group convs whose conv groups all stay and get narrower.
         attention_owners: The attention modules of parameters, by the parameters' names.
+        splits: How to read code that splits channels into several dimensions.
     """
 
     table: LabelTable
@@ -79,6 +81,7 @@ class Context:
     calls: list[LayerCall] = field(default_factory=list)
     narrowed: frozenset[str] = frozenset()
     attention_owners: Mapping[str, AttentionOwner] = field(default_factory=dict)
+    splits: Splits = field(default_factory=Splits)
 
     @property
     def op(self) -> str:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mmgfp.tracing.labels import NO_LABEL, relax, varying
 from mmgfp.tracing.registry import Operands, register_rule
+from mmgfp.tracing.splits import Split
 from mmgfp.tracing.value import (
     Context,
     Shape,
@@ -28,27 +29,44 @@ def view(ctx: Context, operands: Operands) -> Value:
     planes = []
     for plane in value.planes:
         result = relax(reshape_plane(plane, value.shape, ctx.shape))
-        if len(value.shape) > 2:
-            result = _keep_rows(ctx, value.shape, plane, result)
+        if len(value.shape) > 2 or not value.from_parameters:
+            result = _keep_split(ctx, value.shape, plane, result)
         planes.append(result)
     return ctx.value(planes, like=value)
 
 
-def _keep_rows(ctx: Context, source: Shape, plane: Tensor, result: Tensor) -> Tensor:
+def _keep_split(ctx: Context, source: Shape, plane: Tensor, result: Tensor) -> Tensor:
     """Keep a split of C into (groups, C / groups) possible with fewer channels.
 
-    The code fixes the number of groups, so that one channel of each goes at a time.
-    Where the groups are heads and an `AttentionSpec` says how the code counts them,
-    whole heads go.
+    The code fixes the number of groups, so that one channel of each goes at a time, or
+    the width of groups, so that whole groups go: see `Split`. Where the groups are
+    heads and an `AttentionSpec` says how the code counts them, whole heads go.
     """
     for ins, outs in blocks(source, ctx.shape):
         split = [d for d in outs if d in varying(result)]
-        if len(split) > len(varying(plane) & set(ins)):
-            shrinking = outs[-2] if _splits_heads(ctx, result, outs) else split[-1]
-            for dim in split:
-                if dim != shrinking:
-                    result = ctx.merge(result, dim)
+        if len(split) <= len(varying(plane) & set(ins)):
+            continue
+        shrinking = _shrinking(ctx, source, plane, result, outs)
+        for dim in split if shrinking is not None else ():
+            if dim != shrinking:
+                result = ctx.merge(result, dim)
     return result
+
+
+def _shrinking(
+    ctx: Context, source: Shape, plane: Tensor, result: Tensor, outs: range
+) -> int | None:
+    """Return the dimension of a split that gets smaller; None if all may."""
+    if _splits_heads(ctx, result, outs):
+        return outs[-2]
+    dims = [d for d in outs if d in varying(result)]
+    names = tuple(ctx.table.owners(plane))
+    split = Split(names, tuple(ctx.shape[d] for d in dims), len(source) > 2)
+    if ctx.attention_owner(plane) is not None:  # whose code counts heads
+        index = split.default
+    else:
+        index = ctx.splits.read(split, plane)
+    return None if index is None else dims[index]
 
 
 def _splits_heads(ctx: Context, plane: Tensor, dims: range) -> bool:
