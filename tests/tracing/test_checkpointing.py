@@ -8,9 +8,11 @@ import torch.utils.checkpoint as cp
 from mmcv.ops import roi_align
 from support.configs import slim_retinanet
 from support.pruning import importance_of, iterate, prepared, seen_by, warnings_of
-from support.toys import Net, conv, toy_loss
+from support.toys import Net, conv, reasons_of, toy_loss
 from torch.utils.checkpoint import checkpoint
 
+from mmgfp.discovery.grouping import build_groups
+from mmgfp.tracing import trace_loss
 from mmgfp.utils.trial_runs import without_checkpointing
 
 pytestmark = pytest.mark.filterwarnings('ignore:torch.utils.checkpoint')
@@ -27,6 +29,14 @@ def reentrant(function, x):
 def imported(function, x):
     """By a name that a module has imported."""
     return checkpoint(function, x, use_reentrant=True)
+
+
+#: Held by an object, whose attributes nobody can find.
+held = partial(checkpoint, use_reentrant=True)
+
+
+def applied(function, x):
+    return cp.CheckpointFunction.apply(function, True, x)
 
 
 def hooked(function, x):
@@ -70,7 +80,9 @@ def statistics(model, loss=loss, forward=None, count=3):
     return pruner, importance_of(pruner)
 
 
-@pytest.mark.parametrize('run', [reentrant, imported, hooked, sequential])
+@pytest.mark.parametrize(
+    'run', [reentrant, imported, held, applied, hooked, sequential]
+)
 def test_statistics_are_those_without(run):
     plain, expected = statistics(block_net(run_plain))
     pruner, importance = statistics(block_net(run))
@@ -135,8 +147,20 @@ def test_checkpointing_is_only_set_aside():
     before = cp.checkpoint
     with pytest.raises(RuntimeError), without_checkpointing():
         assert cp.checkpoint is checkpoint is not before
+        assert 'apply' in vars(cp.CheckpointFunction)
         raise RuntimeError
     assert cp.checkpoint is checkpoint is before
+    assert 'apply' not in vars(cp.CheckpointFunction)
+
+
+def test_a_graph_that_checkpointing_hides_names_the_way_out():
+    """A loss of one's own, traced as it is: what the block reads stays."""
+    net = block_net(reentrant)
+    trace = trace_loss(net, loss(net), strict=True)
+    reasons = reasons_of(build_groups(net, trace))
+    assert 'use_reentrant=False' in reasons['stem']
+    net = block_net(hooked)
+    assert build_groups(net, trace_loss(net, loss(net), strict=True)).units == 11
 
 
 def test_detector_with_cp():

@@ -17,6 +17,7 @@ from support.toys import Net, conv, grouped, images, parameters_in, widths
 from torch import nn
 from torch.autograd import Function
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmgfp.discovery.verify import (
     difference,
@@ -528,6 +529,11 @@ CASES = [
 
 #: Ops that leave no channel of ``a`` prunable, and what the reason says beside the op.
 FROZEN = [
+    (
+        'CheckpointFunction',
+        'use_reentrant=False',
+        lambda y: checkpoint(torch.relu, y, use_reentrant=True),
+    ),
     ('Softmax', 'normalised together', lambda y: y.softmax(1)),
     ('LogSoftmax', 'normalised together', lambda y: y.log_softmax(-3)),
     ('Cumsum', 'normalised together', lambda y: y.cumsum(1)),

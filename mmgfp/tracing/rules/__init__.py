@@ -11,6 +11,7 @@ from mmgfp.tracing.registry import LABEL_RULES
 from mmgfp.tracing.rules import (
     arithmetic,
     gather_scatter,
+    hidden,
     layers,
     products,
     reductions,
@@ -22,6 +23,7 @@ __all__ = [
     'LABEL_RULES',
     'arithmetic',
     'gather_scatter',
+    'hidden',
     'layers',
     'products',
     'reductions',
