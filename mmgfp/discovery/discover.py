@@ -229,9 +229,16 @@ def _verified(
         if readings := trials.next_readings(trace, [f.group for f in failures]):
             trace = retrace(readings)
             continue
+        failures = [_with_notes(f, trace) for f in failures]
         _report(failures, strict)
         frozen = [*frozen, *((f.group, f'{DISAGREES}: {f.reason}') for f in failures)]
     return grouping
+
+
+def _with_notes(failure: Disagreement, trace: Trace) -> Disagreement:
+    """Add to the reason what tracing has noted on the channels."""
+    notes = trace.table.notes_on((m.name, m.dim) for m in failure.group.members)
+    return replace(failure, reason='; '.join([failure.reason, *notes]))
 
 
 def _report(failures: Sequence[Disagreement], strict: bool) -> None:

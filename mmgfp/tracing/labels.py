@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class LabelTable:
         self._owners: list[tuple[str, int]] = []
         self._pairs: list[np.ndarray] = []
         self._frozen: list[tuple[np.ndarray, str]] = []
+        self._notes: list[tuple[np.ndarray, str]] = []
         self._produced: list[np.ndarray] = []
         self._consumed: list[np.ndarray] = []
 
@@ -89,6 +91,27 @@ class LabelTable:
         flat = flat[flat != NO_LABEL]
         if flat.size:
             self._frozen.append((flat, reason))
+
+    def note(self, labels: Tensor, remark: str) -> None:
+        """Keep a remark for the case that pruning these elements turns out wrong."""
+        flat = np.unique(_flat(labels))
+        self._notes.append((flat[flat != NO_LABEL], remark))
+
+    def notes_on(self, dimensions: Iterable[tuple[str, int]]) -> list[str]:
+        """Return the remarks on elements that are equated with some of ``dimensions``.
+
+        Args:
+            dimensions: Names of tensors, and one dimension of each.
+        """
+        if not self._notes:
+            return []
+        components = self.components()
+        labels = [self.vectors[d].numpy() for d in dimensions if d in self.vectors]
+        on = components[np.concatenate([np.empty(0, dtype=np.int64), *labels])]
+        remarks = [
+            r for noted, r in self._notes if np.isin(components[noted], on).any()
+        ]
+        return list(dict.fromkeys(remarks))
 
     def produce(self, labels: Tensor) -> None:
         """Mark labels of a layer's output dimension."""

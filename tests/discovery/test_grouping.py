@@ -24,12 +24,14 @@ from support.toys import (
     grouped,
     reasons_of,
     toy_forward,
+    toy_loss,
     traced,
     widths,
 )
 from torch import nn
 from torch.nn import functional as F
 
+from mmgfp.discovery.discover import discover
 from mmgfp.discovery.grouping import build_groups, matches
 from mmgfp.discovery.verify import (
     disagreement,
@@ -339,6 +341,62 @@ def test_a_zero_padded_shortcut(pad, stem, alone):
     assert down['stem.weight'] == [0, 1, 2, 3]
     assert down['down.weight'] == stem
     assert second.members[0].index.ravel().tolist() == (alone or [4, 5, 6, 7])
+
+
+def to_both_sides(x, y):
+    missing = (y.shape[1] - x.shape[1]) // 2
+    return F.pad(x, (0, 0, 0, 0, missing, missing))
+
+
+def unevenly(x, y):
+    missing = y.shape[1] - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, missing // 4, missing - missing // 4))
+
+
+def by_zeros(x, y):
+    zeros = torch.zeros_like(y[:, : (y.shape[1] - x.shape[1]) // 2])
+    return torch.cat([torch.cat([zeros, x], 1), zeros], 1)
+
+
+def to_one_side(x, y):
+    return F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+
+
+def found_with(fit):
+    """What is found where 4 channels are made to fit to 8 by ``fit``."""
+
+    def run(net, x):
+        x = net.stem(net.first(x).relu())
+        y = net.down(x)
+        return net.head(y + fit(x, y))
+
+    parts = dict(first=conv(3, 5), stem=conv(5, 4), down=conv(4, 8), head=conv(8, 2))
+    return discover(Net(run, **parts), toy_loss, toy_forward, 2).grouping
+
+
+@pytest.mark.parametrize(
+    ('fit', 'op'),
+    [
+        (to_both_sides, 'padded by ConstantPadNd'),
+        (unevenly, 'padded by ConstantPadNd'),
+        (by_zeros, 'joined with a constant by Cat'),
+    ],
+)
+def test_padding_that_is_read_off_tensors_is_named(fit, op):
+    """The channels that meet zeros stay; with the others as many go on either side."""
+    grouping = found_with(fit)
+    assert {g.name: g.units for g in grouping.groups} == {'first': 5, 'stem': 4}
+    (down,) = [f for f in grouping.frozen if f.layer == 'down']
+    assert down.channels == 4
+    assert down.reason.startswith('masked and compact disagree: ')
+    assert f'; channels are {op}; if the code' in down.reason
+    assert down.reason.endswith('replace it by a 1x1 convolution')
+
+
+def test_padding_at_the_end_alone_may_follow_sizes():
+    """The 4 channels of down that meet zeros can go, since fewer zeros are added."""
+    units = {g.name: g.units for g in found_with(to_one_side).groups}
+    assert units == {'first': 5, 'stem': 4, 'down': 4}
 
 
 def test_constants_as_wide_as_the_channels_fail_verification():

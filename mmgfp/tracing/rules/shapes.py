@@ -209,8 +209,19 @@ def constant_pad(ctx: Context, operands: Operands) -> Value:
         for i in range(len(pad) // 2):
             if plane.shape[plane.dim() - 1 - i] == 1:
                 widths[2 * i : 2 * i + 2] = [0, 0]
+        if any(widths):
+            _note_padding(ctx, plane)
         planes.append(F.pad(plane, widths, value=NO_LABEL))
     return ctx.value(planes, like=value)
+
+
+def _note_padding(ctx: Context, plane: Tensor, what: str = 'padded') -> None:
+    """Note that channels are padded: by how many, code may read off tensors."""
+    remark = (
+        f'channels are {what} by {ctx.op}; if the code takes the width of that from '
+        'the sizes of tensors, replace it by a 1x1 convolution'
+    )
+    ctx.table.note(plane, remark)
 
 
 @register_rule('Index')
@@ -281,6 +292,8 @@ def cat(ctx: Context, operands: Operands) -> Value:
     sizes = list(torch.broadcast_shapes(*(p.narrow(dim, 0, 1).shape for p in parts)))
     expanded = []
     for part, value in zip(parts, values, strict=True):
+        if any(v is None for v in operands):
+            _note_padding(ctx, part, 'joined with a constant')
         sizes[dim] = value.shape[dim]
         expanded.append(part.expand(sizes))
     return ctx.value([torch.cat(expanded, dim), *beside], like=values[0])
