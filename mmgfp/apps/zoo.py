@@ -20,7 +20,7 @@ from mmengine.logging import MessageHub
 from torch import nn
 
 from mmgfp.apps.analysis import coverage
-from mmgfp.discovery.discover import DISAGREES
+from mmgfp.discovery.verified import DISAGREES
 from mmgfp.discovery.verify import disagreement, random_units
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmgfp.apps.tables import machine_facts
 from mmgfp.apps.zoo import LIBRARIES, family_of
-from mmgfp.discovery.discover import DISAGREES
+from mmgfp.discovery.verified import DISAGREES
 
 #: Share of a model's MACs that a convolutional detector is expected to reach.
 REACHED = 0.95

@@ -13,9 +13,9 @@ from torch import nn
 
 from mmgfp.discovery.grouping import build_groups
 from mmgfp.discovery.profile import profile_layers
-from mmgfp.discovery.readings import ReadingTrials
-from mmgfp.discovery.verify import Disagreement, find_disagreements
-from mmgfp.groups import ChannelGroup, Grouping
+from mmgfp.discovery.verified import verified_groups
+from mmgfp.discovery.verify import find_disagreements
+from mmgfp.groups import Grouping
 from mmgfp.selection.costs import LayerProfile
 from mmgfp.surgery.attributes import has_attribute_rule
 from mmgfp.tracing import (
@@ -44,8 +44,6 @@ from mmgfp.utils.trial_runs import (
 
 logger = logging.getLogger('mmgfp')
 
-#: Why a group is frozen that failed verification; the difference follows.
-DISAGREES = 'masked and compact disagree'
 #: Why a group is frozen under ``coupled=False``.
 SHARED = 'its channels are shared by several layers, and coupled=False'
 
@@ -202,7 +200,7 @@ def discover(
     frozen = [(g, SHARED) for g in shared if not g.internal]
     verify = partial(find_disagreements, model, forward=forward, loss=loss)
     retrace = partial(trace_again, model, loss)
-    grouping = _verified(verify, build, traced.trace, retrace, frozen, strict)
+    grouping = verified_groups(verify, build, traced.trace, retrace, frozen, strict)
     if not grouping.groups:
         reasons = dict.fromkeys(f.reason for f in grouping.frozen)
         raise TraceError(
@@ -212,51 +210,3 @@ def discover(
     if profiles is None:
         profiles = profile_layers(model, forward, images)
     return Discovery(grouping, traced.rows, own_profiles(model, profiles))
-
-
-def _verified(
-    verify: Callable[[Grouping], Sequence[Disagreement]],
-    build: Callable[..., Grouping],
-    trace: Trace,
-    retrace: Callable[[Readings], Trace],
-    frozen: list[tuple[ChannelGroup, str]],
-    strict: bool,
-) -> Grouping:
-    """Return the groups that pass verification; the others are ``frozen``."""
-    trials = ReadingTrials()
-    # A frozen group may leave others in a new shape, so all are verified again.
-    while failures := verify(grouping := build(trace, frozen_groups=frozen)):
-        if readings := trials.next_readings(trace, [f.group for f in failures]):
-            trace = retrace(readings)
-            continue
-        failures = [_with_notes(f, trace) for f in failures]
-        _report(failures, strict)
-        frozen = [*frozen, *((f.group, f'{DISAGREES}: {f.reason}') for f in failures)]
-    return grouping
-
-
-def _with_notes(failure: Disagreement, trace: Trace) -> Disagreement:
-    """Add to the reason what tracing has noted on the channels."""
-    notes = trace.table.notes_on((m.name, m.dim) for m in failure.group.members)
-    return replace(failure, reason='; '.join([failure.reason, *notes]))
-
-
-def _report(failures: Sequence[Disagreement], strict: bool) -> None:
-    for failure in failures:
-        members = ', '.join(f'{m.name}[{m.dim}]' for m in failure.group.members)
-        logger.warning(
-            'group %s is left alone, since %s (%s); %s; its members: %s',
-            failure.group.name,
-            DISAGREES,
-            failure.reason,
-            'where code counts these channels in an attribute, register_attributes '
-            'lets it follow (docs/op-rules.md)',
-            members,
-        )
-    if strict:
-        names = ', '.join(f.group.name for f in failures)
-        raise TraceError(
-            f'groups {names} must have equal outputs in the masked and the compact '
-            f'model (got {failures[0].reason}); name these layers in keep, or leave '
-            'strict off to freeze them'
-        )

@@ -354,6 +354,12 @@ def in_two_steps(x, y):
     return F.pad(x, (0, 0, 0, 0, 0, missing))
 
 
+def unevenly(x, y):
+    """Right for all sets of channels without the first one."""
+    missing = y.shape[1] - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, missing // 4, missing - missing // 4))
+
+
 def by_zeros(x, y):
     zeros = torch.zeros_like(y[:, : (y.shape[1] - x.shape[1]) // 2])
     return torch.cat([torch.cat([zeros, x], 1), zeros], 1)
@@ -379,6 +385,7 @@ def found_with(fit):
     ('fit', 'op'),
     [
         (to_both_sides, 'padded by ConstantPadNd'),
+        (unevenly, 'padded by ConstantPadNd'),
         (in_two_steps, 'padded by ConstantPadNd'),
         (by_zeros, 'joined with a constant by Cat'),
     ],

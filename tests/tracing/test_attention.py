@@ -11,7 +11,7 @@ from support.toys import Net, grouped, reasons_of, toy_forward, toy_loss, widths
 from torch import nn
 from torch.nn import functional as F
 
-from mmgfp.discovery.discover import DISAGREES
+from mmgfp.discovery.verified import DISAGREES
 from mmgfp.discovery.verify import disagreement, masked_and_compact
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.tracing import ATTENTION_SPECS, AttentionSpec
