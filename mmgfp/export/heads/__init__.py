@@ -1,0 +1,1 @@
+"""How outputs of detection heads become detections, in ops that ONNX has."""
