@@ -51,6 +51,25 @@ def decode_distances(coder: Any, points: Tensor, distances: Tensor) -> Tensor:
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], -1)
 
 
+def decode_sides(coder: Any, priors: Tensor, values: Tensor) -> Tensor:
+    """Return boxes by distances in units of the priors' sizes, as `TBLRBBoxCoder`.
+
+    Args:
+        coder: The coder with the head's factors.
+        priors: Boxes (..., 4) as corners, in pixels.
+        values: Top, bottom, left, right (..., 4).
+
+    Returns:
+        Tensor: Boxes (..., 4) as corners, in pixels, not clipped.
+    """
+    top, bottom, left, right = (values * values.new_tensor(coder.normalizer)).unbind(-1)
+    center = (priors[..., :2] + priors[..., 2:]) * 0.5
+    size = priors[..., 2:] - priors[..., :2]
+    before = center - size * torch.stack([left, top], -1)
+    after = center + size * torch.stack([right, bottom], -1)
+    return torch.cat([before, after], -1)
+
+
 def decode_cells(priors: Tensor, values: Tensor) -> Tensor:
     """Return boxes by centers and log sizes in units of strides, as YOLOX.
 

@@ -12,6 +12,7 @@ from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.task_modules.coders import (
     DeltaXYWHBBoxCoder,
     DistancePointBBoxCoder,
+    TBLRBBoxCoder,
 )
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from mmgfp.export.heads.coders import (
     decode_cells,
     decode_deltas,
     decode_distances,
+    decode_sides,
 )
 from mmgfp.export.heads.support import (
     check_nms,
@@ -44,6 +46,7 @@ DEFAULT_LIMIT = 300
 CODERS: dict[type, Callable[[Any, Tensor, Tensor], Tensor]] = {
     DeltaXYWHBBoxCoder: decode_deltas,
     DistancePointBBoxCoder: decode_distances,
+    TBLRBBoxCoder: decode_sides,
 }
 
 
@@ -168,7 +171,8 @@ def _coded(head: Any, level: Level, priors: Tensor, values: Tensor) -> Tensor:
 def _integrated(head: Any, level: Level, priors: Tensor, values: Tensor) -> Tensor:
     """Return boxes of a head that regresses distributions of distances, as GFL."""
     points = head.anchor_center(priors)
-    return _coded(head, level, points, head.integral(values) * level.stride)
+    distances = head.integral(values).reshape(*points.shape[:-1], 4)
+    return _coded(head, level, points, distances * level.stride)
 
 
 @dataclass(frozen=True)
@@ -253,9 +257,10 @@ def _check_options(head: Any, name: str, kind: Kind) -> None:
         return
     positive(cfg, 'nms_pre', f'{name}.test_cfg')
     check_coder(head, name)
-    if getattr(head.loss_cls, 'custom_cls_channels', False):
-        loss = type(head.loss_cls).__name__
-        raise refuse(f'{name}.loss_cls', 'one with a sigmoid or softmax', loss)
+    loss = getattr(head, 'loss_cls', None)  # SSD has none
+    if getattr(loss, 'custom_cls_channels', False):
+        expected = 'one with a sigmoid or softmax'
+        raise refuse(f'{name}.loss_cls', expected, type(loss).__name__)
 
 
 def check_coder(head: Any, name: str) -> None:
