@@ -1,5 +1,6 @@
 """Slim detectors that detect something, their predictions, and files of graphs."""
 
+import functools
 import warnings
 
 import torch
@@ -56,13 +57,14 @@ def detector_config(name):
     return config
 
 
-def lively_detector(name, images=2):
-    """A slim random detector in eval mode that detects, and a batch of images."""
+@functools.cache
+def lively_detector(name):
+    """A slim random detector in eval mode that detects, and two images; shared."""
     torch.manual_seed(0)
     model = build_model(detector_config(name))
     if name == 'ssdlite':
         model.bbox_head.loss_cls = None  # predict of MMDetection looks for it
-    image = torch.randn(images, 3, *SIZE)
+    image = torch.randn(2, 3, *SIZE)
     enliven(model, image)
     return model, image
 
@@ -105,8 +107,13 @@ def predictions(model, image):
     return [sample.pred_instances for sample in samples]
 
 
-def assert_detections(outputs, predicted, at_least=10):
-    """Dets and labels hold what was predicted, best first, and nothing else."""
+def assert_detections(outputs, predicted, strays=0, at_least=10):
+    """Dets and labels hold what was predicted, best first, and nothing else.
+
+    Args:
+        strays: Detections of an image that may differ: other kernels round otherwise,
+            and two boxes may overlap by just the threshold of NMS.
+    """
     assert len(outputs[0]) == len(outputs[1]) == len(predicted)
     for dets, labels, want in zip(*outputs[:2], predicted, strict=True):
         dets, labels = torch.as_tensor(dets), torch.as_tensor(labels)
@@ -122,10 +129,10 @@ def assert_detections(outputs, predicted, at_least=10):
         # Boxes that are not clipped can be much larger than the image.
         boxes = dets[:count, None, :4], want.bboxes
         same &= torch.isclose(*boxes, atol=0.1, rtol=1e-4).all(-1)
-        assert same.any(0).all() and same.any(1).all()
+        assert (~same.any(0)).sum() <= strays and (~same.any(1)).sum() <= strays
 
 
-def onnx_file(graph, image, path, dynamic=True, **options):
+def onnx_file(graph, image, path):
     """The file that a graph is exported to, free in the number of images."""
     axes = {name: {0: 'images'} for name in ('image', *graph.outputs)}
     with warnings.catch_warnings():
@@ -138,6 +145,6 @@ def onnx_file(graph, image, path, dynamic=True, **options):
             opset_version=17,
             input_names=['image'],
             output_names=list(graph.outputs),
-            dynamic_axes=axes if dynamic else None,
+            dynamic_axes=axes,
         )
     return path

@@ -42,7 +42,12 @@ def rows(outputs: Tensor, width: int) -> Tensor:
 
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Return rows (N, K, C) of ``values`` (N, M, C) by ``index`` (N, K)."""
-    return values.gather(1, index[..., None].expand(-1, -1, static(values.shape[-1])))
+    # One Gather of whole rows: GatherElements would need an index for each number, and
+    # OpenVINO refuses some of those that ONNX allows.
+    images, count, width = values.shape
+    first = torch.arange(images, device=index.device)[:, None] * count
+    taken = values.reshape(-1, static(width))[(index + first).flatten()]
+    return taken.reshape(-1, static(index.shape[1]), static(width))
 
 
 def best_pairs(scores: Tensor, limit: int) -> tuple[Tensor, Tensor, Tensor]:
