@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mmgfp.export.heads.support import inherits, refuse
+from mmgfp.utils.errors import ConfigError
 
 Outputs = tuple[Tensor, ...]
+#: Layers of mmcv that run compiled code of its own, and those derived from them.
+COMPILED = {'DeformConv2d', 'ModulatedDeformConv2d', 'CARAFE', 'MaskedConv2d'}
 
 
 class ExportGraph(nn.Module):
@@ -23,6 +26,9 @@ class ExportGraph(nn.Module):
 
     Attributes:
         outputs: Names of the outputs, in order.
+
+    Raises:
+        ConfigError: If the model has a layer that no runtime has.
     """
 
     def __init__(
@@ -32,6 +38,7 @@ class ExportGraph(nn.Module):
         steps: Callable[[Any, Tensor], Outputs],
     ) -> None:
         super().__init__()
+        _check_layers(model)
         self.model = model
         self.outputs = outputs
         self.steps = steps
@@ -58,6 +65,11 @@ def raw_graph(model: Any, image: Tensor | None = None) -> ExportGraph:
         model: A model of MMDetection or MMPretrain; it is put into eval mode.
         image: Images (N, C, H, W) on which the model runs once, for the number of
             outputs; a small one by default.
+
+    Examples:
+        >>> graph = raw_graph(nn.Conv2d(3, 2, 1))
+        >>> graph.outputs, [tuple(o.shape) for o in graph(torch.zeros(1, 3, 8, 8))]
+        (('output',), [(1, 2, 8, 8)])
     """
     model.eval()
     if image is None:
@@ -153,6 +165,18 @@ def _classification(model: Any, image: Tensor) -> Outputs:
 def _packed(detections: Any) -> Outputs:
     boxes, scores, labels = detections
     return torch.cat([boxes, scores[..., None]], -1), labels
+
+
+def _check_layers(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        bases = [c for c in type(module).__mro__ if c.__module__.startswith('mmcv.ops')]
+        if any(c.__name__ in COMPILED for c in bases):
+            raise ConfigError(
+                'model',
+                'made of layers that other runtimes have',
+                f'{type(module).__name__} of mmcv at {name}',
+                'replace this layer',
+            )
 
 
 def _size(image: Tensor) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from mmgfp.export.graphs import end_to_end_graph, raw_graph
 from mmgfp.runtimes import open_model
 
 #: Their files are written in slow tests alone.
-SLOW = ('fsaf', 'atss', 'rtmdet', 'ssdlite')
+SLOW = ('fsaf', 'atss', 'fcos', 'gfl', 'rtmdet', 'ssdlite')
 DETECTORS = (*ONE_STAGE, *TWO_STAGE)
 
 
@@ -98,7 +98,9 @@ def test_masks_paste_to_those_that_are_predicted(tmp_path):
             assert (want.masks.sum((1, 2)) > 0).sum() >= 10
 
 
-@pytest.mark.parametrize('name', ['retinanet', 'mask'])
+@pytest.mark.parametrize(
+    'name', [pytest.param('retinanet', marks=pytest.mark.slow), 'mask']
+)
 def test_nothing_detected(name, tmp_path, monkeypatch):
     model, image = lively_detector(name)
     head = model.roi_head if name == 'mask' else model.bbox_head
@@ -133,6 +135,22 @@ def test_pruned_model(name, tmp_path):
         assert_detections(run_file(file, image, runtime), predicted, strays=1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['retinanet', 'yolox', 'faster', 'mask'])
+def test_exporter_of_dynamo(name, tmp_path):
+    """It fixes the number of images, but the results are the same."""
+    model, image = lively_detector(name)
+    graph = end_to_end_graph(model)
+    file = tmp_path / 'dynamo.onnx'
+    options = dict(dynamo=True, opset_version=18, verbose=False)
+    options |= dict(input_names=['image'], output_names=list(graph.outputs))
+    torch.onnx.export(graph, (image,), str(file), **options)
+    assert {node.domain for node in onnx.load(file).graph.node} == {''}
+    for runtime in ('onnxruntime', 'openvino'):
+        outputs = run_file(file, image, runtime)
+        assert_detections(outputs, predictions(model, image), strays=1)
+
+
 def test_torchscript_is_free_in_the_number_of_images():
     model, image = lively_detector('retinanet')
     graph = end_to_end_graph(model)
@@ -160,7 +178,9 @@ def test_classifier(tmp_path):
     torch.testing.assert_close(torch.as_tensor(scores), want, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['retinanet', 'faster'])
+@pytest.mark.parametrize(
+    'name', ['retinanet', pytest.param('faster', marks=pytest.mark.slow)]
+)
 def test_raw_outputs(name, tmp_path):
     model, image = lively_detector(name)
     graph = raw_graph(model)

@@ -1,6 +1,7 @@
 """Heads and options that no end-to-end graph repeats are refused by name."""
 
 import pytest
+from mmcv.ops import ModulatedDeformConv2dPack
 from mmengine.config import ConfigDict
 from mmengine.hub import get_config
 from support.configs import CASCADE, DOUBLE, GRID, classifier, slim
@@ -8,7 +9,7 @@ from support.exporting import detector_config
 from torch import nn
 
 from mmgfp.engine.model_building import build_model
-from mmgfp.export.graphs import end_to_end_graph
+from mmgfp.export.graphs import end_to_end_graph, raw_graph
 from mmgfp.utils.errors import ConfigError
 
 WAY_OUT = r'export raw outputs instead \(leave --nms out\)'
@@ -77,6 +78,15 @@ def test_pooling_of_rois():
     )
     with pytest.raises(ConfigError, match=r'roi_layer must be RoIAlign of averages'):
         end_to_end_graph(build_model(config))
+
+
+@pytest.mark.parametrize('graph', [end_to_end_graph, raw_graph])
+def test_layers_that_no_runtime_has(graph):
+    model = build_model(detector_config('retinanet'))
+    model.neck.extra = ModulatedDeformConv2dPack(4, 4, 3)
+    words = r'model must be .*\(got ModulatedDeformConv2dPack of mmcv at neck.extra\)'
+    with pytest.raises(ConfigError, match=words):
+        graph(model)
 
 
 def test_classifier_without_softmax():
