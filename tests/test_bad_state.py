@@ -21,7 +21,7 @@ from support.toys import (
 
 from mmgfp import ChannelPruner, GroupFisherPruner
 from mmgfp.criteria.base import CRITERIA, Criterion, Scores
-from mmgfp.engine.export import deploy, recorded_shape
+from mmgfp.engine.deploy import deploy, recorded_shape
 from mmgfp.selection.targets import Target
 from mmgfp.surgery.compact import compact_
 from mmgfp.surgery.structure import PruneStructure, shapes_of

@@ -25,7 +25,7 @@ from mmgfp.apps.cli import (
 from mmgfp.apps.input_shape import deployed_shape
 from mmgfp.apps.latency import measure_latency
 from mmgfp.engine.demo_batch import demo_calls
-from mmgfp.engine.export import (
+from mmgfp.engine.deploy import (
     Deployable,
     check_destination,
     deploy,

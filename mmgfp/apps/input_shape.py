@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from mmgfp.engine.config_search import dicts_in, values_in
 from mmgfp.engine.demo_batch import image_channels
-from mmgfp.engine.export import Deployable, recorded_shape, structure_shape
+from mmgfp.engine.deploy import Deployable, recorded_shape, structure_shape
 
 Shape = tuple[int, int, int]
 

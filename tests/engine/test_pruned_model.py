@@ -14,7 +14,7 @@ from mmengine.runner import load_checkpoint
 from support.toy_runner import pruner_of
 
 from mmgfp.discovery.verify import difference
-from mmgfp.engine.export import deploy, read_deployable
+from mmgfp.engine.deploy import deploy, read_deployable
 from mmgfp.utils.errors import StructureError
 
 

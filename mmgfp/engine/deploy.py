@@ -1,4 +1,4 @@
-"""Export of a pruned model to a folder that is complete in itself."""
+"""Deployment of a pruned model to a folder that is complete in itself."""
 
 from __future__ import annotations
 
