@@ -27,10 +27,13 @@ from mmgfp.apps.latency import measure_latency
 from mmgfp.engine.demo_batch import demo_calls
 from mmgfp.engine.deploy import (
     Deployable,
+    Trained,
     check_destination,
     deploy,
     read_deployable,
 )
+from mmgfp.export.files import FORMATS, check_formats, export_files
+from mmgfp.export.options import ExportOptions
 from mmgfp.selection.costs import COSTS
 
 
@@ -49,6 +52,19 @@ def parse_args() -> argparse.Namespace:
         type=whole_number(0),
         default=5,
         help='timed passes; 0 measures no latency',
+    )
+    parser.add_argument(
+        '--export',
+        nargs='+',
+        default=[],
+        metavar='FORMAT',
+        help=f'also write the model as {", ".join(FORMATS)}; tools/export.py has more '
+        'options',
+    )
+    parser.add_argument(
+        '--nms',
+        action='store_true',
+        help='exported files give detections or probabilities, not raw outputs',
     )
     parser.add_argument('--cfg-options', nargs='+', action=Overrides)
     return parser.parse_args()
@@ -103,6 +119,9 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options)
     name = Path(args.checkpoint).stem if args.name is None else args.name
     check_destination(args.out, name)
+    options = ExportOptions(nms=args.nms)
+    if args.export:
+        check_formats(args.export, options)
     with reading_config(cfg):
         item = read_deployable(cfg, args.checkpoint)
     shape, source = deployed_shape(args.input_shape, item, cfg)
@@ -111,9 +130,21 @@ def main() -> None:
     rows = summarize(cfg, item, shape, args.rounds)
     # Whoever deploys or fine-tunes the result counts at the same size.
     item = replace(item, meta={**item.meta, 'input_shape': list(shape)})
+    exported = []
+    if args.export:
+        trained = Trained(item.model, item.structure, item.meta)
+        exported = export_files(
+            cfg, trained, shape, args.out, name, args.export, options
+        )
     paths = deploy(cfg, item, args.out, name)
-    write_json(args.out / 'summary.json', {'input_shape': list(shape), **rows})
+    files = {file.path.name: str(file.report) for file in exported}
+    summary = {'input_shape': list(shape), **rows}
+    write_json(
+        args.out / 'summary.json', summary | ({'exported': files} if files else {})
+    )
     show(rows, Console())
+    for file in exported:
+        print(file)
     print(f'wrote {", ".join(str(p) for p in paths.values())}')
 
 

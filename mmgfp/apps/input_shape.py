@@ -7,9 +7,14 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmgfp.engine.config_search import dicts_in, values_in
+from mmgfp.engine.config_search import testing_pipeline, values_in
 from mmgfp.engine.demo_batch import image_channels
-from mmgfp.engine.deploy import Deployable, recorded_shape, structure_shape
+from mmgfp.engine.deploy import (
+    Deployable,
+    Trained,
+    recorded_shape,
+    structure_shape,
+)
 
 Shape = tuple[int, int, int]
 
@@ -37,7 +42,7 @@ def default_input_shape(cfg: Config, channels: int | None = None) -> Shape:
 
 
 def deployed_shape(
-    given: Sequence[int] | None, item: Deployable, cfg: Config
+    given: Sequence[int] | None, item: Deployable | Trained, cfg: Config
 ) -> tuple[Sequence[int], str]:
     """Choose the image size (C, H, W) for the costs of a pruned model.
 
@@ -74,20 +79,12 @@ def size_in_testing(cfg: Config) -> tuple[int, int] | None:
         >>> size_in_testing(Config(dict(test_dataloader=loader)))
         (300, 320)
     """
-    size = _size_after(_test_pipeline(cfg))
+    size = _size_after(testing_pipeline(cfg))
     if size is None:
         return None
     preprocessors = [cfg.get('data_preprocessor') or {}, cfg.get('model') or {}]
     multiple = max(values_in(preprocessors, 'pad_size_divisor', int), default=1)
     return _rounded(size, multiple)
-
-
-def _test_pipeline(cfg: Config) -> Sequence[Mapping[str, Any]]:
-    for loader in ('test_dataloader', 'val_dataloader'):
-        for node in dicts_in(cfg.get(loader) or {}):
-            if node.get('pipeline'):
-                return [step for step in node['pipeline'] if isinstance(step, Mapping)]
-    return []
 
 
 def _size_after(pipeline: Iterable[Mapping[str, Any]]) -> tuple[int, int] | None:

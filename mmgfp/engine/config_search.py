@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +36,12 @@ def scope_of(cfg: Config) -> str | None:
     folders = Path(cfg.filename or '').parts
     library = next((n for n in ('mmdet', 'mmpretrain') if n in folders), None)
     return cfg.get('default_scope') or library
+
+
+def testing_pipeline(cfg: Any) -> list[Mapping[str, Any]]:
+    """Return the transforms of the images of testing, empty if the config has none."""
+    for loader in ('test_dataloader', 'val_dataloader'):
+        for node in dicts_in(cfg.get(loader) or {}):
+            if node.get('pipeline'):
+                return [step for step in node['pipeline'] if isinstance(step, Mapping)]
+    return []

@@ -49,6 +49,26 @@ class Deployable:
     meta: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Trained:
+    """A model with the weights of a checkpoint, pruned or not.
+
+    Attributes:
+        model: The model in eval mode.
+        structure: The structure that it was cut down to, None if it is not pruned.
+        meta: The checkpoint's ``meta``.
+    """
+
+    model: nn.Module
+    structure: PruneStructure | None
+    meta: dict[str, Any]
+
+    @property
+    def original(self) -> nn.Module:
+        """The model, as only the number of channels of an image is read of it."""
+        return self.model
+
+
 def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
     """Check that a config and a checkpoint fit, and build the compact model.
 
@@ -62,9 +82,45 @@ def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
     """
     checkpoint = Path(checkpoint)
     raw = load_training_checkpoint(checkpoint)
+    architecture, structure = _architecture_of(cfg, raw, checkpoint)
+    if structure is None:
+        raise StructureError(
+            f'{checkpoint} must hold the key {STRUCTURE_KEY!r}, or come with a '
+            'PrunedModel config (got neither); give the config of the fine-tuning run, '
+            'or a checkpoint that pruning saved at its target'
+        )
+    return _compact_from(cfg, raw, checkpoint, architecture, structure)
+
+
+def read_trained(cfg: Config, checkpoint: str | Path) -> Trained:
+    """Build a config's model, pruned or not, with the weights of a checkpoint.
+
+    Args:
+        cfg: A config of the original model, or of a `PrunedModel`.
+        checkpoint: A checkpoint of training, or one that `read_deployable` takes.
+
+    Raises:
+        StructureError: If the files are damaged or do not belong together.
+    """
+    checkpoint = Path(checkpoint)
+    raw = load_training_checkpoint(checkpoint)
+    architecture, structure = _architecture_of(cfg, raw, checkpoint)
+    if structure is not None:
+        item = _compact_from(cfg, raw, checkpoint, architecture, structure)
+        return Trained(item.model, item.structure, item.meta)
+    model = build_model(cfg)
+    _load_strictly(model, raw['state_dict'], checkpoint)
+    model.eval()
+    return Trained(model, None, meta_of(raw))
+
+
+def _architecture_of(
+    cfg: Config, raw: dict[str, Any], checkpoint: Path
+) -> tuple[dict[str, Any], PruneStructure | None]:
+    """Return the model's config before pruning, and the structure if it is pruned."""
     architecture = copy.deepcopy(cfg.model.to_dict())
     saved = raw.get(STRUCTURE_KEY)
-    structure = saved and PruneStructure.from_dict(saved, str(checkpoint))
+    structure = PruneStructure.from_dict(saved, str(checkpoint)) if saved else None
     if is_named(architecture.get('type'), 'PrunedModel'):
         named = PruneStructure.load(architecture['structure'])
         if structure is not None and structure != named:
@@ -76,12 +132,16 @@ def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
             )
         structure = named
         architecture = architecture['architecture']
-    if structure is None:
-        raise StructureError(
-            f'{checkpoint} must hold the key {STRUCTURE_KEY!r}, or come with a '
-            'PrunedModel config (got neither); give the config of the fine-tuning run, '
-            'or a checkpoint that pruning saved at its target'
-        )
+    return architecture, structure
+
+
+def _compact_from(
+    cfg: Config,
+    raw: dict[str, Any],
+    checkpoint: Path,
+    architecture: dict[str, Any],
+    structure: PruneStructure,
+) -> Deployable:
     original = build_model(Config({**cfg.to_dict(), 'model': architecture}))
     check_fits(structure, original, str(checkpoint))
     model = compact(original, structure)

@@ -33,8 +33,12 @@ class OpenVINO(Session):
             for port in self.model.inputs
         }
         self.outputs = tuple(port.any_name for port in self.model.outputs)
+        # Of an ONNX file they come under the name 'framework', nested.
         info = model.rt_info
-        self.metadata = {key: str(info[key].value) for key in info}
+        nested = info['framework'] if 'framework' in info else {}  # noqa: SIM401
+        values = {**(nested if isinstance(nested, dict) else {})}
+        values |= {k: v for k, v in info.items() if not isinstance(v, dict)}
+        self.metadata = {key: str(values[key].value) for key in values}
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return the outputs by name, in order."""

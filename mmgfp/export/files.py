@@ -1,0 +1,207 @@
+"""Export of a model to files, each checked before it is there."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+
+from mmgfp.engine.config_search import scope_of, testing_pipeline
+from mmgfp.engine.deploy import Trained
+from mmgfp.export.check import Reference, Report, check_file
+from mmgfp.export.graphs import end_to_end_graph, raw_graph
+from mmgfp.export.images import find_images, read_samples
+from mmgfp.export.matching import Limits
+from mmgfp.export.metadata import metadata_of, task_of
+from mmgfp.export.onnx_file import write_onnx
+from mmgfp.export.openvino_file import write_openvino
+from mmgfp.export.options import ExportOptions
+from mmgfp.export.preprocess import (
+    WithPreprocessing,
+    check_can_resize,
+    preprocessing_of,
+)
+from mmgfp.export.torchscript_file import write_torchscript
+from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.io import check_folder
+
+#: Formats by name: what files end in, and what runs them.
+FORMATS = {
+    'onnx': ('.onnx', 'onnxruntime'),
+    'openvino': ('.xml', 'openvino'),
+    'torchscript': ('.pt', 'torchscript'),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written.
+
+    Attributes:
+        path: The file.
+        report: What its check saw.
+        images: Where the images of the check came from.
+    """
+
+    path: Path
+    report: Report
+    images: str
+
+    def __str__(self) -> str:
+        return f'{self.path}: checked in {self.report} ({self.images})'
+
+
+def check_formats(formats: Sequence[str], options: ExportOptions) -> None:
+    """Check that formats are known and can do what is asked for.
+
+    Raises:
+        ConfigError: If one is unknown, or has no half precision.
+    """
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        got = ', '.join(unknown) or 'none'
+        raise ConfigError(
+            'the format', f'one of {", ".join(FORMATS)}', got, 'name one of these'
+        )
+    if options.fp16 and 'torchscript' in formats:
+        raise ConfigError(
+            '--fp16',
+            'left out for torchscript',
+            'both',
+            'TorchScript files run in single precision on a CPU: export onnx or '
+            'openvino',
+        )
+
+
+def export_files(
+    cfg: Config,
+    trained: Trained,
+    shape: Sequence[int],
+    out: Path,
+    name: str,
+    formats: Sequence[str],
+    options: ExportOptions,
+    images: Sequence[Path] = (),
+) -> list[Exported]:
+    """Write a model in several formats, and check each in its runtime.
+
+    Args:
+        cfg: The model's config.
+        trained: The model.
+        shape: (C, H, W) of the input.
+        out: The folder to write to.
+        name: Name of the files without suffix.
+        formats: Names in `FORMATS`.
+        options: What leaves the file, which axes are free, and so on.
+        images: Files and folders with images for the check; by default some of the test
+            dataset.
+
+    Raises:
+        ConfigError: If the model or the options cannot be exported, or a runtime is
+            not installed.
+        ExportError: If a file does not do what the model does. No file is left then.
+    """
+    check_formats(formats, options)
+    reference = _reference(cfg, trained, shape, options)
+    init_default_scope(scope_of(cfg) or 'mmengine')
+    prep = preprocessing_of(cfg, trained.model, shape, testing_pipeline(cfg))
+    infos, origin = find_images(cfg, images, prep)
+    samples = tuple(read_samples(cfg, trained.model, infos, prep, options))
+    metadata = metadata_of(cfg, trained, prep, options)
+    graph = reference.graph
+    if options.preprocess:
+        graph = WithPreprocessing(graph, prep)
+    reference = replace(reference, samples=samples, graph=graph)
+    example = torch.from_numpy(samples[0].image)[None]
+    if not options.preprocess:
+        example = samples[0].inputs
+    is_new = not out.exists()
+    check_folder(out)
+    written = []
+    try:
+        with tempfile.TemporaryDirectory(dir=out, prefix='.export.') as tmp:
+            for kind in formats:
+                suffix, runtime = FORMATS[kind]
+                path = Path(tmp, f'{name}{suffix}')
+                _write(kind, path, graph, example, options, metadata)
+                report = check_file(path, runtime, reference, options)
+                written.append(Exported(out / path.name, report, origin))
+            # All of them or none.
+            for file in sorted(Path(tmp).iterdir()):
+                if file.suffix not in _UNWANTED:
+                    file.chmod(0o644)
+                    file.replace(out / file.name)
+    finally:
+        if is_new and not any(out.iterdir()):
+            out.rmdir()
+    return written
+
+
+#: What is written on the way to another format.
+_UNWANTED = ('.tmp',)
+
+
+def _write(
+    kind: str,
+    path: Path,
+    graph: nn.Module,
+    example: Tensor,
+    options: ExportOptions,
+    metadata: dict[str, str],
+) -> None:
+    # A copy, as an exporter may leave traces in a module that reach the next file.
+    graph = copy.deepcopy(graph)
+    if kind == 'torchscript':
+        write_torchscript(path, graph, example, options, metadata)
+    elif kind == 'onnx':
+        write_onnx(path, graph, example, options, metadata)
+    else:
+        between = path.with_suffix('.tmp')
+        write_onnx(between, graph, example, replace(options, fp16=False), metadata)
+        write_openvino(path, between, options, metadata)
+
+
+def _reference(
+    cfg: Config, trained: Trained, shape: Sequence[int], options: ExportOptions
+) -> Reference:
+    model: Any = trained.model
+    task = task_of(cfg, model)
+    if options.preprocess:
+        check_can_resize(testing_pipeline(cfg))
+    if options.nms and task != 'classification' and 'size' in options.dynamic:
+        raise ConfigError(
+            '--dynamic size',
+            'left out with --nms',
+            'both',
+            'priors and limits of boxes are computed for one size of images: leave '
+            'either out',
+        )
+    # A copy, so that nothing done to the graph reaches what it is compared with.
+    twin = copy.deepcopy(model)
+    if options.nms:
+        graph = end_to_end_graph(twin)
+    else:
+        graph = raw_graph(twin, torch.zeros(1, *shape))
+    limits = _limits(model) if options.nms and task != 'classification' else None
+    return Reference(model, graph, (), task, limits)
+
+
+def _limits(model: Any) -> Limits:
+    head = model.roi_head if hasattr(model, 'roi_head') else model.bbox_head
+    test_cfg = head.test_cfg
+    nms = test_cfg.get('nms') or {}
+    iou = nms.get('iou_threshold', nms.get('iou_thr', 1.0))
+    count = test_cfg.get('max_per_img', -1)
+    return Limits(
+        float(test_cfg.get('score_thr', 0.0)),
+        float(iou),
+        count if count > 0 else 10**9,
+    )
