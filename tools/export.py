@@ -56,16 +56,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--dynamo', action='store_true', help='find the ONNX graph by torch.export'
     )
-    parser.add_argument(
-        '--fp16', action='store_true', help='half precision: onnx, openvino'
-    )
+    parser.add_argument('--fp16', action='store_true', help='half precision')
     parser.add_argument(
         '--images',
         nargs='+',
         type=Path,
         default=[],
-        help='files and folders with images to check on; some of the test dataset by '
-        'default',
+        help='to check on, or folders of them; the test dataset by default',
     )
     add_shape_argument(
         parser, 'size of the input; that of the pruning run or of testing by default'

@@ -123,6 +123,20 @@ def export_files(
     example = torch.from_numpy(samples[0].image)[None]
     if not options.preprocess:
         example = samples[0].inputs
+    return _write_all(out, name, formats, reference, example, options, metadata, origin)
+
+
+def _write_all(
+    out: Path,
+    name: str,
+    formats: Sequence[str],
+    reference: Reference,
+    example: Tensor,
+    options: ExportOptions,
+    metadata: dict[str, str],
+    origin: str,
+) -> list[Exported]:
+    """Write and check all files in a hidden folder, then move them to ``out``."""
     is_new = not out.exists()
     check_folder(out)
     written = []
@@ -131,7 +145,7 @@ def export_files(
             for kind in formats:
                 suffix, runtime = FORMATS[kind]
                 path = Path(tmp, f'{name}{suffix}')
-                _write(kind, path, graph, example, options, metadata)
+                _write(kind, path, reference.graph, example, options, metadata)
                 report = check_file(path, runtime, reference, options)
                 written.append(Exported(out / path.name, report, origin))
             # All of them or none.

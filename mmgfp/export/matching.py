@@ -97,21 +97,7 @@ def match(
         limits: What the detector keeps.
         tolerance: How far the sides may be apart.
     """
-    free = set(range(len(second.scores)))
-    pairs = []
-    for i in np.argsort(-first.scores, kind='stable'):
-        moved = np.abs(second.boxes - first.boxes[i]).max(1, initial=0.0)
-        differs = np.abs(second.scores - first.scores[i])
-        fits = (second.labels == first.labels[i]) & (moved <= tolerance.box)
-        fits &= differs <= tolerance.score
-        chosen = min(
-            (j for j in np.flatnonzero(fits) if j in free),
-            key=lambda j: (moved[j], differs[j]),
-            default=None,
-        )
-        if chosen is not None:
-            free.remove(chosen)
-            pairs.append((int(i), int(chosen)))
+    pairs, free = _pair(first, second, tolerance)
     alone = sorted(set(range(len(first.scores))) - {i for i, _ in pairs}), sorted(free)
     sides = ((first, second), (second, first))
     missing, extra = (
@@ -136,6 +122,28 @@ def match(
         missing,
         extra,
     )
+
+
+def _pair(
+    first: Detections, second: Detections, tolerance: Tolerance
+) -> tuple[list[tuple[int, int]], set[int]]:
+    """Return pairs, best scores first, and what is left of the second side."""
+    free = set(range(len(second.scores)))
+    pairs = []
+    for i in np.argsort(-first.scores, kind='stable'):
+        moved = np.abs(second.boxes - first.boxes[i]).max(1, initial=0.0)
+        differs = np.abs(second.scores - first.scores[i])
+        fits = (second.labels == first.labels[i]) & (moved <= tolerance.box)
+        fits &= differs <= tolerance.score
+        chosen = min(
+            (j for j in np.flatnonzero(fits) if j in free),
+            key=lambda j: (moved[j], differs[j]),
+            default=None,
+        )
+        if chosen is not None:
+            free.remove(chosen)
+            pairs.append((int(i), int(chosen)))
+    return pairs, free
 
 
 def _is_borderline(

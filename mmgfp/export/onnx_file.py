@@ -39,23 +39,7 @@ def write_onnx(
         ConfigError: If the exporter cannot do it, or leaves ops of training behind.
     """
     onnx = require('onnx', 'onnx')
-    axes = options.free_axes()
-    shared: dict[str, Any] = dict(
-        input_names=[INPUT],
-        output_names=list(graph.outputs),  # type: ignore[arg-type]
-        opset_version=options.opset,
-    )
-    if options.dynamo:
-        require('onnxscript', 'onnx')
-        free = {axis: torch.export.Dim.DYNAMIC for axis in axes}
-        shared |= dict(dynamo=True, external_data=False, verbose=False)
-        shared |= dict(dynamic_shapes=(free,)) if free else {}
-    else:
-        free_names = {INPUT: axes}
-        if 0 in axes:
-            names: Any = graph.outputs
-            free_names |= {name: {0: axes[0]} for name in names}
-        shared |= dict(dynamo=False, dynamic_axes=free_names if axes else None)
+    shared = _arguments(graph, options)
     with warnings.catch_warnings(), torch.no_grad():
         # Of tracing: sizes that are fixed on purpose.
         warnings.simplefilter('ignore')
@@ -75,6 +59,28 @@ def write_onnx(
     onnx.helper.set_model_props(model, metadata)
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
+
+
+def _arguments(graph: nn.Module, options: ExportOptions) -> dict[str, Any]:
+    """Return the arguments of the exporter that is asked for."""
+    axes = options.free_axes()
+    shared: dict[str, Any] = dict(
+        input_names=[INPUT],
+        output_names=list(graph.outputs),  # type: ignore[arg-type]
+        opset_version=options.opset,
+    )
+    if options.dynamo:
+        require('onnxscript', 'onnx')
+        free = {axis: torch.export.Dim.DYNAMIC for axis in axes}
+        shared |= dict(dynamo=True, external_data=False, verbose=False)
+        shared |= dict(dynamic_shapes=(free,)) if free else {}
+    else:
+        free_names = {INPUT: axes}
+        if 0 in axes:
+            names: Any = graph.outputs
+            free_names |= {name: {0: axes[0]} for name in names}
+        shared |= dict(dynamo=False, dynamic_axes=free_names if axes else None)
+    return shared
 
 
 def drop_identities(graph: Any) -> None:
