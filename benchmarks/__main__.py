@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import decision, discovering, growth, latency, schedule, step
+from benchmarks import (
+    decision,
+    discovering,
+    growth,
+    latency,
+    schedule,
+    shipping,
+    step,
+)
 from benchmarks.models import SUBJECTS
 from mmgfp.apps.cli import run_cli
 from mmgfp.apps.tables import machine_facts
@@ -31,12 +39,14 @@ class Part:
         measure: Measures it: a model, its calls, repeats and the device.
         table: Rows of a table, from what was measured by label.
         subjects: Names of the models.
+        is_sized: Whether ``measure`` is given the size of the shipped image.
     """
 
     about: str
     measure: Callable[..., dict[str, Any]]
     table: Callable[..., list[list[str]]]
     subjects: tuple[str, ...]
+    is_sized: bool = False
 
 
 PARTS = {
@@ -69,6 +79,19 @@ PARTS = {
         latency.measure_latency,
         latency.table,
         ('retinanet', 'resnet50'),
+    ),
+    'shipping': Part(
+        'exported pruned models against the original, in the runtimes that ship',
+        shipping.measure_shipping,
+        shipping.table,
+        (
+            'retinanet',
+            'faster-rcnn',
+            'resnet50',
+            'mobilenet-v2',
+            'retinanet-mobilenet-v2',
+        ),
+        is_sized=True,
     ),
     'growth': Part(
         'steps, discovery and decisions by size of model and image',
@@ -152,8 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         part, measured = PARTS[name], results.setdefault(name, {})
         for subject in (SUBJECTS[n] for n in part.subjects if n in args.models):
             model, calls = subject.build(args.device)
+            extra = {'size': subject.shipped} if part.is_sized else {}
             measured[subject.label] = part.measure(
-                model, calls, args.repeats, args.device
+                model, calls, args.repeats, args.device, **extra
             )
             if args.json:
                 args.json.write_text(json.dumps(results, indent=1) + '\n')

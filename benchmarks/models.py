@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model, init_weights
 
+ROOT = Path(__file__).resolve().parent.parent
 #: Nothing is frozen, as in the configs that prune: taps on frozen stages would rest.
 OPTIONS = {'model.backbone.frozen_stages': -1}
 #: Scale of a norm that ends a residual branch, in place of a zero.
@@ -32,12 +34,16 @@ class Subject:
         config: A config file, or one of an installed library.
         images: Images in a batch N.
         size: Their height and width in pixels.
+        shipped: Size (C, H, W) of the image that the exported model is made for.
+        options: Entries of the config that are changed.
     """
 
     name: str
     config: str
     images: int
     size: tuple[int, int]
+    shipped: tuple[int, int, int] = (3, 800, 1280)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -48,7 +54,7 @@ class Subject:
     def build(self, device: str) -> tuple[nn.Module, BatchCalls]:
         """The model in training mode, with its calls on a batch."""
         torch.manual_seed(0)
-        config = load_config(self.config, OPTIONS)
+        config = load_config(self.config, {**OPTIONS, **self.options})
         model = build_model(config)
         initialize(model)
         model.to(device)
@@ -75,7 +81,26 @@ SUBJECTS = {
         (256, 256),
     ),
     'resnet50': Subject(
-        'ResNet-50', 'mmpretrain::resnet/resnet50_8xb32_in1k.py', 16, (128, 128)
+        'ResNet-50',
+        'mmpretrain::resnet/resnet50_8xb32_in1k.py',
+        16,
+        (128, 128),
+        shipped=(3, 224, 224),
+    ),
+    'mobilenet-v2': Subject(
+        'MobileNetV2',
+        'mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py',
+        16,
+        (128, 128),
+        shipped=(3, 224, 224),
+    ),
+    'retinanet-mobilenet-v2': Subject(
+        'RetinaNet MobileNetV2-FPN slim',
+        str(ROOT / 'configs/bccd/retinanet_mobilenetv2_fpn_bccd.py'),
+        2,
+        (256, 320),
+        shipped=(3, 256, 320),
+        options={'model.backbone.init_cfg': None},
     ),
 }
 
