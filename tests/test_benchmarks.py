@@ -11,7 +11,7 @@ from support.toys import ConvPair, ResidualPair, TinyDetector, images, square_lo
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import decision, latency, schedule
+from benchmarks import decision, latency, schedule, shipping
 from benchmarks.discovering import unverified
 from benchmarks.models import SUBJECTS, initialize, sgd, train_step
 from benchmarks.traffic import bytes_moved, peak_bytes
@@ -45,12 +45,12 @@ class ToyCalls:
 
     check = loss
 
-    def profile(self, model):
+    def profile(self, model, size=None):
         return profile_layers(model, self.check, self.images)
 
 
 class ToySubject:
-    label = 'toy'
+    label, shipped = 'toy', (3, 16, 16)
 
     def build(self, device):
         torch.manual_seed(0)
@@ -61,6 +61,8 @@ class ToySubject:
 def small_steps(monkeypatch):
     """The toy has too few channels to get anywhere in steps of eight."""
     monkeypatch.setitem(schedule.RUNS, 'live, divisor 8', (True, {'divisor': 2}))
+    for name in [n for n in shipping.VARIANTS if not n.endswith(' 1')]:
+        monkeypatch.setitem(shipping.VARIANTS, name, {'divisor': 2})
 
 
 @pytest.fixture
@@ -84,11 +86,11 @@ def test_command_writes_json_and_tables(tmp_path, toy_parts, capsys):
     results, page = run_toy(tmp_path, '--repeats', '2')
     assert results['machine']['device'] == 'cpu'
     assert list(results) == ['machine', *command.PARTS]
-    rows = [1, 1, 1, 5, 11, 1]  # of step, discovery, ...
+    rows = [1, 1, 1, 5, 11, 5, 1]  # of step, discovery, ...
     tables = page.strip().split('\n\n')
     assert [table.count('| toy |') for table in tables] == rows
     widths = [{line.count('|') for line in table.splitlines()} for table in tables]
-    assert [len(found) for found in widths] == [1] * 6  # no cell too few
+    assert [len(found) for found in widths] == [1] * 7  # no cell too few
     assert page.strip() == capsys.readouterr().out.strip()
 
 
@@ -281,6 +283,22 @@ def test_latency_of_all_variants():
     assert [len(t['-M, 50%']) for t in found['times'].values()] == [8, 2]
     original = found['points'][latency.ORIGINAL]
     assert original['ratio']['1']['median'] == original['macs'] == 1
+
+
+def test_exported_models_run_in_all_runtimes():
+    model, calls = ToySubject().build('cpu')
+    found = shipping.measure_shipping(model, calls, 2, 'cpu', (3, 16, 16))
+    assert list(found['points']) == [shipping.ORIGINAL, *shipping.VARIANTS]
+    for name, point in found['points'].items():
+        assert list(point['ratio']) == list(shipping.RUNTIMES)
+        assert point['macs'] == 1 if name == shipping.ORIGINAL else point['macs'] <= 0.5
+    point = {'macs': 0.5, 'memory': 0.75, 'ratio': {}}
+    for runtime, ratio in zip(shipping.RUNTIMES, (0.5, 0.8, 0.25), strict=True):
+        clocks = {'wall': {'median': ratio}, 'cpu': {'median': 2 * ratio}}
+        point['ratio'][runtime] = clocks
+    _, row = shipping.table({'toy': {'points': {'-M': point}}})
+    cells = ['2.00 × (1.00 ×)', '1.25 × (0.62 ×)', '4.00 × (2.00 ×)']
+    assert row == ['toy', '-M', '50.0%', '75.0%', *cells]
 
 
 def test_correlations_by_hand():
