@@ -17,7 +17,7 @@ MODULES = [
 #: Classes and functions that a reader meets first.
 MAIN = [
     'mmgfp.apps.analysis.costs_of',
-    'mmgfp.apps.latency.measure_latency',
+    'mmgfp.apps.latency.milliseconds',
     'mmgfp.apps.plots.layer_widths',
     'mmgfp.apps.tables.table_cells',
     'mmgfp.demo.digits.DigitsSpec',

@@ -23,7 +23,7 @@ from mmgfp.apps.cli import (
     write_json,
 )
 from mmgfp.apps.input_shape import deployed_shape
-from mmgfp.apps.latency import measure_latency
+from mmgfp.apps.latency import RUNTIMES, measure_runtimes
 from mmgfp.engine.demo_batch import demo_calls
 from mmgfp.engine.deploy import (
     Deployable,
@@ -82,8 +82,8 @@ def summarize(
         rounds: Timed passes; 0 measures no latency.
 
     Returns:
-        Costs by their names in `COSTS` and, if measured, the median `latency_ms` in
-        milliseconds, of `original` and `pruned`.
+        Costs by their names in `COSTS` and, if measured, median milliseconds by the
+        keys of `RUNTIMES`, of `original` and `pruned`.
     """
     models = {'original': item.original, 'pruned': item.model}
     calls = demo_calls(cfg, item.original)
@@ -93,9 +93,11 @@ def summarize(
     }
     if rounds:
         infer = calls.inference(item.original, shape)
-        times = measure_latency(models, infer, rounds)
-        for name, milliseconds in times.items():
-            rows[name]['latency_ms'] = milliseconds
+        times, reason = measure_runtimes(models, infer, (1, *shape), rounds)
+        if reason:
+            print(reason)
+        for name, row in rows.items():
+            row.update({key: times[key][name] for key in times})
     return rows
 
 
@@ -103,7 +105,7 @@ def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
     """Print original and pruned side by side, with the ratio."""
     costs = {name: COSTS[name] for name in COSTS.names()}
     scales = {key: (f'{c.label} ({c.unit})', c.scale) for key, c in costs.items()}
-    scales['latency_ms'] = ('CPU latency (ms)', 1.0)
+    scales |= {k: (f'CPU latency, {name} (ms)', 1.0) for k, name in RUNTIMES.items()}
     table = Table('', 'original', 'pruned', 'ratio')
     for key, (label, scale) in scales.items():
         if key in rows['original']:

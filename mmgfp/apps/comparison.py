@@ -12,7 +12,7 @@ from mmengine.runner import load_checkpoint
 
 from mmgfp.apps.analysis import costs_of
 from mmgfp.apps.cli import build_from, load_config, write_json
-from mmgfp.apps.latency import measure_latency
+from mmgfp.apps.latency import measure_runtimes
 from mmgfp.apps.pipeline import Candidate, Pipeline
 from mmgfp.apps.plots import layer_widths, plot_channels
 from mmgfp.apps.stages import parse_options
@@ -57,19 +57,16 @@ def measure(
         model, calls = build(candidate, pipeline.options)
         models[candidate.name] = model
         rows.append({**row, **costs_of(model, calls.profile(model, shape))})
-    if args.latency_rounds:
+    for count in args.batches if args.latency_rounds else ():
         # The calls of any candidate do, as all of them read the same images.
-        times = {
-            str(count): measure_latency(
-                models, calls.inference(model, shape, count), args.latency_rounds
-            )
-            for count in args.batches
-        }
+        infer = calls.inference(model, shape, count)
+        size = (count, *shape)
+        times, reason = measure_runtimes(models, infer, size, args.latency_rounds)
+        if reason:
+            print(reason)
         for row in rows:
-            row['latency_ms'] = {
-                count: milliseconds[row['model']]
-                for count, milliseconds in times.items()
-            }
+            for key, by_model in times.items():
+                row.setdefault(key, {})[str(count)] = by_model[row['model']]
     return rows
 
 

@@ -1,61 +1,93 @@
-"""Latency of several models, measured in turns."""
+"""Latency of several models on the CPU by runtime, measured in turns."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from mmgfp.export.graphs import raw_graph
+from mmgfp.export.plain_onnx import write_plain_onnx
+from mmgfp.runtimes import open_model
+from mmgfp.runtimes.base import require
+from mmgfp.runtimes.timing import Times, spread, take_turns
+
 #: Turns that are not counted: allocators and kernel caches fill during them.
 WARMUP = 3
+#: Keys of milliseconds in reports, with the words of tables. Of a model with RoIs,
+#: PyTorch runs the whole network and the exported graph what comes before them.
+RUNTIMES = {'latency_ms': 'PyTorch', 'onnxruntime_ms': 'onnxruntime'}
+
+Actions = dict[str, Callable[[], Any]]
 
 
-def measure_latency(
+def measure_runtimes(
     models: Mapping[str, nn.Module],
     infer: Callable[[nn.Module], Any],
-    rounds: int = 20,
-) -> dict[str, float]:
-    """Time forward passes of several models on one input.
+    size: Sequence[int],
+    rounds: int,
+) -> tuple[dict[str, dict[str, float]], str | None]:
+    """Time forward passes of several models in PyTorch and in onnxruntime.
 
-    The models take turns, so that other load on the machine affects all of them, and
-    the median discards the passes it affected most. Each turn times a second pass,
-    because the first one allocates memory and picks kernels for shapes that differ from
-    those of the model before.
+    All of them take turns in one process. Each turn times a second pass, because the
+    first one allocates memory and picks kernels for shapes that differ from those of
+    the model before.
 
     Args:
-        models: Models in eval mode by name, all on one device.
-        infer: Calls the given model on a batch on that device.
-        rounds: Timed passes for each model, at least 1.
+        models: Models in eval mode by name, on the CPU.
+        infer: Calls the given model on a batch in PyTorch.
+        size: (N, C, H, W) of that batch, for which the models are exported.
+        rounds: Timed passes of each model, at least 1.
 
     Returns:
-        Median milliseconds for the batch by name.
+        Median milliseconds for the batch by the key in `RUNTIMES` and by name; and why
+        onnxruntime is not among them, None if it is.
+    """
+    actions = {'latency_ms': {n: partial(infer, m) for n, m in models.items()}}
+    with tempfile.TemporaryDirectory() as folder:
+        exported, reason = _exported(models, size, Path(folder))
+        if reason is None:
+            actions['onnxruntime_ms'] = exported
+        flat = {(key, n): a for key, by in actions.items() for n, a in by.items()}
+        names = {f'{key} {n}': action for (key, n), action in flat.items()}
+        with torch.inference_mode():
+            times = take_turns(names, rounds, 'cpu', WARMUP, twice=True)
+    return {
+        key: {name: milliseconds(times, f'{key} {name}')['median'] for name in by}
+        for key, by in actions.items()
+    }, reason
+
+
+def _exported(
+    models: Mapping[str, nn.Module], size: Sequence[int], folder: Path
+) -> tuple[Actions, str | None]:
+    """Export models and return runs of the files, or the reason why there are none."""
+    actions: Actions = {}
+    image = torch.rand(*size)
+    try:
+        require('onnxruntime', 'onnx')
+        for number, (name, model) in enumerate(models.items()):
+            path = folder / f'{number}.onnx'
+            write_plain_onnx(raw_graph(model, image), image, path)
+            session = open_model(path, 'onnxruntime', torch.get_num_threads())
+            actions[name] = partial(session.run, {'image': image.numpy()})
+    except Exception as error:  # exporters and runtimes raise many kinds
+        words = ' '.join(str(error).split())[:200]
+        return {}, f'no time in onnxruntime: {type(error).__name__}: {words}'
+    return actions, None
+
+
+def milliseconds(times: Times, name: str, clock: str = 'wall') -> dict[str, float]:
+    """The median milliseconds of something with the quartiles around it.
 
     Examples:
-        >>> models = {'wide': nn.Linear(64, 64), 'narrow': nn.Linear(64, 8)}
-        >>> batch = torch.zeros(4, 64)
-        >>> times = measure_latency(models, lambda model: model(batch), rounds=3)
-        >>> list(times)
-        ['wide', 'narrow']
+        >>> seconds = [{'wall': s, 'cpu': s} for s in (0.001, 0.002, 0.004)]
+        >>> milliseconds({'model': seconds}, 'model')['median']
+        2.0
     """
-    device = next(p.device for m in models.values() for p in m.parameters())
-    times: dict[str, list[float]] = {name: [] for name in models}
-    with torch.inference_mode():
-        for turn in range(WARMUP + rounds):
-            for name, model in models.items():
-                infer(model)
-                began = _now(device)
-                infer(model)
-                if turn >= WARMUP:
-                    times[name].append((_now(device) - began) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _now(device: torch.device) -> float:
-    """Return the time in seconds, after the device has finished its queue."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return spread([time[clock] * 1e3 for time in times[name]])

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mmgfp.apps.latency import RUNTIMES
 from mmgfp.selection.costs import COSTS
 
 #: Names of the packages whose versions are reported: both OpenMMLab lines, and torch.
@@ -63,7 +64,7 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     Args:
         rows: For each model its name `model`, the dict `metrics` and its costs by
             their names in `COSTS`; optionally the metrics of further tests by name in
-            `also`, and milliseconds by batch size in `latency_ms`.
+            `also`, and milliseconds by batch size under the keys of `RUNTIMES`.
 
     Returns:
         The header, then one list of cells per row.
@@ -79,13 +80,18 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """
     first = rows[0]
     metric = main_metric(first['metrics'])[0]
-    tests, batches = list(first.get('also', {})), list(first.get('latency_ms', {}))
+    tests = list(first.get('also', {}))
+    timed = {
+        (key, n): f'CPU, {name}{"" if n == "1" else f", batch {n}"} (ms)'
+        for key, name in RUNTIMES.items()
+        for n in first.get(key, {})
+    }
     costs = {name: COSTS[name] for name in COSTS.names() if name in first}
     cells = [
         [
             *('model', metric, *(f'{metric}, {name}' for name in tests)),
             *(f'{cost.label} ({cost.unit})' for cost in costs.values()),
-            *('CPU (ms)' if n == '1' else f'CPU, batch {n} (ms)' for n in batches),
+            *timed.values(),
         ]
     ]
     for row in rows:
@@ -98,10 +104,7 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                     _cost(row[key] / cost.scale, first[key] / cost.scale, '#.4g')
                     for key, cost in costs.items()
                 ),
-                *(
-                    _cost(row['latency_ms'][n], first['latency_ms'][n], '.1f')
-                    for n in batches
-                ),
+                *(_cost(row[key][n], first[key][n], '.1f') for key, n in timed),
             ]
         )
     return cells
@@ -131,7 +134,8 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
         '',
         'MACs count one multiply-add as one; memory is the number of elements that',
         f'all layers output; both for one {shape} image. CPU is the median time of the',
-        'network for that image, or for a batch of such, without decoding boxes.',
+        'network for that image, or for a batch of such, without decoding boxes; of a',
+        'two-stage detector onnxruntime runs what comes before the RoIs.',
         '',
         f'- configs: {", ".join(f"`{path}`" for path in facts["configs"])}',
         *(

@@ -6,7 +6,7 @@ import pytest
 
 from mmgfp.apps.tables import machine_facts, main_metric, markdown, table_cells
 
-HIDDEN = ('latency_ms', 'also')
+HIDDEN = ('latency_ms', 'onnxruntime_ms', 'also')
 ROWS = [
     {
         'model': 'baseline',
@@ -15,6 +15,7 @@ ROWS = [
         'memory': 10_000_000,
         'params': 2_500_000,
         'latency_ms': {'1': 40.0, '64': 2000.0},
+        'onnxruntime_ms': {'1': 20.0},
         'also': {'exact': {'coco/bbox_mAP': 0.6}},
     },
     {
@@ -24,6 +25,7 @@ ROWS = [
         'memory': 6_000_000,
         'params': 1_000_000,
         'latency_ms': {'1': 30.0, '64': 1000.0},
+        'onnxruntime_ms': {'1': 5.0},
         'also': {'exact': {}},
     },
 ]
@@ -33,12 +35,13 @@ def test_table_cells():
     header, first, second = table_cells(ROWS)
     assert header == [
         *('model', 'mAP', 'mAP, exact', 'MACs (G)', 'memory (M)', 'params (M)'),
-        *('CPU (ms)', 'CPU, batch 64 (ms)'),
+        *('CPU, PyTorch (ms)', 'CPU, PyTorch, batch 64 (ms)'),
+        'CPU, onnxruntime (ms)',
     ]
     assert first[:4] == ['baseline', '50.0', '60.0', '4.000 (100%)']
     assert second == [
         *('pruned', '45.7', '0.0', '2.000 (50%)', '6.000 (60%)', '1.000 (40%)'),
-        *('30.0 (75%)', '1000.0 (50%)'),
+        *('30.0 (75%)', '1000.0 (50%)', '5.0 (25%)'),
     ]
 
 
@@ -72,7 +75,7 @@ def test_markdown_tells_how_the_numbers_came_about():
         'variants': {'U': ['normalize=none', 'interval=5']},
     }
     text = markdown(table_cells(ROWS), facts)
-    assert text.splitlines()[1] == '|---' + '|---:' * 7 + '|'
+    assert text.splitlines()[1] == '|---' + '|---:' * 8 + '|'
     for part in ('| 45.7 |', '3×128×160', '`a.py`, `b.py`', 'seed 7', 'baseline 12 s'):
         assert part in text
     assert '- U: `normalize=none, interval=5`' in text
