@@ -48,7 +48,8 @@ def measure_runtimes(
         Median milliseconds for the batch by the key in `RUNTIMES` and by name; and why
         onnxruntime is not among them, None if it is.
     """
-    actions = {'latency_ms': {n: partial(infer, m) for n, m in models.items()}}
+    actions: dict[str, Actions] = {}
+    actions['latency_ms'] = {n: partial(infer, m) for n, m in models.items()}
     with tempfile.TemporaryDirectory() as folder:
         exported, reason = _exported(models, size, Path(folder))
         if reason is None:

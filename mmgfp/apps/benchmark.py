@@ -1,0 +1,173 @@
+"""Times and memory of models side by side in several runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from mmgfp.apps.subjects import (
+    EAGER,
+    Subject,
+    build_graph,
+    is_file,
+    peak_memory,
+    resolve,
+    split_source,
+)
+from mmgfp.export.plain_onnx import write_plain_onnx
+from mmgfp.runtimes import RUNTIMES, open_model
+from mmgfp.runtimes.timing import ratios, spread, take_turns
+from mmgfp.utils.errors import ConfigError
+
+WARMUP = 2
+
+
+def subjects_of(
+    sources: Sequence[str],
+    runtimes: Sequence[str],
+    size: Sequence[int],
+    outputs: str,
+    threads: int,
+    folder: Path,
+) -> tuple[dict[tuple[str, str], Subject], list[str]]:
+    """Prepare models for runtimes: those of configs are exported for all but PyTorch.
+
+    Args:
+        sources: What the user names: files, folders, ``CONFIG:CHECKPOINT``.
+        runtimes: ``torch`` and names in `mmgfp.runtimes.RUNTIMES`; a TorchScript file
+            runs where ``torch`` is asked for.
+        size: (N, C, H, W).
+        outputs: 'raw' or 'end-to-end', of models of configs.
+        threads: Threads that a run may use.
+        folder: Where exported files go.
+
+    Returns:
+        Subjects by source and runtime, and a line for each that there cannot be.
+    """
+    subjects, notes = {}, []
+    for number, source in enumerate(sources):
+        file = resolve(source)
+        exported: Exception | None = None
+        if not is_file(file) and set(runtimes) - {EAGER}:
+            path = folder / f'{number}_{size[0]}.onnx'
+            try:
+                graph = build_graph(file, outputs, size)
+                write_plain_onnx(graph, torch.rand(*size), path)
+            except ConfigError:
+                raise
+            except Exception as error:  # exporters raise many kinds
+                exported = error
+        for runtime in runtimes:
+            subject = Subject(file, runtime, tuple(size), outputs, threads)
+            if is_file(file):
+                runtime = 'torchscript' if runtime == EAGER else runtime
+                if Path(file).suffix not in RUNTIMES[runtime].suffixes:
+                    continue
+                subject = replace(subject, runtime=runtime)
+            elif runtime != EAGER:
+                if exported is not None:
+                    words = ' '.join(str(exported).split())[:200]
+                    notes.append(f'{source} cannot be exported for {runtime}: {words}')
+                    continue
+                subject = replace(subject, source=str(path))
+            subjects[source, runtime] = subject
+    return subjects, notes
+
+
+def measure_batch(
+    subjects: dict[tuple[str, str], Subject], rounds: int, memory: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Time subjects of one batch size in turns, and measure their memory.
+
+    Args:
+        subjects: By source and runtime.
+        rounds: Timed runs of each.
+        memory: Whether each is also run in a process of its own.
+
+    Returns:
+        A row for each, and a line for each that could not be opened.
+    """
+    actions: dict[str, Callable[[], Any]] = {}
+    kept, notes = {}, []
+    for (source, runtime), subject in subjects.items():
+        try:
+            action = subject.open()
+        except ConfigError as error:
+            notes.append(f'{source} is not measured in {runtime}: {error}')
+            continue
+        label = f'{source} {runtime}'
+        actions[label], kept[label] = action, (source, runtime, subject)
+    if not actions:
+        return [], notes
+    times = take_turns(actions, rounds, 'cpu', WARMUP, twice=True)
+    first = next(iter(actions))
+    rows = []
+    for label, (source, runtime, subject) in kept.items():
+        row: dict[str, Any] = {
+            'model': source,
+            'runtime': runtime,
+            'batch': subject.size[0],
+            'input': list(subject.size[1:]),
+        }
+        for clock in ('wall', 'cpu'):
+            row[f'{clock}_ms'] = spread([t[clock] * 1e3 for t in times[label]])
+            row[f'{clock}_ratio'] = spread(ratios(times, label, first, clock))
+        rows.append(row | (peak_memory(subject) if memory else {}))
+    return rows, notes
+
+
+def fixed_size(source: str, runtimes: Sequence[str]) -> tuple[int | None, ...] | None:
+    """Return the size (N, C, H, W) that a file fixes, None where a side is free.
+
+    Returns:
+        None if it is no file, or one that tells no size.
+    """
+    if not is_file(source):
+        return None
+    names = ['torchscript' if name == EAGER else name for name in runtimes]
+    opens = [n for n in names if Path(source).suffix in RUNTIMES[n].suffixes]
+    if not opens:
+        raise ConfigError(
+            f'--runtime for {source}',
+            f'one that opens {Path(source).suffix} files',
+            ', '.join(runtimes),
+            'add it',
+        )
+    sizes = list(open_model(source, opens[0]).inputs.values())
+    if len(sizes) != 1 or len(sizes[0]) != 4:
+        return None
+    number, *sides = sizes[0]
+    # Files that prepare images themselves read (N, H, W, C).
+    if sides[2] in (1, 3) and sides[0] not in (1, 3):
+        sides = [sides[2], *sides[:2]]
+    return number, *sides
+
+
+def time_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Lay out rows of `measure_batch`."""
+    table = Table('model', 'runtime')
+    titles = ['batch', 'wall (ms)', 'CPU (ms)', 'ratio, wall', 'ratio, CPU']
+    for title in [*titles, 'peak (MiB)', 'growth (MiB)']:
+        table.add_column(title, justify='right')
+    for row in rows:
+        cells = [_spread_text(row[k], '.1f') for k in ('wall_ms', 'cpu_ms')]
+        cells += [_spread_text(row[k], '.2f') for k in ('wall_ratio', 'cpu_ratio')]
+        sizes = [row.get(key) for key in ('peak_mb', 'growth_mb')]
+        cells += ['-' if value is None else f'{value:.0f}' for value in sizes]
+        table.add_row(_short(row['model']), row['runtime'], str(row['batch']), *cells)
+    return table
+
+
+def _short(source: str) -> str:
+    """Return names of files without their folders."""
+    return ':'.join(Path(part).name for part in split_source(source) if part)
+
+
+def _spread_text(values: dict[str, float], form: str) -> str:
+    low, high = (format(values[key], form) for key in ('low', 'high'))
+    return f'{values["median"]:{form}} ({low} to {high})'
