@@ -17,6 +17,7 @@ from mmgfp.apps.cli import (
     parse_runner_args,
     reading_config,
     run_cli,
+    whole_number,
     write_json,
 )
 from mmgfp.apps.run_config import (
@@ -25,6 +26,9 @@ from mmgfp.apps.run_config import (
     configure_run,
     prepare_config,
 )
+from mmgfp.export.exported_model import ExportedModel
+from mmgfp.export.fitting import fit_dataset
+from mmgfp.runtimes import RUNTIMES, Session, open_model
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import check_folder
 
@@ -33,7 +37,17 @@ def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_runner_arguments(parser)
-    parser.add_argument('checkpoint', help='the checkpoint to test')
+    parser.add_argument(
+        'checkpoint', help='the checkpoint to test, or with --runtime an exported file'
+    )
+    parser.add_argument(
+        '--runtime',
+        choices=RUNTIMES.names(),
+        help='test a file that tools/export.py --nms wrote in this runtime',
+    )
+    parser.add_argument(
+        '--threads', type=whole_number(1), help='threads of the runtime'
+    )
     parser.add_argument('--out', help='write the predictions to this .pkl file')
     parser.add_argument('--json', help='write the metrics to this file')
     parser.add_argument('--show', action='store_true', help='show the predictions')
@@ -51,7 +65,8 @@ def check_args(args: argparse.Namespace) -> None:
         ConfigError: If the checkpoint is missing or `--out` is no pickle file.
         SavingError: If a file cannot be written where it shall be.
     """
-    check_checkpoint('checkpoint', args.checkpoint)
+    if args.runtime is None:
+        check_checkpoint('checkpoint', args.checkpoint)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ConfigError('--out', 'a .pkl file', args.out, 'rename it')
     for path in filter(None, (args.out, args.json)):
@@ -77,6 +92,13 @@ def show_results(cfg: Config, args: argparse.Namespace) -> None:
     hook.wait_time = args.wait_time
     if args.show_dir:
         hook['out_dir' if pretrain else 'test_out_dir'] = args.show_dir
+
+
+def fit_to_file(cfg: Config, session: Session) -> None:
+    """Let the test pipeline give images that fit into what the file reads."""
+    size = next(iter(session.inputs.values()), ())[2:]
+    if len(size) == 2 and None not in size:
+        fit_dataset(cfg.test_dataloader.dataset, [side or 0 for side in size])
 
 
 def dump_metric(cfg: Config, out: str) -> DumpResults:
@@ -107,12 +129,18 @@ def main() -> None:
     prepare_config(cfg, ['test'])
     check_entries(cfg, 'test')
     configure_run(cfg, args)
-    cfg.load_from = args.checkpoint
+    session = None
+    if args.runtime:
+        session = open_model(args.checkpoint, args.runtime, args.threads)
+        fit_to_file(cfg, session)
+    cfg.load_from = None if session else args.checkpoint
     if args.show or args.show_dir:
         show_results(cfg, args)
     with reading_config(cfg):
         runner = build_runner(cfg)
         runner.test_loop  # noqa: B018 - is built when it is read
+    if session:
+        runner.model = ExportedModel(session, runner.model)
     if args.out:
         runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))
     metrics = runner.test()
