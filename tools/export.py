@@ -14,10 +14,14 @@ from mmgfp.apps.cli import (
     run_cli,
     whole_number,
 )
+from mmgfp.apps.evaluation import evaluate_file
 from mmgfp.apps.input_shape import deployed_shape
+from mmgfp.apps.tables import main_metric
 from mmgfp.engine.deploy import check_destination, read_trained
 from mmgfp.export.files import FORMATS, check_formats, export_files
+from mmgfp.export.int8 import check_int8, write_int8
 from mmgfp.export.options import AXES, ExportOptions
+from mmgfp.utils.errors import ConfigError
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,6 +62,23 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--fp16', action='store_true', help='half precision')
     parser.add_argument(
+        '--int8',
+        action='store_true',
+        help='also 8-bit files, NAME_int8: onnx, openvino',
+    )
+    parser.add_argument(
+        '--calib',
+        type=whole_number(1),
+        default=100,
+        metavar='N',
+        help="images of the config's data on which --int8 finds ranges",
+    )
+    parser.add_argument(
+        '--eval',
+        action='store_true',
+        help='test the files on the test set of the config; with --nms',
+    )
+    parser.add_argument(
         '--images',
         nargs='+',
         type=Path,
@@ -83,6 +104,13 @@ def main() -> None:
         fp16=args.fp16,
     )
     check_formats(args.format, options)
+    if args.int8:
+        check_int8(args.format, options)
+    if args.eval and not (args.nms and not args.preprocess):
+        got = '--preprocess' if args.nms else 'raw outputs'
+        raise ConfigError(
+            '--eval', 'given for results, with --nms', got, 'leave it out'
+        )
     check_destination(args.out, args.name)
     check_checkpoint('checkpoint', args.checkpoint)
     cfg = load_config(args.config, args.cfg_options)
@@ -95,6 +123,14 @@ def main() -> None:
     )
     for file in written:
         print(file)
+    paths = [file.path for file in written]
+    for path in list(paths) if args.int8 else ():
+        paths.append(write_int8(cfg, trained.model, path, args.calib))
+        note = f'calibrated on at most {args.calib} images of the config, not checked'
+        print(f'{paths[-1]}: 8 bits, {note} against the model')
+    results = {p: main_metric(evaluate_file(cfg, p)) for p in paths if args.eval}
+    for path, (name, value) in results.items():
+        print(f'{path}: {name} {value:.2f}')
 
 
 if __name__ == '__main__':

@@ -15,20 +15,18 @@ from mmgfp.apps.cli import (
     check_checkpoint,
     load_config,
     parse_runner_args,
-    reading_config,
     run_cli,
     whole_number,
     write_json,
 )
+from mmgfp.apps.evaluation import fit_to_file, runner_to_test
 from mmgfp.apps.run_config import (
-    build_runner,
     check_entries,
     configure_run,
     prepare_config,
 )
 from mmgfp.export.exported_model import ExportedModel
-from mmgfp.export.fitting import fit_dataset
-from mmgfp.runtimes import RUNTIMES, Session, open_model
+from mmgfp.runtimes import RUNTIMES, open_model
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import check_folder
 
@@ -94,13 +92,6 @@ def show_results(cfg: Config, args: argparse.Namespace) -> None:
         hook['out_dir' if pretrain else 'test_out_dir'] = args.show_dir
 
 
-def fit_to_file(cfg: Config, session: Session) -> None:
-    """Let the test pipeline give images that fit into what the file reads."""
-    size = next(iter(session.inputs.values()), ())[2:]
-    if len(size) == 2 and None not in size:
-        fit_dataset(cfg.test_dataloader.dataset, [side or 0 for side in size])
-
-
 def dump_metric(cfg: Config, out: str) -> DumpResults:
     """Return the metric that writes the predictions to `out`."""
     if cfg.get('default_scope') == 'mmdet':
@@ -136,9 +127,7 @@ def main() -> None:
     cfg.load_from = None if session else args.checkpoint
     if args.show or args.show_dir:
         show_results(cfg, args)
-    with reading_config(cfg):
-        runner = build_runner(cfg)
-        runner.test_loop  # noqa: B018 - is built when it is read
+    runner = runner_to_test(cfg)
     if session:
         runner.model = ExportedModel(session, runner.model)
     if args.out:

@@ -19,7 +19,8 @@ from mmgfp.apps.subjects import (
     resolve,
     split_source,
 )
-from mmgfp.export.plain_onnx import write_plain_onnx
+from mmgfp.export.onnx_file import write_onnx
+from mmgfp.export.options import ExportOptions
 from mmgfp.runtimes import RUNTIMES, open_model
 from mmgfp.runtimes.timing import ratios, spread, take_turns
 from mmgfp.utils.errors import ConfigError
@@ -55,11 +56,9 @@ def subjects_of(
         exported: Exception | None = None
         if not is_file(file) and set(runtimes) - {EAGER}:
             path = folder / f'{number}_{size[0]}.onnx'
+            graph = build_graph(file, outputs, size)
             try:
-                graph = build_graph(file, outputs, size)
-                write_plain_onnx(graph, torch.rand(*size), path)
-            except ConfigError:
-                raise
+                write_onnx(path, graph, torch.rand(*size), ExportOptions(), {})
             except Exception as error:  # exporters raise many kinds
                 exported = error
         for runtime in runtimes:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mmgfp.export.graphs import raw_graph
-from mmgfp.export.plain_onnx import write_plain_onnx
+from mmgfp.export.onnx_file import write_onnx
+from mmgfp.export.options import ExportOptions
 from mmgfp.runtimes import open_model
 from mmgfp.runtimes.base import require
 from mmgfp.runtimes.timing import Times, spread, take_turns
@@ -74,7 +75,8 @@ def _exported(
         require('onnxruntime', 'onnx')
         for number, (name, model) in enumerate(models.items()):
             path = folder / f'{number}.onnx'
-            write_plain_onnx(raw_graph(model, image), image, path)
+            graph = raw_graph(model, image)
+            write_onnx(path, graph, image, ExportOptions(), {})
             session = open_model(path, 'onnxruntime', torch.get_num_threads())
             actions[name] = partial(session.run, {'image': image.numpy()})
     except Exception as error:  # exporters and runtimes raise many kinds

@@ -7,11 +7,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from support.configs import FASTER, MASK, classifier, slim
+from support.exporting import write_plain_onnx
 from support.tooling import ROOT, load_tool
 
 from mmgfp.apps.subjects import Subject, build_graph, peak_memory, resolve
 from mmgfp.engine.model_building import build_model
-from mmgfp.export.plain_onnx import write_plain_onnx
 
 DEMO = ROOT / 'configs/demo/retinanet_r18_fpn_digits.py'
 

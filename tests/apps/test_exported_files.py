@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from support.exporting import write_plain_onnx
 from support.small_configs import config_of
 from support.tooling import load_tool
 
 from mmgfp.engine.model_building import build_model, init_weights
 from mmgfp.export.graphs import end_to_end_graph, raw_graph
-from mmgfp.export.plain_onnx import write_plain_onnx
 
 SIZE = (64, 64)
 

@@ -1,6 +1,7 @@
 """Files in 8-bit integers: how small, how near the float's, what stays in float."""
 
 import re
+import sys
 
 import numpy as np
 import onnx
@@ -9,12 +10,13 @@ import torch
 from mmengine.config import Config
 from onnx import numpy_helper
 from support.configs import FASTER, slim
-from support.small_runs import small_run
+from support.exporting import write_plain_onnx
+from support.small_configs import config_of
+from support.tooling import load_tool
 
 from mmgfp.engine.model_building import build_model
 from mmgfp.export.calibration import CalibrationImages
 from mmgfp.export.graphs import end_to_end_graph, raw_graph
-from mmgfp.export.plain_onnx import write_plain_onnx
 from mmgfp.export.quantize import (
     float_nodes,
     onnx_nodes,
@@ -129,7 +131,7 @@ def test_predictors_of_two_stages_stay(graph, tmp_path):
 
 @pytest.mark.parametrize('kind', ['retinanet', 'classifier'])
 def test_calibration_on_the_data_of_a_config(kind, tmp_path):
-    config = small_run(tmp_path, kind)
+    config = config_of(tmp_path, kind)
     model = build_model(config).eval()
     images = CalibrationImages(config, model, 5, (64, 64))
     assert len(images) == 5
@@ -146,3 +148,30 @@ def test_calibration_on_the_data_of_a_config(kind, tmp_path):
     bare = Config({k: v for k, v in config.items() if 'dataloader' not in k})
     with pytest.raises(ConfigError, match='must be data of the config'):
         CalibrationImages(bare, model, 5, (64, 64))
+
+
+def test_the_tool_writes_8_bits_and_tests_both(tmp_path, monkeypatch, capsys):
+    config = config_of(tmp_path, 'classifier')
+    config.train_cfg = dict(by_epoch=True, max_epochs=1)
+    config.dump(tmp_path / 'small.py')
+    torch.manual_seed(0)
+    state = build_model(config).state_dict()
+    torch.save({'state_dict': state, 'meta': {}}, tmp_path / 'small.pth')
+    command = ['export.py', tmp_path / 'small.py', tmp_path / 'small.pth']
+    command += ['--out', tmp_path / 'out', '--input-shape', 3, 64, 64, '--int8']
+    argv = [*map(str, command), '--calib', '4', '--nms', '--eval']
+    monkeypatch.setattr(sys, 'argv', [*argv, '--dynamic', 'batch'])
+    load_tool('export').main()
+    said = capsys.readouterr().out
+    for name in ('model.onnx', 'model_int8.onnx'):
+        assert re.search(rf'out/{name}: top-1 \d', said)
+    float_, int8 = (tmp_path / 'out' / n for n in ('model.onnx', 'model_int8.onnx'))
+    assert int8.stat().st_size < float_.stat().st_size / 2
+    assert open_model(int8).metadata == open_model(float_).metadata
+    for extra, words in {
+        '--fp16': '--fp16 must be left out with --int8',
+        '--preprocess': '--preprocess must be left out with --int8',
+    }.items():
+        monkeypatch.setattr(sys, 'argv', [*argv, extra])
+        with pytest.raises(ConfigError, match=words):
+            load_tool('export').main()
