@@ -61,6 +61,23 @@ def parse_args() -> argparse.Namespace:
         '--dynamo', action='store_true', help='find the ONNX graph by torch.export'
     )
     parser.add_argument('--fp16', action='store_true', help='half precision')
+    add_int8_arguments(parser)
+    parser.add_argument(
+        '--images',
+        nargs='+',
+        type=Path,
+        default=[],
+        help='to check on, or folders of them; the test dataset by default',
+    )
+    add_shape_argument(
+        parser, 'size of the input; that of the pruning run or of testing by default'
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=Overrides)
+    return parser.parse_args()
+
+
+def add_int8_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what concerns 8-bit files and tests of files."""
     parser.add_argument(
         '--int8',
         action='store_true',
@@ -78,18 +95,6 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='test the files on the test set of the config; with --nms',
     )
-    parser.add_argument(
-        '--images',
-        nargs='+',
-        type=Path,
-        default=[],
-        help='to check on, or folders of them; the test dataset by default',
-    )
-    add_shape_argument(
-        parser, 'size of the input; that of the pruning run or of testing by default'
-    )
-    parser.add_argument('--cfg-options', nargs='+', action=Overrides)
-    return parser.parse_args()
 
 
 def main() -> None:

@@ -94,15 +94,10 @@ def quantize_onnx(
     onnx = require('onnx', 'onnx')
     require('onnxruntime', 'onnx')
     from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory() as folder:
         prepared, written = Path(folder, 'prepared.onnx'), Path(folder, 'int8.onnx')
-        # Not the symbolic inference, which does not know all ops.
-        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
-        model = onnx.load(str(prepared))
-        _name_nodes(model.graph)
-        onnx.save(model, str(prepared))
+        model = _prepared(path, prepared)
         nodes = onnx_nodes(model.graph)
         stays = set(float_nodes(nodes) if exclude is None else exclude)
         _check_rest([n for n in nodes if n.weighted and n.name not in stays], path)
@@ -164,6 +159,19 @@ def quantize_openvino(
     for key, text in info.items():
         small.set_rt_info(text, [key])
     openvino.save_model(small, str(out), compress_to_fp16=False)
+
+
+def _prepared(path: str | Path, out: Path) -> Any:
+    """Write a file with folded constants, known shapes and named nodes; return it."""
+    import onnx
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    # Not the symbolic inference, which does not know all ops.
+    quant_pre_process(str(path), str(out), skip_symbolic_shape=True)
+    model = onnx.load(str(out))
+    _name_nodes(model.graph)
+    onnx.save(model, str(out))
+    return model
 
 
 class _OneByOne:
