@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from support.configs import FASTER, MASK, classifier, slim
-from support.exporting import write_plain_onnx
+from support.plain_onnx import write_plain_onnx
 from support.tooling import ROOT, load_tool
 
 from mmgfp.apps.subjects import Subject, build_graph, peak_memory, resolve

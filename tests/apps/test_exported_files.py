@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from support.exporting import write_plain_onnx
+from support.plain_onnx import write_plain_onnx
 from support.small_configs import config_of
 from support.tooling import load_tool
 

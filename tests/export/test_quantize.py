@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from onnx import numpy_helper
 from support.configs import FASTER, slim
-from support.exporting import write_plain_onnx
+from support.plain_onnx import write_plain_onnx
 from support.small_configs import config_of
 from support.tooling import load_tool
 
