@@ -33,7 +33,7 @@ from mmgfp.utils.plain import plain, same, short
 #: Version of the entries that `RunState.to_dict` gives.
 VERSION = 2
 #: Options that groups, costs and the sums so far depend on: a resumed run keeps them.
-FIXED_OPTIONS = ('keep', 'coupled', 'criterion', 'input_shape')
+FIXED_OPTIONS = ('keep', 'coupled', 'criterion', 'input_shape', 'latency_profile')
 REMEDY = 'resume with the configuration that the run was started with'
 
 
@@ -99,9 +99,9 @@ class RunState:
             )
         try:
             for name, value in _fixed_options(config).items():
-                if not same(raw['options'][name], value):
-                    expected, got = short(raw['options'][name]), short(value)
-                    raise ConfigError(name, expected, got, REMEDY)
+                saved = raw['options'].get(name)  # older states lack newer options
+                if not same(saved, value):
+                    raise ConfigError(name, short(saved), short(value), REMEDY)
             discovery = discovery_from_dict(raw['discovery'], model)
             # A runner may have loaded the checkpoint onto a GPU.
             kept, in_model = (
@@ -126,6 +126,8 @@ class RunState:
 
 def _fixed_options(config: PruningConfig) -> dict[str, Any]:
     options = {name: getattr(config, name) for name in FIXED_OPTIONS}
+    if config.profile is not None:  # wherever the file lies, and whatever it is called
+        options['latency_profile'] = f'the profile {config.profile.digest}'
     spec = config.criterion
     arguments = dict(spec) if isinstance(spec, Mapping) else {'type': spec}
     arguments['type'] = CRITERIA.canonical(arguments['type'])

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mmgfp.criteria.base import CRITERIA, Criterion
-from mmgfp.selection.costs import COSTS
+from mmgfp.selection.costs import COSTS, Cost
 from mmgfp.selection.greedy import NO_NORMALIZATION
+from mmgfp.selection.latency import TOOL, Latency, LatencyProfile
 from mmgfp.selection.schedules import Schedule, build_schedule
 from mmgfp.selection.targets import Target, parse_targets
 from mmgfp.utils.errors import ConfigError
@@ -48,7 +49,8 @@ class PruningConfig:
             ``dict(type='cubic', iterations=5000)``.
         divisor: Channels of a group come to rest at multiples of this number, if at all
             they get fewer. Runs of MMEngine's runner begin with 8, which the kernels of
-            most devices are made for; the paper's exact method is 1.
+            most devices are made for; the paper's exact method is 1; ``'auto'`` takes
+            the smallest one that is not slower than larger ones by the latency profile.
         min_channels: Output channels that always stay in each group.
         max_ratio: Largest share of a group that may go.
         keep: Names or glob patterns of layers that are never pruned.
@@ -64,7 +66,9 @@ class PruningConfig:
             pruned is cut out of the model, its optimizer and its averaged copy, so that
             iterations get faster; None only masks it until the end.
         input_shape: (C, H, W) of the image for which costs are counted; by default the
-            size of the first training batch.
+            size of the latency profile, or of the first training batch.
+        latency_profile: A file that tools/profile_latency.py wrote for this model; it
+            makes ``latency`` a cost.
 
     Raises:
         ConfigError: If an option is out of range or at odds with another one.
@@ -84,7 +88,7 @@ class PruningConfig:
     units_per_step: int | str = 1
     iterations: int | None = None
     schedule: Spec | None = None
-    divisor: int = 1
+    divisor: int | str = 1
     min_channels: int = 1
     max_ratio: float = 1.0
     keep: Sequence[str] = ()
@@ -94,6 +98,10 @@ class PruningConfig:
     statistics_interval: int = 1
     compact_interval: int | None = None
     input_shape: Sequence[int] | None = None
+    latency_profile: str | None = None
+    profile: LatencyProfile | None = field(
+        init=False, default=None, repr=False, compare=False
+    )
 
     @classmethod
     def of(
@@ -113,7 +121,7 @@ class PruningConfig:
         elif config is not None and not isinstance(config, cls):
             expected = 'a PruningConfig or a dict of its fields'
             raise ConfigError('config', expected, repr(config), 'give options by name')
-        check_known('pruning', options, [f.name for f in fields(cls)])
+        check_known('pruning', options, [f.name for f in fields(cls) if f.init])
         return replace(config, **options) if isinstance(config, cls) else cls(**options)
 
     @classmethod
@@ -146,6 +154,7 @@ class PruningConfig:
         check('keep', is_list, 'a list of layer names or patterns', self.keep)
         object.__setattr__(self, 'keep', tuple(self.keep))
         self._check_normalize()
+        self._read_profile()
         schedule, criterion = self.build_schedule(), self.build_criterion()
         schedule.check(self.interval, self.targets)
         if schedule.needs_additive and not criterion.additive:
@@ -158,8 +167,11 @@ class PruningConfig:
             )
 
     def _check_counts(self) -> None:
-        for name in ('interval', 'divisor', 'min_channels', 'max_nonfinite'):
+        for name in ('interval', 'min_channels', 'max_nonfinite'):
             check_count(name, getattr(self, name))
+        if self.divisor != 'auto':
+            expected = 'a whole number of at least 1, or auto'
+            check_count('divisor', self.divisor, expected)
         every, interval = self.statistics_interval, self.interval
         check_count('statistics_interval', every)
         expected = f'at most the interval, {interval}'
@@ -181,6 +193,33 @@ class PruningConfig:
         )
         names = ', '.join(['flops', *known, NO_NORMALIZATION])
         check('normalize', is_known, f'one of {names}', self.normalize)
+
+    def _read_profile(self) -> None:
+        """Read the latency profile; its input size is that of the run."""
+        names = [t.cost for t in self.targets]
+        names += [] if self.normalize == NO_NORMALIZATION else [self.normalize]
+        asked = [f'{name!r}' for name in names if COSTS[name].from_profile]
+        asked += ["divisor='auto'"] if self.divisor == 'auto' else []
+        if self.latency_profile is None:
+            if asked:
+                expected = f'the file of a latency profile, for {asked[0]}'
+                remedy = f'write one: python {TOOL} CONFIG --out table.json'
+                raise ConfigError('latency_profile', expected, 'None', remedy)
+            return
+        profile = LatencyProfile.load(self.latency_profile)
+        object.__setattr__(self, 'profile', profile)
+        shape = profile.input_shape if self.input_shape is None else self.input_shape
+        object.__setattr__(self, 'input_shape', shape)
+        if shape != profile.input_shape:
+            expected = f'{profile.input_shape}, the size that was profiled'
+            raise ConfigError(
+                'input_shape', expected, repr(shape), f'profile this size with {TOOL}'
+            )
+
+    @property
+    def costs(self) -> dict[str, Cost]:
+        """Costs that this run has a profile for, by name."""
+        return {} if self.profile is None else {'latency': Latency(self.profile)}
 
     @property
     def targets(self) -> tuple[Target, ...]:

@@ -161,7 +161,7 @@ class ChannelPruner:
     def attach(self, discovery: Discovery, kept: np.ndarray | None = None) -> None:
         """Start to watch, with a discovery (and kept units) of another run."""
         facts = (discovery.grouping, discovery.profiles, self._copies)
-        units = UnitState(self.model, *facts)
+        units = UnitState(self.model, *facts, self.config.costs)
         self.limits = units.limits(self.config, self.pending, kept)
         self.discovery, self._units = discovery, units
         self._watch()

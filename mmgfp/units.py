@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,14 +11,17 @@ from torch.optim import Optimizer
 
 from mmgfp.config import PruningConfig
 from mmgfp.groups import Grouping
-from mmgfp.selection.costs import CostTable, LayerProfile, Totals
+from mmgfp.selection.costs import Cost, CostTable, LayerProfile, Totals
 from mmgfp.selection.greedy import Limits, select_units
+from mmgfp.selection.latency import best_divisor
 from mmgfp.selection.schedules import DecisionPoint, Quota
 from mmgfp.selection.targets import Target, check_reachable
 from mmgfp.surgery.live import compact_training_, units_to_keep_in_model
 from mmgfp.surgery.masking import ColumnMask, check_not_masked
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.errors import ConfigError
+
+logger = logging.getLogger('mmgfp')
 
 
 class UnitState:
@@ -28,9 +32,10 @@ class UnitState:
         grouping: Its groups.
         profiles: How often its layers use their weights, by the name of the weight.
         copies: Models that are masked and cut along with it, such as an averaged one.
+        costs: Costs that need a profile, by their names in `COSTS`.
 
     Raises:
-        ConfigError: If the model is being pruned already.
+        ConfigError: If the model is being pruned already, or a profile is not of it.
 
     Attributes:
         group_of: Group of each unit, (U,).
@@ -50,6 +55,7 @@ class UnitState:
         grouping: Grouping,
         profiles: Mapping[str, LayerProfile],
         copies: Sequence[nn.Module] = (),
+        costs: Mapping[str, Cost] | None = None,
     ) -> None:
         check_not_masked(model)
         self.model = model
@@ -63,7 +69,9 @@ class UnitState:
             ]
         )
         parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        self.costs = CostTable(parameters, profiles, grouping.groups)
+        for cost in (costs or {}).values():
+            cost.check_fits(parameters, profiles)
+        self.costs = CostTable(parameters, profiles, grouping.groups, costs)
         self.full = self.costs.totals(np.zeros(len(grouping.groups)))
         self.kept = np.ones(grouping.units, dtype=bool)
         self.in_model = self.kept.copy()
@@ -99,7 +107,7 @@ class UnitState:
         Raises:
             ConfigError: If a target cannot be reached; all hooks are off then.
         """
-        options = (config.min_channels, config.max_ratio, config.divisor)
+        options = (config.min_channels, config.max_ratio, self._divisor(config))
         limits = Limits.of(self.sizes, self.widths, *options)
         units = np.bincount(
             self.group_of if kept is None else self.group_of[kept],
@@ -112,6 +120,24 @@ class UnitState:
             self.close()
             raise
         return limits
+
+    def _divisor(self, config: PruningConfig) -> int:
+        """Return what channels are multiples of; say so if the profile disagrees."""
+        if config.profile is None:
+            return int(config.divisor)
+        best = best_divisor(self.costs, self.sizes, self.widths)
+        if config.divisor == 'auto':
+            logger.info('divisor=%d, by the latency profile', best)
+            return best
+        divisor = int(config.divisor)
+        if divisor % best:
+            logger.warning(
+                'divisor=%d leaves widths that are slower than multiples of %d by the '
+                "latency profile; divisor='auto' takes these",
+                divisor,
+                best,
+            )
+        return divisor
 
     def structure(self) -> PruneStructure:
         """Return the kept entries of every tensor dimension of the unpruned model."""

@@ -23,10 +23,16 @@ NEEDED = {
 }
 #: Variables of a config file that its other entries repeat.
 VARIABLES = ('data_root', 'pretrained', 'pruned')
+#: Options of a pruning hook that may need a latency profile.
+NEED_PROFILE = ('latency_profile', 'target', 'normalize', 'divisor')
 
 
-def pruning_config(cfg: Config) -> PruningConfig:
+def pruning_config(cfg: Config, profiled: bool = True) -> PruningConfig:
     """Return the options of the config's pruning hook; the defaults without one.
+
+    Args:
+        cfg: The config.
+        profiled: Whether options that need a latency profile are of interest.
 
     Raises:
         ConfigError: If an option is not valid.
@@ -38,7 +44,8 @@ def pruning_config(cfg: Config) -> PruningConfig:
     """
     for hook in cfg.get('custom_hooks') or []:
         if is_named(hook.get('type'), *PRUNING_HOOKS):
-            options = {k: v for k, v in hook.items() if k not in ('type', 'priority')}
+            left_out = ('type', 'priority', *(() if profiled else NEED_PROFILE))
+            options = {k: v for k, v in hook.items() if k not in left_out}
             return PruningConfig.for_runner(**options)
     return PruningConfig.for_runner()
 

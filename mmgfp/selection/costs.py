@@ -73,6 +73,8 @@ class Cost(ABC):
         scale: Divisor from the plain count to ``unit``.
         is_target: Whether ``target=dict(name=ratio)`` may ask for it.
         is_normalizer: Whether importance may be divided by it.
+        from_profile: Whether it has to be measured first: it counts in runs that are
+            given a profile only.
 
     Examples:
         A cost for models whose weights are sent over a network as bytes:
@@ -87,11 +89,12 @@ class Cost(ABC):
         [24]
     """
 
-    label: ClassVar[str] = ''
+    label: str = ''
     unit: ClassVar[str] = ''
     scale: ClassVar[float] = 1.0
     is_target: ClassVar[bool] = True
     is_normalizer: ClassVar[bool] = True
+    from_profile: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if not cls.label:
@@ -107,9 +110,32 @@ class Cost(ABC):
         those rows anew that a removal has changed.
         """
 
+    def check_fits(  # noqa: B027 - most fit any model
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        profiles: Mapping[str, LayerProfile],
+    ) -> None:
+        """Refuse a model that the cost was not made for.
+
+        Args:
+            shapes: Shapes of the model's parameters by name.
+            profiles: How often its layers use their weights.
+
+        Raises:
+            ConfigError: If it was made for another one.
+        """
+
+    def count_smoothly(self, sizes: TensorSizes) -> np.ndarray:
+        """Return what savings are taken from, (R,): by default what it `count`s.
+
+        A cost that falls in steps gives its slope here, or a unit would save nothing
+        until the last one of a step, and all others would go before it.
+        """
+        return self.count(sizes)
+
 
 #: Costs by name.
-COSTS: Registry[Cost] = Registry('cost')
+COSTS: Registry[Cost] = Registry('cost', 'mmgfp.selection')
 
 
 @COSTS.register('macs', 'flops')
@@ -171,6 +197,7 @@ class CostTable:
         shapes: Shapes of all parameters by name.
         profiles: How often layers use their weights, by the name of the weight.
         groups: The groups G.
+        costs: Costs that need a profile, by their names in `COSTS`.
 
     Examples:
         >>> table = CostTable({'fc': (3, 5)}, {'fc': LayerProfile(1, 1)}, ())
@@ -183,8 +210,10 @@ class CostTable:
         shapes: Mapping[str, Sequence[int]],
         profiles: Mapping[str, LayerProfile],
         groups: Sequence[ChannelGroup],
+        costs: Mapping[str, Cost] | None = None,
     ) -> None:
-        self.counters = {name: COSTS[name]() for name in COSTS.names()}  # K of them
+        plain = [name for name in COSTS.names() if not COSTS[name].from_profile]
+        self.counters = {name: COSTS[name]() for name in plain} | dict(costs or {})  # K
         self.names = np.array(list(shapes), dtype=object)
         row = {name: i for i, name in enumerate(shapes)}
         rank = max((len(s) for s in shapes.values()), default=0)
@@ -234,14 +263,23 @@ class CostTable:
 
     def count(self, sizes: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
         """Return all costs of the tensors ``rows`` at ``sizes`` (R, D), (K, R)."""
-        tensors = TensorSizes(
+        tensors = self._tensors(sizes, rows)
+        return np.array([cost.count(tensors) for cost in self.counters.values()])
+
+    def count_smoothly(self, sizes: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
+        """Return what savings are taken from, like `count`, (K, R)."""
+        tensors = self._tensors(sizes, rows)
+        counters = self.counters.values()
+        return np.array([cost.count_smoothly(tensors) for cost in counters])
+
+    def _tensors(self, sizes: np.ndarray, rows: np.ndarray | slice) -> TensorSizes:
+        return TensorSizes(
             self.names[rows],
             sizes,
             self.out_dims[rows],
             self.macs_positions[rows],
             self.out_positions[rows],
         )
-        return np.array([cost.count(tensors) for cost in self.counters.values()])
 
 
 class RunningCosts:
@@ -261,6 +299,7 @@ class RunningCosts:
         self._step = np.ones(table.groups) if step is None else step.astype(float)
         self._sizes = table.sizes_without(removed)  # (T, D)
         self._counts = table.count(self._sizes, slice(None))  # (K, T)
+        self._levels = table.count_smoothly(self._sizes, slice(None))  # (K, T)
         self._saved = self._savings_of(slice(None))  # (K, P)
 
     @property
@@ -283,6 +322,7 @@ class RunningCosts:
         tensors = table.tensor_of[pairs]
         self._sizes[tensors] -= units * table.removal[pairs]
         self._counts[:, tensors] = table.count(self._sizes[tensors], tensors)
+        self._levels[:, tensors] = table.count_smoothly(self._sizes[tensors], tensors)
         self._step[group] = step
         touched = table.touched_by[group]
         self._saved[:, touched] = self._savings_of(touched)
@@ -292,5 +332,5 @@ class RunningCosts:
         table = self.table
         tensors = table.tensor_of[pairs]
         gone = self._step[table.group_of[pairs], None] * table.removal[pairs]
-        rest = table.count(self._sizes[tensors] - gone, tensors)
-        return self._counts[:, tensors] - rest
+        rest = table.count_smoothly(self._sizes[tensors] - gone, tensors)
+        return self._levels[:, tensors] - rest

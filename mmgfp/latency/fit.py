@@ -1,0 +1,178 @@
+"""Fitting of times at some widths to times at any widths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from mmgfp.selection.costs import LayerProfile
+from mmgfp.selection.latency import (
+    ALIGNMENTS,
+    KindLatency,
+    LatencyProfile,
+    LayerLatency,
+    alignment,
+    predict,
+    round_up,
+)
+
+#: Blocks that widths may be rounded up to.
+STEPS = (1, 8, 16, 32)
+#: A step has to explain so much more of the times than none does.
+GAIN = 0.9
+#: Pull of the factors towards 1: a layer at an alignment counts against so many.
+SHRINKAGE = 2.0
+#: Cuts that the times of one layer are fitted to, at least.
+LEAST = 5
+
+#: The times of a layer, see `LayerLatency`.
+Times = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer to be fitted.
+
+    Attributes:
+        kind: Its kind; layers of one kind share steps and factors.
+        shape: Shape of its weight in the unpruned model.
+        out_dim: The weight's dimension that holds the output channels.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    out_dim: int
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Times of one layer in S cuts.
+
+    Attributes:
+        widths: Its input and output channels, (S, 2).
+        times: Milliseconds, (S,).
+        full: Its channels in the unpruned model, (2,).
+    """
+
+    widths: np.ndarray
+    times: np.ndarray
+    full: np.ndarray
+
+    @property
+    def aligned(self) -> np.ndarray:
+        """Which cuts have no width that may break a layout of blocks, (S,)."""
+        is_aligned = alignment(self.widths) >= ALIGNMENTS.index(8)
+        chosen = (is_aligned | (self.widths == self.full)).all(1)
+        return chosen if chosen.sum() >= LEAST else np.ones(len(chosen), dtype=bool)
+
+
+def fit_profile(
+    origin: Mapping[str, Any],
+    layers: Mapping[str, Layer],
+    profiles: Mapping[str, LayerProfile],
+    cuts: Sequence[Mapping[str, Any]],
+) -> LatencyProfile:
+    """Return the profile that explains the times of all cuts best.
+
+    Args:
+        origin: See `LatencyProfile`.
+        layers: The layers by weight.
+        profiles: How often they use their weights.
+        cuts: Of each cut, ``widths`` and ``times`` by weight.
+    """
+    samples = {
+        name: Samples(
+            np.array([cut['widths'][name] for cut in cuts], dtype=float),
+            np.array([cut['times'][name] for cut in cuts]),
+            np.array([layer.shape[1 - layer.out_dim], layer.shape[layer.out_dim]]),
+        )
+        for name, layer in layers.items()
+    }
+    kinds: dict[str, KindLatency] = {}
+    times: dict[str, Times] = {}
+    for kind in dict.fromkeys(layer.kind for layer in layers.values()):
+        names = [n for n, layer in layers.items() if layer.kind == kind]
+        kinds[kind], fitted = _fit_kind([samples[n] for n in names])
+        times |= dict(zip(names, fitted, strict=True))
+    return LatencyProfile(
+        origin,
+        kinds,
+        {
+            name: LayerLatency(
+                layer.kind,
+                layer.shape,
+                layer.out_dim,
+                profiles[name].macs_positions,
+                times[name],
+            )
+            for name, layer in layers.items()
+        },
+    )
+
+
+def _fit_kind(layers: Sequence[Samples]) -> tuple[KindLatency, list[Times]]:
+    """Return the steps and factors of a kind, and the times of its layers."""
+    best: tuple[float, KindLatency, list[Times]] | None = None
+    for steps in product(STEPS, STEPS):
+        times = [_fit_layer(layer, np.array(steps)) for layer in layers]
+        factors = _fit_factors(layers, times, np.array(steps))
+        kind = KindLatency((steps[0], steps[1]), factors)
+        error = sum(_error(s, t, kind) for s, t in zip(layers, times, strict=True))
+        if best is None or error < GAIN * best[0]:
+            best = error, kind, times
+    assert best is not None
+    return best[1], best[2]
+
+
+def _fit_layer(samples: Samples, steps: np.ndarray) -> Times:
+    """Return the times that miss the aligned cuts least, as shares of what they are."""
+    chosen = samples.aligned
+    shares = round_up(samples.widths, steps) / round_up(samples.full, steps)
+    x, y = shares[chosen].T
+    measured = np.maximum(samples.times[chosen], 1e-6)
+    terms = np.stack([np.ones_like(x), x, y, x * y], 1) / measured[:, None]
+    # A term that does not vary is the constant.
+    varies = [True, np.ptp(x) > 0, np.ptp(y) > 0, np.ptp(x) > 0 and np.ptp(y) > 0]
+    solution, _ = nnls(terms * varies, np.ones(len(terms)))
+    return tuple((solution * varies).tolist())
+
+
+def _fit_factors(
+    layers: Sequence[Samples], times: Sequence[Times], steps: np.ndarray
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return factors on the input and the output side by alignment."""
+    neutral = KindLatency((int(steps[0]), int(steps[1])))
+    rows, logs = [], []
+    for samples, fitted in zip(layers, times, strict=True):
+        ratio = samples.times / np.maximum(_predicted(samples, fitted, neutral), 1e-9)
+        # Columns: alignments of the input, then those of the output.
+        side = np.eye(len(ALIGNMENTS))[alignment(samples.widths)]  # (S, 2, alignments)
+        side[samples.widths == samples.full] = 0
+        rows.append(side.reshape(len(ratio), -1))
+        logs.append(np.log(np.clip(ratio, 0.1, 10.0)))
+    a, b = np.concatenate(rows), np.concatenate(logs)
+    pull = SHRINKAGE * np.eye(a.shape[1])
+    solution = np.linalg.solve(a.T @ a + pull, a.T @ b)
+    factors = np.exp(solution).reshape(2, -1).tolist()
+    return tuple(factors[0]), tuple(factors[1])
+
+
+def _error(samples: Samples, times: Times, kind: KindLatency) -> float:
+    ratio = np.maximum(_predicted(samples, times, kind), 1e-9) / samples.times
+    return float((samples.times.mean() * np.log(ratio) ** 2).sum())
+
+
+def _predicted(samples: Samples, times: Times, kind: KindLatency) -> np.ndarray:
+    count = len(samples.times)
+    return predict(
+        np.tile(times, (count, 1)),
+        samples.widths,
+        np.tile(samples.full, (count, 1)),
+        np.tile(kind.steps, (count, 1)),
+        np.tile(kind.factors, (count, 1, 1)),
+    )

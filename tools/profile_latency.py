@@ -1,0 +1,134 @@
+"""Measure how long the layers of a config's model take at any widths in a runtime.
+
+The file that it writes makes latency a cost: `latency_profile='table.json'` with
+`target=dict(latency=0.5)` or `normalize='latency'` (docs/latency.md). It is measured
+once, on the machine that the model is for; pruning may run on another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmgfp.apps.cli import (
+    Overrides,
+    add_shape_argument,
+    build_from,
+    load_config,
+    run_cli,
+    whole_number,
+)
+from mmgfp.apps.input_shape import default_input_shape
+from mmgfp.apps.run_config import pruning_config
+from mmgfp.engine.demo_batch import demo_calls, image_channels
+from mmgfp.engine.model_building import init_weights
+from mmgfp.latency.cuts import ALIGNED
+from mmgfp.latency.measure import Check, LatencyProfiler
+from mmgfp.latency.timers import TIMERS
+from mmgfp.pruner import ChannelPruner
+from mmgfp.utils.io import check_folder
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='a config file, or library::file')
+    parser.add_argument('--out', required=True, type=Path, help='the file to write')
+    parser.add_argument(
+        '--runtime', default='onnxruntime', choices=TIMERS.names(), help='where it runs'
+    )
+    parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
+    parser.add_argument('--batch', default=1, type=whole_number(1), help='images')
+    parser.add_argument('--threads', default=1, type=whole_number(1))
+    add_shape_argument(
+        parser,
+        'image that is measured, and counted when the model is pruned; 3 800 1280 for '
+        'detectors, 3 224 224 for classifiers',
+    )
+    parser.add_argument(
+        '--cuts',
+        default=25,
+        type=whole_number(8),
+        help='random widths of the whole model that are measured',
+    )
+    parser.add_argument(
+        '--check',
+        default=0,
+        type=whole_number(0),
+        metavar='N',
+        help='then measure N further ones and compare them with what is predicted',
+    )
+    parser.add_argument(
+        '--check-multiple',
+        default=ALIGNED,
+        type=whole_number(1),
+        metavar='M',
+        help='what the widths of these are multiples of',
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=Overrides)
+    return parser.parse_args()
+
+
+def profiler_from(args: argparse.Namespace, console: Console) -> LatencyProfiler:
+    """Find the groups of the config's model, and prepare to measure it.
+
+    Raises:
+        ConfigError: If an argument is not valid, or ``--out`` holds another profile.
+        TraceError: If nothing can be pruned.
+    """
+    timer = TIMERS[args.runtime](args.threads, args.device)
+    cfg = load_config(args.config, args.cfg_options)
+    torch.set_num_threads(args.threads)
+    model = build_from(cfg)
+    init_weights(model)
+    calls = demo_calls(cfg, model)
+    options = pruning_config(cfg, profiled=False)
+    shape = args.input_shape or options.input_shape
+    shape = shape or default_input_shape(cfg, image_channels(cfg, model))
+    profiles = calls.profile(model, shape)
+    pruner = ChannelPruner(model, options)
+    found = pruner.discover(calls.loss, calls.check, calls.images, profiles)
+    return LatencyProfiler(
+        model.eval(),
+        found.grouping,
+        found.profiles,
+        timer,
+        shape,
+        args.out,
+        args.batch,
+        notify=console.print,
+    )
+
+
+def show(checks: list[Check], console: Console) -> None:
+    """Print what was predicted beside what was measured."""
+    table = Table('MACs', 'predicted (ms)', 'measured (ms)', 'error')
+    for check in checks:
+        times = (f'{t:.4g}' for t in (check.predicted, check.measured))
+        table.add_row(f'{check.macs:.1%}', *times, f'{check.error:+.1%}')
+    console.print(table)
+    errors = [abs(check.error) for check in checks]
+    console.print(
+        f'error: median {statistics.median(errors):.1%}, largest {max(errors):.1%}'
+    )
+
+
+def main() -> None:
+    """Run from the command line."""
+    args = parse_args()
+    check_folder(args.out.parent)
+    console = Console(highlight=False)
+    profiler = profiler_from(args, console)
+    profile = profiler.measure(args.cuts)
+    console.print(f'wrote {args.out}: {profile.runtime}')
+    if args.check:
+        show(profiler.check(profile, args.check, args.check_multiple), console)
+
+
+if __name__ == '__main__':
+    run_cli(main)
