@@ -40,13 +40,13 @@ def fitting_cuts(
         rng: Makes them random.
     """
     aligned = cuts // 2
-    result: list[np.ndarray] = [sizes.copy()]
+    result: list[np.ndarray] = [sizes]
     for i, shares in enumerate(_hypercube(len(sizes), aligned, rng)):
-        multiple = np.full(len(sizes), ALIGNED * (1 + i % 2))
-        result.append(_units(shares, sizes, widths, multiple))
+        blocks = np.full(len(sizes), ALIGNED * (1 + i % 2))
+        result.append(_units(shares, sizes, widths, blocks))
     for shares in _hypercube(len(sizes), cuts - 1 - aligned, rng):
-        multiple = rng.choice([1, 2, 4, ALIGNED], len(sizes))
-        result.append(_units(shares, sizes, widths, multiple))
+        drawn = rng.choice([1, 2, 4, ALIGNED], len(sizes))
+        result.append(_units(shares, sizes, widths, drawn))
     return result
 
 

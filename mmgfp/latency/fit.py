@@ -27,6 +27,8 @@ STEPS = (1, 8, 16, 32)
 GAIN = 0.9
 #: Pull of the factors towards 1: a layer at an alignment counts against so many.
 SHRINKAGE = 2.0
+#: Turns of fitting factors and times.
+ROUNDS = 3
 #: Cuts that the times of one layer are fitted to, at least.
 LEAST = 5
 
@@ -119,9 +121,11 @@ def _fit_kind(layers: Sequence[Samples]) -> tuple[KindLatency, list[Times]]:
     """Return the steps and factors of a kind, and the times of its layers."""
     best: tuple[float, KindLatency, list[Times]] | None = None
     for steps in product(STEPS, STEPS):
-        times = [_fit_layer(layer, np.array(steps)) for layer in layers]
-        factors = _fit_factors(layers, times, np.array(steps))
-        kind = KindLatency((steps[0], steps[1]), factors)
+        kind = KindLatency((steps[0], steps[1]))
+        times = [_fit_layer(layer, kind, layer.aligned) for layer in layers]
+        for _ in range(ROUNDS):  # with the factors known, all cuts tell about times
+            kind = KindLatency(kind.steps, _fit_factors(layers, times, kind.steps))
+            times = [_fit_layer(layer, kind) for layer in layers]
         error = sum(_error(s, t, kind) for s, t in zip(layers, times, strict=True))
         if best is None or error < GAIN * best[0]:
             best = error, kind, times
@@ -129,24 +133,34 @@ def _fit_kind(layers: Sequence[Samples]) -> tuple[KindLatency, list[Times]]:
     return best[1], best[2]
 
 
-def _fit_layer(samples: Samples, steps: np.ndarray) -> Times:
-    """Return the times that miss the aligned cuts least, as shares of what they are."""
-    chosen = samples.aligned
+def _fit_layer(
+    samples: Samples, kind: KindLatency, chosen: np.ndarray | slice = slice(None)
+) -> Times:
+    """Return the times that miss the chosen cuts least; their sums over cuts agree."""
+    steps = np.array(kind.steps)
     shares = round_up(samples.widths, steps) / round_up(samples.full, steps)
     x, y = shares[chosen].T
-    measured = np.maximum(samples.times[chosen], 1e-6)
-    terms = np.stack([np.ones_like(x), x, y, x * y], 1) / measured[:, None]
+    # Without what a width costs more for not being a multiple.
+    factors = _predicted(samples, (1.0, 0.0, 0.0, 0.0), kind)
+    plain = np.maximum(samples.times / factors, 1e-6)[chosen]
+    terms = np.stack([np.ones_like(x), x, y, x * y], 1)
     # A term that does not vary is the constant.
     varies = [True, np.ptp(x) > 0, np.ptp(y) > 0, np.ptp(x) > 0 and np.ptp(y) > 0]
-    solution, _ = nnls(terms * varies, np.ones(len(terms)))
+    expected = plain
+    for _ in range(ROUNDS):
+        # Errors grow with times. Of the times expected, not of those measured, or what
+        # was disturbed would count too little and all times come out too short.
+        weights = 1 / np.sqrt(expected)
+        solution, _ = nnls(terms * varies * weights[:, None], plain * weights)
+        expected = np.maximum(terms * varies @ solution, 1e-6)
     return tuple((solution * varies).tolist())
 
 
 def _fit_factors(
-    layers: Sequence[Samples], times: Sequence[Times], steps: np.ndarray
+    layers: Sequence[Samples], times: Sequence[Times], steps: tuple[int, int]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return factors on the input and the output side by alignment."""
-    neutral = KindLatency((int(steps[0]), int(steps[1])))
+    neutral = KindLatency(steps)
     rows, logs = [], []
     for samples, fitted in zip(layers, times, strict=True):
         ratio = samples.times / np.maximum(_predicted(samples, fitted, neutral), 1e-9)

@@ -25,7 +25,7 @@ from mmgfp.utils.registry import Registry
 
 #: Seconds for each kind of measurement of one network, and how often it runs in them.
 BUDGET = 0.5
-RUNS = (3, 25)
+RUNS = (3, 100)
 
 
 @dataclass(frozen=True)
