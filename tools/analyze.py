@@ -24,6 +24,7 @@ from mmgfp.apps.cli import (
 )
 from mmgfp.apps.input_shape import default_input_shape
 from mmgfp.apps.run_config import pruning_config
+from mmgfp.config import PruningConfig
 from mmgfp.engine.demo_batch import demo_calls, image_channels
 from mmgfp.pruner import ChannelPruner
 from mmgfp.selection.costs import COSTS
@@ -42,6 +43,11 @@ def parse_args() -> argparse.Namespace:
         '3 224 224 for classifiers',
     )
     parser.add_argument('--cfg-options', nargs='+', action=Overrides)
+    parser.add_argument(
+        '--latency-profile',
+        metavar='FILE',
+        help='predict latency by this file of tools/profile_latency.py',
+    )
     parser.add_argument('--json', metavar='FILE', help='write the numbers to this file')
     parser.add_argument(
         '--strict', action='store_true', help='fail where channels cannot be followed'
@@ -50,7 +56,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def analyze(
-    cfg: Config, checkpoint: str | None, shape: Sequence[int] | None, strict: bool
+    cfg: Config,
+    checkpoint: str | None,
+    shape: Sequence[int] | None,
+    strict: bool,
+    latency: str | None = None,
 ) -> dict[str, Any]:
     """Trace the config's model on a synthetic batch and report on it.
 
@@ -65,13 +75,19 @@ def analyze(
         check_checkpoint('checkpoint', checkpoint)
         load_checkpoint(model, checkpoint, map_location='cpu')
     calls = demo_calls(cfg, model)
+    options = pruning_config(cfg)
+    if latency := latency or options.latency_profile:
+        sized = {'input_shape': shape, 'latency_profile': latency}
+        options = PruningConfig.of(options, **sized)
+        shape = options.input_shape
     shape = shape or default_input_shape(cfg, image_channels(cfg, model))
     profiles = calls.profile(model, shape)
-    options = pruning_config(cfg)
     pruner = ChannelPruner(model, options, strict=strict or options.strict)
     # Not prepared: what can be pruned is of interest even if it's not enough.
     found = pruner.discover(calls.loss, calls.check, calls.images, profiles)
-    return report(UnitState(model, found.grouping, found.profiles), profiles)
+    facts = (found.grouping, found.profiles)
+    units = UnitState(model, *facts, costs=options.costs)
+    return report(units, profiles, options.profile)
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -93,12 +109,14 @@ def show(result: dict[str, Any], console: Console) -> None:
         f'{result["coverage"]["channels"]:.1%} of output channels, '
         f'{result["coverage"]["macs"]:.1%} of MACs'
     )
-    costs = {name: COSTS[name] for name in COSTS.names()}
+    costs = {name: COSTS[name] for name in COSTS.names() if name in result}
     amounts = (
         f'{cost.label} {result[name] / cost.scale:.2f} {cost.unit}'
         for name, cost in costs.items()
     )
     console.print(', '.join(amounts), '(one multiply-add counts as one)')
+    if 'latency' in result:
+        console.print(f'latency is predicted for {result["latency_profile"]}')
 
 
 def main() -> None:
@@ -107,7 +125,8 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options)
     if args.json:
         check_folder(Path(args.json).parent)
-    result = analyze(cfg, args.checkpoint, args.input_shape, args.strict)
+    given = (args.checkpoint, args.input_shape, args.strict, args.latency_profile)
+    result = analyze(cfg, *given)
     show(result, Console())
     if args.json:
         write_json(args.json, result)

@@ -9,6 +9,7 @@ from torch import nn
 
 from mmgfp.groups import Grouping, module_of
 from mmgfp.selection.costs import CostTable, LayerProfile
+from mmgfp.selection.latency import LatencyProfile
 from mmgfp.units import UnitState
 
 
@@ -66,11 +67,24 @@ def coverage(
     }
 
 
-def report(units: UnitState, profiles: dict[str, LayerProfile]) -> dict[str, Any]:
-    """Report costs, groups, frozen layers and coverage of a model."""
+def report(
+    units: UnitState,
+    profiles: dict[str, LayerProfile],
+    latency: LatencyProfile | None = None,
+) -> dict[str, Any]:
+    """Report costs, groups, frozen layers and coverage of a model.
+
+    Args:
+        units: All units of the model.
+        profiles: How often its layers use their weights.
+        latency: What ``units`` predict latency by.
+    """
     full = units.full
+    costs = {name: int(value) for name, value in full.values.items()}
+    if latency is not None:
+        costs |= {'latency': full['latency'], 'latency_profile': latency.runtime}
     return {
-        **{name: int(value) for name, value in full.values.items()},
+        **costs,
         'groups': [
             {
                 'name': group.name,

@@ -286,6 +286,8 @@ class ChannelPruningHook(Hook):
             'costs': costs_in_numbers(pruner.units.totals, pruner.units.full),
             'input_shape': self.config.input_shape,
         }
+        if self.config.profile is not None:
+            meta['latency_profile'] = self.config.profile.runtime
         structure, model = pruner.units.structure(), pruner.compact()
         averaged = averaged_models(runner)
         if not averaged:
