@@ -9,7 +9,8 @@ from typing import Any
 from mmgfp.criteria.base import CRITERIA, Criterion
 from mmgfp.selection.costs import COSTS, Cost
 from mmgfp.selection.greedy import NO_NORMALIZATION
-from mmgfp.selection.latency import TOOL, Latency, LatencyProfile
+from mmgfp.selection.latency import Latency
+from mmgfp.selection.latency_profile import LatencyProfile, read_profile
 from mmgfp.selection.schedules import Schedule, build_schedule
 from mmgfp.selection.targets import Target, parse_targets
 from mmgfp.utils.errors import ConfigError
@@ -196,25 +197,13 @@ class PruningConfig:
 
     def _read_profile(self) -> None:
         """Read the latency profile; its input size is that of the run."""
-        names = [t.cost for t in self.targets]
-        names += [] if self.normalize == NO_NORMALIZATION else [self.normalize]
-        asked = [f'{name!r}' for name in names if COSTS[name].from_profile]
+        names = {*(t.cost for t in self.targets), self.normalize} - {NO_NORMALIZATION}
+        asked = [f'{n!r}' for n in sorted(names) if COSTS[n].from_profile]
         asked += ["divisor='auto'"] if self.divisor == 'auto' else []
-        if self.latency_profile is None:
-            if asked:
-                expected = f'the file of a latency profile, for {asked[0]}'
-                remedy = f'write one: python {TOOL} CONFIG --out table.json'
-                raise ConfigError('latency_profile', expected, 'None', remedy)
-            return
-        profile = LatencyProfile.load(self.latency_profile)
+        profile = read_profile(self.latency_profile, asked, self.input_shape)
         object.__setattr__(self, 'profile', profile)
-        shape = profile.input_shape if self.input_shape is None else self.input_shape
-        object.__setattr__(self, 'input_shape', shape)
-        if shape != profile.input_shape:
-            expected = f'{profile.input_shape}, the size that was profiled'
-            raise ConfigError(
-                'input_shape', expected, repr(shape), f'profile this size with {TOOL}'
-            )
+        if profile is not None:
+            object.__setattr__(self, 'input_shape', profile.input_shape)
 
     @property
     def costs(self) -> dict[str, Cost]:

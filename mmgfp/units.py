@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -13,15 +13,13 @@ from mmgfp.config import PruningConfig
 from mmgfp.groups import Grouping
 from mmgfp.selection.costs import Cost, CostTable, LayerProfile, Totals
 from mmgfp.selection.greedy import Limits, select_units
-from mmgfp.selection.latency import best_divisor
+from mmgfp.selection.latency import choose_divisor
 from mmgfp.selection.schedules import DecisionPoint, Quota
 from mmgfp.selection.targets import Target, check_reachable
 from mmgfp.surgery.live import compact_training_, units_to_keep_in_model
 from mmgfp.surgery.masking import ColumnMask, check_not_masked
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.errors import ConfigError
-
-logger = logging.getLogger('mmgfp')
 
 
 class UnitState:
@@ -107,7 +105,10 @@ class UnitState:
         Raises:
             ConfigError: If a target cannot be reached; all hooks are off then.
         """
-        options = (config.min_channels, config.max_ratio, self._divisor(config))
+        divisor: Any = config.divisor
+        if config.profile is not None:
+            divisor = choose_divisor(divisor, self.costs, self.sizes, self.widths)
+        options = (config.min_channels, config.max_ratio, divisor)
         limits = Limits.of(self.sizes, self.widths, *options)
         units = np.bincount(
             self.group_of if kept is None else self.group_of[kept],
@@ -120,24 +121,6 @@ class UnitState:
             self.close()
             raise
         return limits
-
-    def _divisor(self, config: PruningConfig) -> int:
-        """Return what channels are multiples of; say so if the profile disagrees."""
-        if config.profile is None:
-            return int(config.divisor)
-        best = best_divisor(self.costs, self.sizes, self.widths)
-        if config.divisor == 'auto':
-            logger.info('divisor=%d, by the latency profile', best)
-            return best
-        divisor = int(config.divisor)
-        if divisor % best:
-            logger.warning(
-                'divisor=%d leaves widths that are slower than multiples of %d by the '
-                "latency profile; divisor='auto' takes these",
-                divisor,
-                best,
-            )
-        return divisor
 
     def structure(self) -> PruneStructure:
         """Return the kept entries of every tensor dimension of the unpruned model."""

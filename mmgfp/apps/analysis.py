@@ -9,7 +9,7 @@ from torch import nn
 
 from mmgfp.groups import Grouping, module_of
 from mmgfp.selection.costs import CostTable, LayerProfile
-from mmgfp.selection.latency import LatencyProfile
+from mmgfp.selection.latency_profile import LatencyProfile
 from mmgfp.units import UnitState
 
 
@@ -80,7 +80,7 @@ def report(
         latency: What ``units`` predict latency by.
     """
     full = units.full
-    costs = {name: int(value) for name, value in full.values.items()}
+    costs: dict[str, Any] = {n: int(value) for n, value in full.values.items()}
     if latency is not None:
         costs |= {'latency': full['latency'], 'latency_profile': latency.runtime}
     return {

@@ -9,6 +9,7 @@ from typing import Any
 from mmengine.runner.checkpoint import weights_to_cpu
 from torch import nn
 
+from mmgfp.config import PruningConfig
 from mmgfp.selection.costs import Totals
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
 from mmgfp.utils.io import save_checkpoint
@@ -47,6 +48,13 @@ def save_artifact(
         },
         path,
     )
+
+
+def circumstances(config: PruningConfig) -> dict[str, Any]:
+    """Return what the costs of a run are for: an image size, and a runtime if any."""
+    profile = config.profile
+    runtime = {} if profile is None else {'latency_profile': profile.runtime}
+    return {'input_shape': config.input_shape, **runtime}
 
 
 def costs_in_numbers(now: Totals, full: Totals) -> dict[str, dict[str, float]]:

@@ -11,14 +11,12 @@ import numpy as np
 from scipy.optimize import nnls
 
 from mmgfp.selection.costs import LayerProfile
-from mmgfp.selection.latency import (
+from mmgfp.selection.latency import alignment, predict, round_up
+from mmgfp.selection.latency_profile import (
     ALIGNMENTS,
     KindLatency,
     LatencyProfile,
     LayerLatency,
-    alignment,
-    predict,
-    round_up,
 )
 
 #: Blocks that widths may be rounded up to.

@@ -19,7 +19,8 @@ from mmgfp.latency.fit import Layer, fit_profile
 from mmgfp.latency.pieces import pieces_of, roi_counts
 from mmgfp.latency.timers import LayerTimer
 from mmgfp.selection.costs import CostTable, LayerProfile
-from mmgfp.selection.latency import VERSION, Latency, LatencyProfile
+from mmgfp.selection.latency import Latency
+from mmgfp.selection.latency_profile import VERSION, LatencyProfile
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.errors import ConfigError

@@ -214,6 +214,8 @@ class CostTable:
     ) -> None:
         plain = [name for name in COSTS.names() if not COSTS[name].from_profile]
         self.counters = {name: COSTS[name]() for name in plain} | dict(costs or {})  # K
+        own = (type(cost).count_smoothly for cost in self.counters.values())
+        self.has_steps = any(count is not Cost.count_smoothly for count in own)
         self.names = np.array(list(shapes), dtype=object)
         row = {name: i for i, name in enumerate(shapes)}
         rank = max((len(s) for s in shapes.values()), default=0)
@@ -268,6 +270,8 @@ class CostTable:
 
     def count_smoothly(self, sizes: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
         """Return what savings are taken from, like `count`, (K, R)."""
+        if not self.has_steps:
+            return self.count(sizes, rows)
         tensors = self._tensors(sizes, rows)
         counters = self.counters.values()
         return np.array([cost.count_smoothly(tensors) for cost in counters])
@@ -299,7 +303,9 @@ class RunningCosts:
         self._step = np.ones(table.groups) if step is None else step.astype(float)
         self._sizes = table.sizes_without(removed)  # (T, D)
         self._counts = table.count(self._sizes, slice(None))  # (K, T)
-        self._levels = table.count_smoothly(self._sizes, slice(None))  # (K, T)
+        self._levels = self._counts  # what savings are taken from, (K, T)
+        if table.has_steps:
+            self._levels = table.count_smoothly(self._sizes, slice(None))
         self._saved = self._savings_of(slice(None))  # (K, P)
 
     @property
@@ -322,7 +328,9 @@ class RunningCosts:
         tensors = table.tensor_of[pairs]
         self._sizes[tensors] -= units * table.removal[pairs]
         self._counts[:, tensors] = table.count(self._sizes[tensors], tensors)
-        self._levels[:, tensors] = table.count_smoothly(self._sizes[tensors], tensors)
+        if table.has_steps:
+            levels = table.count_smoothly(self._sizes[tensors], tensors)
+            self._levels[:, tensors] = levels
         self._step[group] = step
         touched = table.touched_by[group]
         self._saved[:, touched] = self._savings_of(touched)

@@ -10,13 +10,8 @@ from mmgfp.config import PruningConfig
 from mmgfp.groups import ChannelGroup, Member
 from mmgfp.selection.costs import CostTable, LayerProfile, RunningCosts
 from mmgfp.selection.greedy import Limits, select_units
-from mmgfp.selection.latency import (
-    KindLatency,
-    Latency,
-    LatencyProfile,
-    LayerLatency,
-    best_divisor,
-)
+from mmgfp.selection.latency import Latency, best_divisor
+from mmgfp.selection.latency_profile import KindLatency, LatencyProfile, LayerLatency
 from mmgfp.utils.errors import ConfigError
 
 #: a makes 32 channels of 8, b reads them; a norm goes along and takes no time itself.

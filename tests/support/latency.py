@@ -2,7 +2,7 @@
 
 import json
 
-from mmgfp.selection.latency import (
+from mmgfp.selection.latency_profile import (
     VERSION,
     KindLatency,
     LatencyProfile,

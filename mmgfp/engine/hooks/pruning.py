@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 
 from mmgfp.checkpoint import REMEDY, discovery_from_dict, discovery_to_dict
 from mmgfp.config import PruningConfig
-from mmgfp.engine.artifact import costs_in_numbers, save_artifact
+from mmgfp.engine.artifact import circumstances, costs_in_numbers, save_artifact
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.distributed import (
     broadcast_result,
@@ -284,10 +284,8 @@ class ChannelPruningHook(Hook):
             'cfg': runner.cfg.pretty_text,
             'iter': runner.iter + 1,
             'costs': costs_in_numbers(pruner.units.totals, pruner.units.full),
-            'input_shape': self.config.input_shape,
+            **circumstances(self.config),
         }
-        if self.config.profile is not None:
-            meta['latency_profile'] = self.config.profile.runtime
         structure, model = pruner.units.structure(), pruner.compact()
         averaged = averaged_models(runner)
         if not averaged:
