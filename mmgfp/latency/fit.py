@@ -24,7 +24,7 @@ STEPS = (1, 8, 16, 32)
 #: A step has to explain so much more of the times than none does.
 GAIN = 0.9
 #: Pull of the factors towards 1: a layer at an alignment counts against so many.
-SHRINKAGE = 2.0
+SHRINKAGE = 1.0
 #: Turns of fitting factors and times.
 ROUNDS = 3
 #: Cuts that the times of one layer are fitted to, at least.

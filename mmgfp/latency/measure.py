@@ -164,14 +164,14 @@ class LatencyProfiler:
         """
         rng = np.random.default_rng(seed)
         plan = fitting_cuts(self.sizes, self.widths, cuts, rng)
-        done = {tuple(cut['units']): cut for cut in self.raw['cuts']}
+        done = {tuple(cut['units']) for cut in self.raw['cuts']}
         for i, units in enumerate(plan):
-            if tuple(units.tolist()) in done:
+            if tuple(units.tolist()) in done:  # before, or twice in a small model
                 continue
             self.raw['cuts'].append(self._measure(units))
+            done.add(tuple(units.tolist()))
             self._save()
             self._report(f'cut {i + 1} of {cuts}', self.raw['cuts'][-1])
-        self.raw['cuts'] = self.raw['cuts'][: max(cuts, len(done))]
         profile = self._fit()
         self.raw['fit'] = profile.to_dict()
         self._save()
