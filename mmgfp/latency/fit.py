@@ -25,6 +25,12 @@ STEPS = (1, 8, 16, 32)
 GAIN = 0.9
 #: Pull of the factors towards 1: a layer at an alignment counts against so many.
 SHRINKAGE = 1.0
+#: Multiples of this number have no factor.
+REFERENCE = 16
+#: Errors up to this share count by their squares, larger ones by their size.
+TRUSTED = 0.05
+#: Turns of a fit that lets what was disturbed count less.
+TURNS = 8
 #: Turns of fitting factors and times.
 ROUNDS = 3
 #: Cuts that the times of one layer are fitted to, at least.
@@ -99,6 +105,9 @@ def fit_profile(
         names = [n for n, layer in layers.items() if layer.kind == kind]
         kinds[kind], fitted = _fit_kind([samples[n] for n in names])
         times |= dict(zip(names, fitted, strict=True))
+    scale = _whole_scale(
+        [(samples[n], times[n], kinds[layers[n].kind]) for n in layers]
+    )
     return LatencyProfile(
         origin,
         kinds,
@@ -108,11 +117,22 @@ def fit_profile(
                 layer.shape,
                 layer.out_dim,
                 profiles[name].macs_positions,
-                times[name],
+                tuple(scale * t for t in times[name]),  # type: ignore[arg-type]
             )
             for name, layer in layers.items()
         },
     )
+
+
+def _whole_scale(fits: Sequence[tuple[Samples, Times, KindLatency]]) -> float:
+    """Return how much longer whole networks take than their layers were fitted to.
+
+    Single layers are fitted to the times that are usual, and what disturbs one layer
+    or the other is a part of the whole.
+    """
+    predicted = sum(_predicted(*fit) for fit in fits)
+    measured = sum(samples.times for samples, _, _ in fits)
+    return float(np.median(measured / predicted))
 
 
 def _fit_kind(layers: Sequence[Samples]) -> tuple[KindLatency, list[Times]]:
@@ -134,7 +154,7 @@ def _fit_kind(layers: Sequence[Samples]) -> tuple[KindLatency, list[Times]]:
 def _fit_layer(
     samples: Samples, kind: KindLatency, chosen: np.ndarray | slice = slice(None)
 ) -> Times:
-    """Return the times that miss the chosen cuts least; their sums over cuts agree."""
+    """Return the times that miss the chosen cuts least, as shares of what they are."""
     steps = np.array(kind.steps)
     shares = round_up(samples.widths, steps) / round_up(samples.full, steps)
     x, y = shares[chosen].T
@@ -144,13 +164,14 @@ def _fit_layer(
     terms = np.stack([np.ones_like(x), x, y, x * y], 1)
     # A term that does not vary is the constant.
     varies = [True, np.ptp(x) > 0, np.ptp(y) > 0, np.ptp(x) > 0 and np.ptp(y) > 0]
-    expected = plain
-    for _ in range(ROUNDS):
-        # Errors grow with times. Of the times expected, not of those measured, or what
-        # was disturbed would count too little and all times come out too short.
-        weights = 1 / np.sqrt(expected)
+    expected, trust = plain, np.ones(len(plain))
+    for _ in range(TURNS):
+        # Shares of the times expected, not of those measured, or what was disturbed
+        # would count less and all times come out too short.
+        weights = trust / expected
         solution, _ = nnls(terms * varies * weights[:, None], plain * weights)
         expected = np.maximum(terms * varies @ solution, 1e-6)
+        trust = np.sqrt(_trust(plain / expected - 1))
     return tuple((solution * varies).tolist())
 
 
@@ -165,18 +186,30 @@ def _fit_factors(
         # Columns: alignments of the input, then those of the output.
         side = np.eye(len(ALIGNMENTS))[alignment(samples.widths)]  # (S, 2, alignments)
         side[samples.widths == samples.full] = 0
+        # Without a reference, factors and times could trade places.
+        side[:, :, ALIGNMENTS.index(REFERENCE) :] = 0
         rows.append(side.reshape(len(ratio), -1))
         logs.append(np.log(np.clip(ratio, 0.1, 10.0)))
     a, b = np.concatenate(rows), np.concatenate(logs)
     pull = SHRINKAGE * np.eye(a.shape[1])
-    solution = np.linalg.solve(a.T @ a + pull, a.T @ b)
+    trust = np.ones(len(b))
+    for _ in range(TURNS):
+        solution = np.linalg.solve(a.T * trust @ a + pull, a.T * trust @ b)
+        trust = _trust(b - a @ solution)
+        trust /= np.median(trust)
     factors = np.exp(solution).reshape(2, -1).tolist()
     return tuple(factors[0]), tuple(factors[1])
 
 
+def _trust(errors: np.ndarray) -> np.ndarray:
+    """Return weights that let what was disturbed count less (Huber's)."""
+    return np.minimum(1, TRUSTED / np.maximum(np.abs(errors), 1e-9))
+
+
 def _error(samples: Samples, times: Times, kind: KindLatency) -> float:
     ratio = np.maximum(_predicted(samples, times, kind), 1e-9) / samples.times
-    return float((samples.times.mean() * np.log(ratio) ** 2).sum())
+    # As sure of a rare large error as of a small one: a half of all may be disturbed.
+    return float(samples.times.mean() * np.abs(np.log(ratio)).sum())
 
 
 def _predicted(samples: Samples, times: Times, kind: KindLatency) -> np.ndarray:
