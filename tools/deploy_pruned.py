@@ -83,7 +83,8 @@ def summarize(
 
     Returns:
         Costs by their names in `COSTS` and, if measured, median milliseconds by the
-        keys of `RUNTIMES`, of `original` and `pruned`.
+        keys of `RUNTIMES`, of `original` and `pruned`; after a run with a latency
+        profile also the `predicted_latency_ms`.
     """
     models = {'original': item.original, 'pruned': item.model}
     calls = demo_calls(cfg, item.original)
@@ -91,6 +92,11 @@ def summarize(
         name: costs_of(model, calls.profile(model, shape))
         for name, model in models.items()
     }
+    if latency := item.meta.get('costs', {}).get('latency'):
+        now, ratio = latency['remaining'], latency['ratio']
+        for name, value in (('original', now / ratio), ('pruned', now)):
+            rows[name]['predicted_latency_ms'] = value
+            rows[name]['latency_profile'] = item.meta.get('latency_profile')
     if rounds:
         infer = calls.inference(item.original, shape)
         times, reason = measure_runtimes(models, infer, (1, *shape), rounds)
@@ -106,6 +112,8 @@ def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
     costs = {name: COSTS[name] for name in COSTS.names()}
     scales = {key: (f'{c.label} ({c.unit})', c.scale) for key, c in costs.items()}
     scales |= {k: (f'CPU latency, {name} (ms)', 1.0) for k, name in RUNTIMES.items()}
+    runtime = rows['original'].get('latency_profile')
+    scales['predicted_latency_ms'] = (f'predicted (ms, {runtime})', 1.0)
     table = Table('', 'original', 'pruned', 'ratio')
     for key, (label, scale) in scales.items():
         if key in rows['original']:

@@ -43,6 +43,30 @@ def test_analyze_prints_and_writes_what_can_be_pruned(run_tool, tmp_path):
     assert report['coverage'] == {'channels': channels, 'macs': 1.0}
 
 
+def test_latency_is_profiled_and_predicted(run_tool, tmp_path):
+    """Once measured, the file says what the model takes; another size is refused."""
+    pytest.importorskip('onnxruntime')
+    slim_down = (
+        'model.backbone.base_channels=8',
+        'model.neck.in_channels=[8,16,32,64]',
+    )
+    sized = ('--input-shape', 3, 64, 64, '--cfg-options', *slim_down)
+    table, out = tmp_path / 'table.json', tmp_path / 'report.json'
+    command = ('profile_latency.py', DEMO, '--out', table, '--cuts', 8, '--check', 1)
+    done = run_tool(*command, *sized)
+    assert done.returncode == 0, done.stderr
+    assert 'cut 8 of 8' in done.stdout and 'error: median' in done.stdout
+    analyze = ('analyze.py', DEMO, '--latency-profile', table, '--json', out)
+    done = run_tool(*analyze, *sized)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert report['latency'] > 0
+    assert report['latency_profile'].startswith('onnxruntime')
+    assert 'latency is predicted for onnxruntime' in done.stdout
+    done = run_tool(*analyze, '--cfg-options', *slim_down, '--input-shape', 3, 32, 32)
+    assert 'input_shape must be (3, 64, 64)' in error_line(done)
+
+
 @pytest.mark.parametrize(
     ('config', 'shape', 'expected'),
     [
