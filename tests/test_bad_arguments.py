@@ -25,7 +25,7 @@ BAD = [
     (dict(units_per_step=True), 'units_per_step must be a whole number'),
     (dict(units_per_step=1.5), 'units_per_step must be a whole number'),
     (dict(units_per_step='all'), r"units_per_step .*, or auto \(got 'all'"),
-    (dict(divisor=0), f'divisor {WHOLE} 0'),
+    (dict(divisor=0), r'divisor must be a whole number of at least 1, or auto \(got 0'),
     (dict(iterations=9), r'iterations must be at least the interval .* 10 \(got 9'),
     (dict(iterations=19, target=TWO), r'the interval for each target, 20 \(got 19'),
     (
