@@ -56,6 +56,9 @@ class LayerTimer(ABC):
         name: Name of the runtime.
         package: The package whose version counts.
         devices: Devices on which it measures.
+
+    Raises:
+        ConfigError: If it does not measure on that device.
     """
 
     name = 'torch'
@@ -71,6 +74,9 @@ class LayerTimer(ABC):
                 device,
                 'name another device or runtime',
             )
+        if device == 'cuda' and not torch.cuda.is_available():
+            remedy = 'run it on the machine that the model is for'
+            raise ConfigError('--device', 'one that is here', device, remedy)
         self.threads = threads
         self.device = device
 
