@@ -25,9 +25,10 @@ from benchmarks import (
     shipping,
     step,
 )
-from benchmarks.models import SUBJECTS
+from benchmarks.models import SUBJECTS, Subject
 from mmgfp.apps.cli import run_cli
 from mmgfp.apps.tables import machine_facts
+from mmgfp.selection.latency_profile import LatencyProfile
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--threads', type=int, help="of torch's, on the CPU")
     parser.add_argument('--repeats', type=int, default=9, help='rounds that are timed')
     parser.add_argument('--json', type=Path, metavar='FILE')
+    parser.add_argument(
+        '--profiles',
+        type=Path,
+        metavar='FOLDER',
+        help='latency profiles of exported models, <model>.json; those of '
+        'onnxruntime and as many threads',
+    )
     parser.add_argument('--page', type=Path, metavar='FILE', help='Markdown tables')
     args = parser.parse_args(argv)
     for field, known in (('only', PARTS), ('models', SUBJECTS)):
@@ -165,6 +173,15 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
 
 
+def _shipping(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the image size of an exported model, and its latency profile if any."""
+    name = next(n for n, s in SUBJECTS.items() if s is subject)
+    file = args.profiles / f'{name}.json' if args.profiles else None
+    if file is None or not file.is_file():
+        return {'size': subject.shipped}
+    return {'size': LatencyProfile.load(file).input_shape, 'profile': file}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure all that is asked for; what is done is written at once."""
     args = parse_args(argv)
@@ -175,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         part, measured = PARTS[name], results.setdefault(name, {})
         for subject in (SUBJECTS[n] for n in part.subjects if n in args.models):
             model, calls = subject.build(args.device)
-            extra = {'size': subject.shipped} if part.is_sized else {}
+            extra = _shipping(subject, args) if part.is_sized else {}
             measured[subject.label] = part.measure(
                 model, calls, args.repeats, args.device, **extra
             )

@@ -104,9 +104,8 @@ def prune(
     pruner = GroupFisherPruner(
         model,
         interval=INTERVAL,
-        target=TARGETS,
         iterations=ITERATIONS,
-        **options,
+        **{'target': TARGETS, **options},
     )
     try:
         pruner.attach(discovery)
@@ -118,7 +117,7 @@ def prune(
         step = pruner.step()
         for target in step.reached if step else ():
             now, full = pruner.units.totals, pruner.units.full
-            costs = {c: float(now[c] / full[c]) for c in COSTS}
+            costs = {c: now.ratio(c, full) for c in (*COSTS, *pruner.config.costs)}
             yield target.ratio, costs, pruner.compact()
 
 

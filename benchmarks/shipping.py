@@ -32,12 +32,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     '-F, divisor 8': {'normalize': 'flops', 'divisor': 8},
     '-F, divisor 16': {'normalize': 'flops', 'divisor': 16},
 }
+#: Those to half the latency that a profile predicts.
+PROFILED: dict[str, dict[str, Any]] = {
+    f'{name}, latency 50%': {
+        'normalize': normalize,
+        'divisor': 8,
+        'target': {'latency': 0.5},
+    }
+    for name, normalize in (('-L', 'latency'), ('-M', 'memory'), ('-F', 'flops'))
+}
 SHARE = 0.5
 RUNTIMES = ('torch', 'onnxruntime', 'openvino')
 
 
 def measure_shipping(
-    model: nn.Module, calls: Any, repeats: int, device: str, size: Sequence[int]
+    model: nn.Module,
+    calls: Any,
+    repeats: int,
+    device: str,
+    size: Sequence[int],
+    profile: Path | None = None,
 ) -> dict[str, Any]:
     """Passes of pruned models over those of the original, by runtime.
 
@@ -47,13 +61,18 @@ def measure_shipping(
         repeats: Timed rounds.
         device: Where the model is; files run on the CPU.
         size: Size (C, H, W) of the image, for costs and times.
+        profile: A latency profile of the model, for `PROFILED`.
     """
     discovery = replace(
         unverified(model, calls), profiles=dict(calls.profile(model, size))
     )
     models = {ORIGINAL: copy_module(model).eval()}
     points: dict[str, dict[str, Any]] = {ORIGINAL: {'macs': 1.0, 'memory': 1.0}}
-    for variant, options in VARIANTS.items():
+    variants = dict(VARIANTS)
+    if profile is not None:
+        for variant, options in PROFILED.items():
+            variants[variant] = {**options, 'latency_profile': str(profile)}
+    for variant, options in variants.items():
         for share, costs, pruned in prune(
             copy_module(model), calls, discovery, options
         ):
@@ -123,13 +142,13 @@ def _without_gradients(graph: nn.Module, image: torch.Tensor) -> Any:
 
 def table(results: dict[str, Any]) -> list[list[str]]:
     """Rows for a page: how many times as fast as the original, by wall (CPU) time."""
-    rows = [['model', 'variant', 'MACs', 'memory', *RUNTIMES]]
+    rows = [['model', 'variant', 'MACs', 'memory', 'predicted', *RUNTIMES]]
     for label, measured in results.items():
         for name, point in measured['points'].items():
-            costs = (f'{point[cost]:.1%}' for cost in ('macs', 'memory'))
-            rows.append(
-                [label, name, *costs, *(_cell(name, point, r) for r in RUNTIMES)]
-            )
+            costs = [f'{point[cost]:.1%}' for cost in ('macs', 'memory')]
+            costs.append(f'{point["latency"]:.1%}' if 'latency' in point else '')
+            times = [_cell(name, point, runtime) for runtime in RUNTIMES]
+            rows.append([label, name, *costs, *times])
     return rows
 
 

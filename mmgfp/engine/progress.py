@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from mmgfp.config import RUNNER_DIVISOR
 from mmgfp.engine.artifact import costs_in_numbers
 from mmgfp.pruner import ChannelPruner, PruneStep
+from mmgfp.selection.latency import best_divisor
 from mmgfp.selection.targets import Target
 
 
@@ -43,7 +44,10 @@ class Progress:
     def _log_alignment(self) -> None:
         """Say which groups the divisor leaves whole, or what doing without it costs."""
         units, divisor = self.pruner.units, self.pruner.config.divisor
-        if divisor % RUNNER_DIVISOR:
+        if divisor == 'auto':
+            divisor = best_divisor(units.costs, units.sizes, units.widths)
+            self.runner.logger.info(f'divisor={divisor}, by the latency profile')
+        elif divisor % RUNNER_DIVISOR:
             self.runner.logger.warning(
                 f'divisor={divisor} lets groups end at widths that are no multiples of '
                 f'{RUNNER_DIVISOR}: counts go down, but the time in onnxruntime may '

@@ -154,7 +154,6 @@ def choose_divisor(
     """
     best = best_divisor(costs, sizes, widths)
     if divisor == 'auto':
-        logger.info('divisor=%d, by the latency profile', best)
         return best
     if int(divisor) % best:
         logger.warning(

@@ -1,7 +1,9 @@
 """Runs to a latency target with made-up profiles: logs, artifacts, resuming."""
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.runner import Runner
@@ -65,6 +67,19 @@ def test_a_run_reaches_its_latency(make, tmp_path):
     (log,) = Path(config.work_dir).glob('*/*.log')
     time = f'{pruner.units.totals["latency"]:.4g} ms'
     assert f'{meta["latency_profile"]}) {time}' in log.read_text()
+
+
+def test_a_run_aligns_as_its_profile_says(tmp_path):
+    config = profiled(*retinanet(tmp_path), tmp_path / 'table.json')
+    config.custom_hooks[0].update(divisor='auto', target=dict(latency=0.8))
+    runner = Runner.from_cfg(config)
+    runner.train()
+    pruner = hook_of(runner).pruner
+    (log,) = Path(config.work_dir).glob('*/*.log')
+    [divisor] = re.findall(r'divisor=(\d+), by the latency profile', log.read_text())
+    units = pruner.units
+    widths = (units.sizes - units.removed) * units.widths
+    assert pruner.done and np.all(widths[units.removed > 0] % int(divisor) == 0)
 
 
 def test_a_run_goes_on_with_its_profile_only(tmp_path):
