@@ -110,7 +110,7 @@ class RunState:
             reached = tuple(
                 Target.parse({t['cost']: t['ratio']}) for t in raw['reached']
             )
-            iteration, criterion = int(raw['iteration']), dict(raw['criterion'])
+            iteration, criterion = _count(raw['iteration']), dict(raw['criterion'])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -122,6 +122,12 @@ class RunState:
             expected = 'kept units among those that are in the model'
             raise ConfigError('checkpoint', expected, 'others', REMEDY)
         return cls(discovery, iteration, kept, in_model, criterion, reached)
+
+
+def _count(value: Any) -> int:
+    if not 0 <= value < float('inf'):
+        raise ValueError(f'iteration {value}')
+    return int(value)
 
 
 def _fixed_options(config: PruningConfig) -> dict[str, Any]:

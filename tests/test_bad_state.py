@@ -445,3 +445,9 @@ def test_image_size_that_a_checkpoint_names_is_bounded(shape):
         recorded_shape({'input_shape': shape})
     assert recorded_shape({'input_shape': (3, 800, 1280)}) == (3, 800, 1280)
     assert recorded_shape({}) is None
+
+
+@pytest.mark.parametrize('bad', [-5, float('inf'), float('nan'), 'x', None])
+def test_iterations_are_counted(state, bad):
+    with pytest.raises(ConfigError, match='checkpoint must be a pruning state'):
+        resume({**state, 'iteration': bad})

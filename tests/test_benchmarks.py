@@ -115,7 +115,7 @@ def test_unknown_names_are_refused(capsys):
 def test_parts_have_models_of_their_own(capsys):
     assert command.parse_args([]).only == list(command.PARTS)
     args = command.parse_args(['--models', 'faster-rcnn,retinanet-r18'])
-    assert args.only == ['step', 'discovery', 'decision', 'growth']
+    assert args.only == ['step', 'discovery', 'decision', 'shipping', 'growth']
     with pytest.raises(SystemExit):
         command.parse_args(['--only', 'latency', '--models', 'faster-rcnn'])
     assert 'no part that is asked for measures' in capsys.readouterr().err

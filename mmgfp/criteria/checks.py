@@ -105,9 +105,13 @@ def _check_values(scores: Any, shape: tuple[int, ...]) -> None:
     values: Any = getattr(scores, 'values', None)
     is_array = isinstance(scores, Scores) and isinstance(values, np.ndarray)
     if not is_array or values.shape != shape or (values < 0).any():
+        got = f'{type(scores).__name__} with {type(values).__name__}'
+        if is_array:
+            negative = int((values < 0).sum())
+            got = f'shape {values.shape}, {negative} of them negative'
         raise ConfigError(
             'scores of the criterion',
             f'Scores with an array of {shape[0]} values, none of them negative',
-            f'{type(scores).__name__} with {type(values).__name__}',
+            got,
             'give each unit that there was a score, or NaN',
         )

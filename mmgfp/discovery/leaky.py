@@ -19,19 +19,29 @@ RELU = (
     *(F.relu6, F.hardtanh, F.hardtanh_),
 )
 SLOPE = 0.25
+#: Calls after which a loop is taken to wait for zeros that never come.
+MOST_CALLS = 10_000
 
 
 class LeakyActivations(TorchFunctionMode):
     """Let ReLU and its like keep a slope everywhere.
 
-    What a layer is dead for hides how it treats its channels. Masked and compact models
-    agree under any activation of single elements, so that a comparison loses nothing.
+    A layer that is dead on the batch hides how what follows treats its channels. Masked
+    and compact models agree under any activation of single elements, unless code looks
+    at the values.
+
+    Raises:
+        RuntimeError: After `MOST_CALLS`.
 
     Examples:
         >>> with LeakyActivations():
         ...     F.relu(torch.tensor([-4.0, 2.0]))
         tensor([-1.,  2.])
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls = 0
 
     def __torch_function__(
         self,
@@ -42,9 +52,12 @@ class LeakyActivations(TorchFunctionMode):
     ) -> Any:
         """Call ``func``, or its leaky stand-in."""
         kwargs = dict(kwargs or {})
-        if func not in RELU:
+        x: Any = args[0] if args else kwargs.get('input')
+        if func not in RELU or not x.is_floating_point():
             return func(*args, **kwargs)
-        x = args[0] if args else kwargs['input']
+        self._calls += 1
+        if self._calls > MOST_CALLS:
+            raise RuntimeError(f'more than {MOST_CALLS} activations')
         in_place = func.__name__.endswith('_') or bool(kwargs.get('inplace'))
         return F.leaky_relu(x, SLOPE, in_place)
 

@@ -195,11 +195,7 @@ def disagreement(
 @torch.no_grad()
 def _compare(masked: nn.Module, small: nn.Module, forward: Forward) -> str | None:
     # The masked copy runs first: its errors are those of the model or of the call.
-    expected = run(masked, leaky := in_leaky_mode(forward))
-    if all(x.isfinite().all() for x in tree_tensors(expected)):
-        forward = leaky
-    else:  # code may count on values that are not negative
-        expected = run(masked, forward)
+    expected = run(masked, forward)
     try:
         outputs = run(small, forward)
     except Exception as error:  # any error here means that the groups are wrong
@@ -211,6 +207,19 @@ def _compare(masked: nn.Module, small: nn.Module, forward: Forward) -> str | Non
     if worst == float('inf'):
         return 'outputs differ in shape, or are not finite'
     return None if worst <= TOLERANCE else f'outputs differ by {worst:.2g}'
+
+
+def _compare_leaky(masked: nn.Module, small: nn.Module, forward: Forward) -> str | None:
+    """Compare small, fast models where nothing is dead, unless code counts on ReLU."""
+    leaky = in_leaky_mode(forward)
+    try:
+        outputs = run(masked, leaky)
+    except Exception as error:
+        error_line(error)  # raises it if memory ran out
+        return None
+    if not all(x.isfinite().all() for x in tree_tensors(outputs)):
+        return None
+    return _compare(masked, small, leaky)
 
 
 class _Draw:
@@ -255,10 +264,9 @@ def find_disagreements(
 ) -> list[Disagreement]:
     """Remove random units of all groups; where that fails, find the wrong groups.
 
-    Several sets are removed: one that leaves a small model, then others from that.
-
-    A wrong group is found by halving. The groups of the same layers in other blocks
-    are rejected with it, since code that fails in one block fails in the next.
+    Several sets are removed: one that leaves a small model, then others from that. A
+    wrong group is found by halving. The groups of the same layers in other blocks are
+    rejected with it, since code that fails in one block fails in the next.
 
     Args:
         model: The traced model, not masked yet.
@@ -273,6 +281,7 @@ def find_disagreements(
     rng = np.random.default_rng(seed)
     training = TrainingCheck(model, loss) if loss else None
     outputs: list[Check] = [partial(_compare, forward=forward)]
+    further: list[Check] = [*outputs, partial(_compare_leaky, forward=forward)]
     probe = random_probe(model)
     # Only a whole model shows whether its loss runs; a small one compares losses.
     checks = [*outputs, training.runs] if training else outputs
@@ -288,9 +297,9 @@ def find_disagreements(
     small = draw.small if len(shrunk) else probe
     left = grouping.remaining(draw.kept(shrunk))
 
-    checks = [*outputs, training.agrees] if training else outputs
+    checks = [*further, training.agrees] if training else further
     draws = [(_units(left.groups, _odd_counts(left.groups, rng), rng), checks)]
-    draws += [(_without(left.groups, unit), outputs) for unit in (0, -1)]
+    draws += [(_without(left.groups, unit), further) for unit in (0, -1)]
     for kept, checks in draws:
         draw = _Draw(small, left, kept, checks)
         candidates, more = _reject(draw, groups, candidates)

@@ -91,7 +91,7 @@ class LatencyProfile:
         field, remedy = 'latency_profile', f'write one with {TOOL}'
         try:
             raw = json.loads(Path(path).read_text())
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, TypeError, ValueError, RecursionError) as error:
             got = f'{path}: {error}'
             raise ConfigError(field, 'a readable JSON file', got, remedy) from None
         version = raw.get('version') if isinstance(raw, Mapping) else None
@@ -99,14 +99,16 @@ class LatencyProfile:
             expected, got = f'a profile of version {VERSION}', f'{path}: {version!r}'
             raise ConfigError(field, expected, got, remedy)
         if raw.get('fit') is None:
-            got = f'{path}, which ends after {len(raw.get("cuts", ()))} cuts'
+            cuts = raw.get('cuts')
+            count = len(cuts) if isinstance(cuts, list) else 0
+            got = f'{path}, which ends after {count} cuts'
             remedy = f'run {TOOL} again with the same arguments: it goes on there'
             raise ConfigError(field, 'a finished profile', got, remedy)
-        return cls.from_dict(raw['origin'], raw['fit'], str(path))
+        return cls.from_dict(raw.get('origin'), raw['fit'], str(path))
 
     @classmethod
     def from_dict(
-        cls, origin: Mapping[str, Any], fit: Any, source: str = 'latency_profile'
+        cls, origin: Any, fit: Any, source: str = 'latency_profile'
     ) -> LatencyProfile:
         """Read the result of `to_dict`.
 
@@ -132,6 +134,14 @@ class LatencyProfile:
                 for name, layer in fit['layers'].items()
             }
             _require(bool(layers), 'no layers')
+            shape = [int(n) for n in origin['input_shape']]
+            _require(len(shape) == 3 and min(shape) > 0, f'input_shape {shape}')
+            names = origin.get('not_measured', ())
+            _require(all(isinstance(n, str) for n in names), 'not_measured')
+            positions = [layer.positions for layer in layers.values()]
+            _require(all(0 < n < float('inf') for n in positions), 'positions')
+            factors = [f for k in kinds.values() for part in k.factors for f in part]
+            _require(all(f > 0 for f in factors), 'a factor of 0')
             _require(all(min(k.steps) > 0 for k in kinds.values()), 'a step below 1')
             for name, layer in layers.items():
                 is_valid = layer.kind in kinds and layer.out_dim in (0, 1)

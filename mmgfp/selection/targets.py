@@ -118,10 +118,12 @@ def check_reachable(targets: Sequence[Target], least: Totals, full: Totals) -> N
             )
         if not target.reached(least, full):
             ratio = ceil(least.ratio(target.cost, full) * 1000) / 1000
+            # What is measured may be lower at wider groups, in whole blocks.
+            hint = " ('auto' or 8)" if COSTS[target.cost].from_profile else ''
             raise ConfigError(
                 f'target.{target.cost}',
                 f'at least {ratio:g}, which remains when all groups are at their limit',
                 f'{target.ratio:g}',
                 'raise it, or let more go with keep, coupled, min_channels, max_ratio '
-                'and divisor',
+                f'and divisor{hint}',
             )

@@ -171,4 +171,6 @@ def _number(node: Node) -> float | None:
         return None
     side = '_saved_other' if right is None else '_saved_self'
     factor = getattr(node, side, None)
-    return None if factor is None or factor.dim() else float(factor)
+    if factor is None or factor.dim() or factor.is_complex():
+        return None
+    return float(factor)

@@ -564,17 +564,57 @@ def test_layers_that_are_dead_on_the_batch_hide_nothing(relu):
     assert 'masked and compact disagree' in wide.reason and wide.channels == 8
 
 
-def test_code_that_counts_on_relu_is_verified_with_it():
-    """Its root would not be finite if anything negative got through."""
+class CountsOnZeros(nn.Module):
+    """Two layers, and code that only holds for what a true ReLU gives."""
 
-    class Root(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+    def __init__(self, code):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(*w, 1) for w in ((3, 16), (16, 8), (8, 4)))
+        self.code = code
 
-        def forward(self, x):
-            return self.b((F.relu(self.a(x)) + 1e-6).sqrt())
+    def forward(self, x):
+        return self.code(self, F.relu(self.b(F.relu(self.a(x)))))
 
-    pruner = GroupFisherPruner(Root())
+
+def halves_until_zero(net, y):
+    y = net.c(y)
+    while F.relu(y.abs() - 0.01).any():
+        y = y * 0.5
+    return y
+
+
+def asserts(net, y):
+    assert (y >= 0).all()
+    return net.c(y)
+
+
+def counts(net, y):
+    return net.c(y) * ((y == 0).sum(1, keepdim=True) < 6)
+
+
+def branches(net, y):
+    mean = 0 if y.min() < 0 else y.detach().mean(1, keepdim=True)
+    return net.c(y - mean)
+
+
+@pytest.mark.parametrize(
+    ('code', 'layers'),
+    [
+        (lambda net, y: net.c((y + 1e-6).sqrt()), {'a', 'b'}),
+        (lambda net, y: net.c(y) + 0 * torch.poisson(y.detach()).sum(), {'a', 'b'}),
+        (lambda net, y: net.c(y[:, :, F.relu(torch.arange(8))]), {'a', 'b'}),
+        (asserts, {'a', 'b'}),
+        (counts, {'a'}),
+        (branches, {'a'}),
+    ],
+)
+def test_code_that_counts_on_relu_is_compared_with_it(code, layers):
+    torch.manual_seed(0)
+    pruner = GroupFisherPruner(CountsOnZeros(code), target=dict(flops=0.9))
     grouping = pruner.prepare(lambda m: m(images()).square().sum(), toy_forward, 2)
-    assert grouping.units == 8
+    assert {n for g in grouping.groups for n in g.layers('out')} == layers
+
+
+def test_loops_that_wait_for_zeros_end():
+    pruner = GroupFisherPruner(CountsOnZeros(halves_until_zero))
+    pruner.prepare(lambda m: m(images()).square().sum(), toy_forward, 2)

@@ -176,12 +176,34 @@ def test_damaged_files_are_refused(tmp_path, text, words):
         LatencyProfile.load(path)
 
 
+@pytest.mark.parametrize('bad', [5, None, [3, 64], ['a', 'b', 'c'], [3, 0, 64]])
+def test_origins_name_the_size(bad, tmp_path):
+    for origin in (bad, {'input_shape': bad}):
+        with pytest.raises(ConfigError, match='a latency profile'):
+            LatencyProfile.from_dict(origin, profile().to_dict())
+    with pytest.raises(ConfigError, match='a readable JSON file'):
+        LatencyProfile.load(5)
+
+
+@pytest.mark.parametrize('bad', [0.0, float('nan'), float('inf'), -2.0])
+def test_positions_and_factors_are_above_zero(bad):
+    data = json.loads(json.dumps(profile().to_dict()))
+    data['layers']['a.weight']['positions'] = bad
+    with pytest.raises(ConfigError, match='positions'):
+        LatencyProfile.from_dict(profile().origin, data)
+    if bad == 0:
+        data = json.loads(json.dumps(profile().to_dict()))
+        data['kinds']['conv']['factors'][1][3] = bad
+        with pytest.raises(ConfigError, match='a factor of 0'):
+            LatencyProfile.from_dict(profile().origin, data)
+
+
 @pytest.mark.parametrize('bad', [-1.0, float('nan'), 'x'])
 def test_times_are_numbers_of_at_least_zero(bad):
     data = json.loads(json.dumps(profile().to_dict()))
     data['layers']['a.weight']['times'][1] = bad
     with pytest.raises(ConfigError, match='a latency profile'):
-        LatencyProfile.from_dict({}, data)
+        LatencyProfile.from_dict(profile().origin, data)
 
 
 def test_another_model_or_size_is_refused():
