@@ -23,12 +23,13 @@ from mmgfp.apps.cli import (
     run_cli,
     whole_number,
 )
-from mmgfp.apps.input_shape import default_input_shape
+from mmgfp.apps.input_shape import profiled_shape
 from mmgfp.apps.run_config import pruning_config
 from mmgfp.engine.demo_batch import demo_calls, image_channels
 from mmgfp.engine.model_building import init_weights
+from mmgfp.latency.check import Check
 from mmgfp.latency.cuts import ALIGNED
-from mmgfp.latency.measure import Check, LatencyProfiler
+from mmgfp.latency.measure import LatencyProfiler
 from mmgfp.latency.timers import TIMERS
 from mmgfp.pruner import ChannelPruner
 from mmgfp.utils.io import check_folder
@@ -47,8 +48,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--threads', default=1, type=whole_number(1))
     add_shape_argument(
         parser,
-        'image that is measured, and counted when the model is pruned; 3 800 1280 for '
-        'detectors, 3 224 224 for classifiers',
+        'image that is measured, and counted when the model is pruned; by default that '
+        "of the config's pruning hook, else that of its test pipeline, else 3 800 1280 "
+        'for detectors and 3 224 224 for classifiers',
     )
     parser.add_argument(
         '--cuts',
@@ -88,8 +90,9 @@ def profiler_from(args: argparse.Namespace, console: Console) -> LatencyProfiler
     init_weights(model)
     calls = demo_calls(cfg, model)
     options = pruning_config(cfg, profiled=False)
-    shape = args.input_shape or options.input_shape
-    shape = shape or default_input_shape(cfg, image_channels(cfg, model))
+    channels = image_channels(cfg, model)
+    shape, source = profiled_shape(args.input_shape, options.input_shape, cfg, channels)
+    console.print(f'image {tuple(shape)}, {source}')
     profiles = calls.profile(model, shape)
     pruner = ChannelPruner(model, options)
     found = pruner.discover(calls.loss, calls.check, calls.images, profiles)
@@ -107,15 +110,22 @@ def profiler_from(args: argparse.Namespace, console: Console) -> LatencyProfiler
 
 def show(checks: list[Check], console: Console) -> None:
     """Print what was predicted beside what was measured."""
-    table = Table('MACs', 'predicted (ms)', 'measured (ms)', 'error')
+    columns = ('MACs', 'predicted (ms)', 'measured (ms)', 'error', 'error of the share')
+    table = Table(*columns)
     for check in checks:
         times = (f'{t:.4g}' for t in (check.predicted, check.measured))
-        table.add_row(f'{check.macs:.1%}', *times, f'{check.error:+.1%}')
+        errors = (f'{e:+.1%}' for e in (check.error, check.ratio_error))
+        table.add_row(f'{check.macs:.1%}', *times, *errors)
     console.print(table)
-    errors = [abs(check.error) for check in checks]
-    console.print(
-        f'error: median {statistics.median(errors):.1%}, largest {max(errors):.1%}'
-    )
+    cuts = checks[1:]  # the first one is the whole model
+    _summarize('error', [c.error for c in cuts], console)
+    _summarize('error of the share', [c.ratio_error for c in cuts], console)
+
+
+def _summarize(name: str, errors: list[float], console: Console) -> None:
+    sizes = [abs(error) for error in errors]
+    middle, most = statistics.median(sizes), max(sizes)
+    console.print(f'{name}: median {middle:.1%}, largest {most:.1%}')
 
 
 def main() -> None:

@@ -64,10 +64,38 @@ def deployed_shape(
     structure = cfg.model.get('structure')
     if structure and (recorded := structure_shape(structure)):
         return recorded, f'as {structure} says'
-    channels = image_channels(cfg, item.original)
+    return _shape_of(cfg, image_channels(cfg, item.original))
+
+
+def profiled_shape(
+    given: Sequence[int] | None,
+    hook: Sequence[int] | None,
+    cfg: Config,
+    channels: int,
+) -> tuple[Sequence[int], str]:
+    """Choose the image size (C, H, W) at which a model's latency is measured.
+
+    Args:
+        given: The size that the user gives, if any.
+        hook: That of the config's pruning hook, if any.
+        cfg: The config.
+        channels: Channels of an image.
+
+    Returns:
+        The size, and where it was taken from.
+    """
+    if given is not None:
+        return given, 'as --input-shape says'
+    if hook is not None:
+        return hook, "as the config's pruning hook says"
+    return _shape_of(cfg, channels)
+
+
+def _shape_of(cfg: Config, channels: int) -> tuple[Shape, str]:
+    """Return the size in testing, or the library's default, and which of them it is."""
     if size := size_in_testing(cfg):
         return (channels, *size), 'as images are resized for testing'
-    return default_input_shape(cfg, channels), 'the default, as no file names another'
+    return default_input_shape(cfg, channels), "the library's default"
 
 
 def size_in_testing(cfg: Config) -> tuple[int, int] | None:

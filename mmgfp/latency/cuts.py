@@ -13,6 +13,10 @@ from mmgfp.selection.costs import CostTable
 ALIGNED = 8
 #: The narrowest that a group gets, as a share.
 NARROWEST = 0.1
+#: Shares that a few cuts keep at least, so that the way to the whole model is known.
+NEAR = 0.8
+#: One cut in so many is such a one.
+NEAR_EVERY = 8
 #: MACs of the cuts that check a profile, as shares.
 CHECKED = (0.2, 0.7)
 
@@ -30,8 +34,9 @@ def fitting_cuts(
     """Return units kept of each group in each cut, (G,): the whole model first.
 
     Latin hypercubes: in each half of the cuts, every group gets every part of its
-    range once. One half keeps multiples of `ALIGNED` channels; in the other half, what
-    a width is a multiple of is drawn for each group.
+    range once. One half keeps multiples of `ALIGNED` channels, and a few of its cuts
+    nearly all of them; in the other half, what a width is a multiple of is drawn for
+    each group.
 
     Args:
         sizes: Units of each group, (G,).
@@ -39,9 +44,11 @@ def fitting_cuts(
         cuts: Number of cuts, at least 3.
         rng: Makes them random.
     """
-    aligned = cuts // 2
+    aligned, near = cuts // 2, cuts // NEAR_EVERY
     result: list[np.ndarray] = [sizes]
-    for i, shares in enumerate(_hypercube(len(sizes), aligned, rng)):
+    wide = _hypercube(len(sizes), aligned - near, rng)
+    wide = np.concatenate([wide, _hypercube(len(sizes), near, rng, NEAR)])
+    for i, shares in enumerate(wide):
         blocks = np.full(len(sizes), ALIGNED * (1 + i % 2))
         result.append(_units(shares, sizes, widths, blocks))
     for shares in _hypercube(len(sizes), cuts - 1 - aligned, rng):
@@ -87,11 +94,33 @@ def checking_cuts(
     return result
 
 
-def _hypercube(groups: int, cuts: int, rng: np.random.Generator) -> np.ndarray:
+def with_whole(
+    cuts: Sequence[np.ndarray], whole: np.ndarray, times: int
+) -> list[np.ndarray]:
+    """Return the cuts with the whole model before, between and after them.
+
+    What disturbs a machine comes and goes: the whole model, which every target is a
+    share of, must not depend on one moment.
+
+    Args:
+        cuts: Units kept of each group in each cut, (G,).
+        whole: All units of each group, (G,).
+        times: How often the whole model is measured.
+    """
+    places = np.linspace(0, len(cuts), times).round().astype(int).tolist()
+    result = list(cuts)
+    for place in reversed(places):
+        result.insert(place, whole)
+    return result
+
+
+def _hypercube(
+    groups: int, cuts: int, rng: np.random.Generator, narrowest: float = NARROWEST
+) -> np.ndarray:
     """Return shares to keep in each cut, (cuts, G)."""
-    strata = np.stack([rng.permutation(cuts) for _ in range(groups)], 1)
+    strata = np.stack([rng.permutation(cuts) for _ in range(groups)], 1)  # (cuts, G)
     places = (strata + rng.random((cuts, groups))) / max(cuts, 1)
-    return NARROWEST + (1 - NARROWEST) * places
+    return narrowest + (1 - narrowest) * places
 
 
 def _units(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -11,7 +12,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from mmgfp.selection.costs import LayerProfile
-from mmgfp.selection.latency import alignment, predict, round_up
+from mmgfp.selection.latency import alignment, narrowness, predict, round_up
 from mmgfp.selection.latency_profile import (
     ALIGNMENTS,
     KindLatency,
@@ -35,6 +36,9 @@ TURNS = 8
 ROUNDS = 3
 #: Cuts that the times of one layer are fitted to, at least.
 LEAST = 5
+
+#: The surplus of a profile, at most: a fit beyond it would be one of noise.
+MOST_SURPLUS = 0.5
 
 #: The times of a layer, see `LayerLatency`.
 Times = tuple[float, float, float, float]
@@ -89,8 +93,10 @@ def fit_profile(
         origin: See `LatencyProfile`.
         layers: The layers by weight.
         profiles: How often they use their weights.
-        cuts: Of each cut, ``widths`` and ``times`` by weight.
+        cuts: Of each cut, ``units``, ``widths`` and ``times`` by weight. The whole
+            model is among them; what was measured repeatedly counts once.
     """
+    cuts = merged(cuts)
     samples = {
         name: Samples(
             np.array([cut['widths'][name] for cut in cuts], dtype=float),
@@ -105,7 +111,7 @@ def fit_profile(
         names = [n for n, layer in layers.items() if layer.kind == kind]
         kinds[kind], fitted = _fit_kind([samples[n] for n in names])
         times |= dict(zip(names, fitted, strict=True))
-    scale = _whole_scale(
+    scale, surplus = _fit_whole(
         [(samples[n], times[n], kinds[layers[n].kind]) for n in layers]
     )
     return LatencyProfile(
@@ -121,18 +127,54 @@ def fit_profile(
             )
             for name, layer in layers.items()
         },
+        surplus,
     )
 
 
-def _whole_scale(fits: Sequence[tuple[Samples, Times, KindLatency]]) -> float:
-    """Return how much longer whole networks take than their layers were fitted to.
+def merged(cuts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return each cut once, with median times that add up to its median total."""
+    alike: dict[tuple[int, ...], list[Mapping[str, Any]]] = {}
+    for cut in cuts:
+        alike.setdefault(tuple(cut['units']), []).append(cut)
+    result = []
+    for same in alike.values():
+        times = {
+            name: statistics.median(cut['times'].get(name, 0.0) for cut in same)
+            for name in same[0]['times']
+        }
+        total = statistics.median(sum(cut['times'].values()) for cut in same)
+        factor = total / sum(times.values())
+        result.append(
+            {**same[0], 'times': {name: factor * t for name, t in times.items()}}
+        )
+    return result
 
-    Single layers are fitted to the times that are usual, and what disturbs one layer
-    or the other is a part of the whole.
+
+def _fit_whole(
+    fits: Sequence[tuple[Samples, Times, KindLatency]],
+) -> tuple[float, float]:
+    """Return a factor on all times, and the surplus, that explain whole networks.
+
+    With the factor, the layers of the whole model add up to what it took, as targets
+    are shares of it. Cuts are then often predicted too high, as a large model
+    misses caches that a smaller one does not; the surplus is how much.
     """
-    predicted = sum(_predicted(*fit) for fit in fits)
-    measured = sum(samples.times for samples, _, _ in fits)
-    return float(np.median(measured / predicted))
+    layers = np.array([_predicted(*fit) for fit in fits])  # (L, S)
+    narrow = np.array(
+        [narrowness(s.widths, s.full, np.array(k.steps)) for s, _, k in fits]
+    )
+    measured = np.sum([samples.times for samples, _, _ in fits], 0)  # (S,)
+    is_whole = np.all([(s.widths == s.full).all(1) for s, _, _ in fits], 0)
+    scale = float(np.median(measured[is_whole] / layers.sum(0)[is_whole]))
+    straight, less = scale * layers.sum(0), scale * (layers * narrow).sum(0)
+    surplus, expected = 0.0, straight
+    for _ in range(TURNS):
+        weights = _trust(measured / expected - 1) / expected**2
+        best = (weights * less) @ (straight - measured)
+        best /= max((weights * less) @ less, 1e-12)
+        surplus = float(np.clip(best, 0, MOST_SURPLUS))
+        expected = straight - surplus * less
+    return scale, surplus
 
 
 def _fit_kind(layers: Sequence[Samples]) -> tuple[KindLatency, list[Times]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,15 @@ import torch
 from torch import nn
 
 from mmgfp.groups import Grouping
-from mmgfp.latency.cuts import ALIGNED, checking_cuts, fitting_cuts, kept_units
-from mmgfp.latency.fit import Layer, fit_profile
+from mmgfp.latency.check import Check
+from mmgfp.latency.cuts import (
+    ALIGNED,
+    checking_cuts,
+    fitting_cuts,
+    kept_units,
+    with_whole,
+)
+from mmgfp.latency.fit import Layer, fit_profile, merged
 from mmgfp.latency.pieces import pieces_of, roi_counts
 from mmgfp.latency.timers import LayerTimer
 from mmgfp.selection.costs import CostTable, LayerProfile
@@ -30,26 +37,9 @@ from mmgfp.version import __version__
 
 #: The share of MACs in layers that a runtime does not run, from which on it is refused.
 UNSEEN = 0.01
-
-
-@dataclass(frozen=True)
-class Check:
-    """A cut that was predicted and measured.
-
-    Attributes:
-        macs: Its share of the MACs.
-        predicted: Milliseconds.
-        measured: Milliseconds.
-    """
-
-    macs: float
-    predicted: float
-    measured: float
-
-    @property
-    def error(self) -> float:
-        """How much too high the prediction is, as a share."""
-        return self.predicted / self.measured - 1
+#: How often the whole model is measured among the cuts, and among the checks.
+WHOLE_FITTED = 5
+WHOLE_CHECKED = 3
 
 
 def processor(device: str = 'cpu') -> str:
@@ -159,19 +149,12 @@ class LatencyProfiler:
         """Measure what is missing of the cuts, fit, and write the profile.
 
         Args:
-            cuts: Number of cuts.
+            cuts: Number of cuts, one of which is the whole model.
             seed: Makes the cuts random.
         """
         rng = np.random.default_rng(seed)
-        plan = fitting_cuts(self.sizes, self.widths, cuts, rng)
-        done = {tuple(cut['units']) for cut in self.raw['cuts']}
-        for i, units in enumerate(plan):
-            if tuple(units.tolist()) in done:  # before, or twice in a small model
-                continue
-            self.raw['cuts'].append(self._measure(units))
-            done.add(tuple(units.tolist()))
-            self._save()
-            self._report(f'cut {i + 1} of {cuts}', self.raw['cuts'][-1])
+        plan = fitting_cuts(self.sizes, self.widths, cuts, rng)[1:]
+        self._measure_missing(plan, WHOLE_FITTED, self.raw['cuts'], 'cut')
         profile = self._fit()
         self.raw['fit'] = profile.to_dict()
         self._save()
@@ -184,7 +167,7 @@ class LatencyProfiler:
         multiple: int = ALIGNED,
         seed: int = 1,
     ) -> list[Check]:
-        """Predict and measure random cuts that the profile was not fitted to.
+        """Predict and measure the whole model again, and cuts that were not fitted to.
 
         Args:
             profile: The profile.
@@ -197,20 +180,38 @@ class LatencyProfiler:
         full = table.totals(np.zeros(len(self.sizes)))
         groups = (self.costs, self.sizes, self.widths)
         rng = np.random.default_rng([seed, multiple])
-        results = []
-        measured = self.raw['checks'].setdefault(str(multiple), [])
-        done = {tuple(cut['units']): cut for cut in measured}
-        for i, units in enumerate(checking_cuts(*groups, cuts, multiple, rng)):
-            cut = done.get(tuple(units.tolist()))
-            if cut is None:
-                cut = self._measure(units)
-                measured.append(cut)
-                self._save()
+        plan = checking_cuts(*groups, cuts, multiple, rng)
+        stored = self.raw['checks'].setdefault(str(multiple), [])
+        self._measure_missing(plan, WHOLE_CHECKED, stored, 'check')
+        measured = {
+            tuple(cut['units']): sum(cut['times'].values()) for cut in merged(stored)
+        }
+        whole = full['latency'], measured[tuple(self.sizes.tolist())]
+        checks = []
+        for units in [self.sizes, *plan]:
             totals = table.totals(self.sizes - units)
-            time = sum(cut['times'].values())
-            results.append(Check(totals.ratio('macs', full), totals['latency'], time))
-            self._report(f'check {i + 1} of {cuts}', cut)
-        return results
+            macs, predicted = totals.ratio('macs', full), totals['latency']
+            time = measured[tuple(units.tolist())]
+            checks.append(Check(macs, predicted, time, whole))
+        return checks
+
+    def _measure_missing(
+        self, cuts: list[np.ndarray], whole: int, stored: list[Any], what: str
+    ) -> None:
+        """Measure the cuts that are not stored yet, and the whole model among them."""
+        plan = with_whole(cuts, self.sizes, whole)
+        left = Counter(tuple(cut['units']) for cut in stored)
+        for i, units in enumerate(plan):
+            key = tuple(units.tolist())
+            is_whole = key == tuple(self.sizes.tolist())
+            if left[key] > 0:  # measured before, or twice in the plan of a small model
+                left[key] -= is_whole
+                continue
+            stored.append(self._measure(units))
+            left[key] += not is_whole
+            self._save()
+            label = f'{what} {i + 1} of {len(plan)}' + ', the whole model' * is_whole
+            self._report(label, stored[-1])
 
     def _report(self, what: str, cut: Mapping[str, Any]) -> None:
         self.notify(f'{what}: {sum(cut["times"].values()):.4g} ms')

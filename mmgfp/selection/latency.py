@@ -78,6 +78,7 @@ class Latency(Cost):
             self._full[rows],
             self._steps[self._kind[rows]],
             self._factors[self._kind[rows]],
+            self.profile.surplus,
         )
 
     def count_smoothly(self, sizes: TensorSizes) -> np.ndarray:
@@ -85,7 +86,8 @@ class Latency(Cost):
         rows, widths = self._look_up(sizes)
         shares = widths / self._full[rows]
         slope = LEAST_SLOPE * self._whole[rows] * shares.prod(1)
-        return _bilinear(self._times[rows], shares) + slope
+        surplus = self.profile.surplus
+        return _layer_times(self._times[rows], shares, surplus) + slope
 
     def _look_up(self, sizes: TensorSizes) -> tuple[np.ndarray, np.ndarray]:
         """Return row numbers, (R,), and input and output widths, (R, 2)."""
@@ -105,6 +107,7 @@ def predict(
     full: np.ndarray,
     steps: np.ndarray,
     factors: np.ndarray,
+    surplus: float = 0.0,
 ) -> np.ndarray:
     """Return times of R layers, (R,).
 
@@ -114,10 +117,12 @@ def predict(
         full: Those of the unpruned layers, (R, 2).
         steps: See `KindLatency`, (R, 2).
         factors: See `KindLatency`, (R, 2, alignments).
+        surplus: See `LatencyProfile`.
     """
     shares = round_up(widths, steps) / round_up(full, steps)
     both = np.take_along_axis(factors, alignment(widths)[:, :, None], 2)[:, :, 0]
-    return _bilinear(times, shares) * np.where(widths == full, 1.0, both).prod(1)
+    both = np.where(widths == full, 1.0, both)
+    return _layer_times(times, shares, surplus) * both.prod(1)
 
 
 def round_up(widths: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -136,9 +141,19 @@ def alignment(widths: np.ndarray) -> np.ndarray:
     return np.log2(largest).astype(int)
 
 
-def _bilinear(times: np.ndarray, shares: np.ndarray) -> np.ndarray:
+def narrowness(widths: np.ndarray, full: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Return what the surplus of a profile is multiplied by, 0 at full width, (R,)."""
+    return _narrowness(round_up(widths, steps) / round_up(full, steps))
+
+
+def _narrowness(shares: np.ndarray) -> np.ndarray:
+    return 1 - shares.prod(1) ** 2
+
+
+def _layer_times(times: np.ndarray, shares: np.ndarray, surplus: float) -> np.ndarray:
     x, y = shares.T
-    return times[:, 0] + times[:, 1] * x + times[:, 2] * y + times[:, 3] * x * y
+    bilinear = times[:, 0] + times[:, 1] * x + times[:, 2] * y + times[:, 3] * x * y
+    return bilinear * (1 - surplus * _narrowness(shares))
 
 
 def choose_divisor(

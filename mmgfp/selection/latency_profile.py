@@ -75,11 +75,14 @@ class LatencyProfile:
             precision, batch, input_shape, and so on.
         kinds: Kinds of layers by name.
         layers: Layers by the name of their weight.
+        surplus: By which share narrow layers are faster than their times say, 0 to 1:
+            ``1 - surplus·(1 - (x·y)²)`` of them count.
     """
 
     origin: Mapping[str, Any]
     kinds: Mapping[str, KindLatency]
     layers: Mapping[str, LayerLatency]
+    surplus: float = 0.0
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyProfile:
@@ -134,6 +137,8 @@ class LatencyProfile:
                 for name, layer in fit['layers'].items()
             }
             _require(bool(layers), 'no layers')
+            surplus = float(fit.get('surplus', 0.0))
+            _require(0 <= surplus < 1, f'surplus {surplus}')
             shape = [int(n) for n in origin['input_shape']]
             _require(len(shape) == 3 and min(shape) > 0, f'input_shape {shape}')
             names = origin.get('not_measured', ())
@@ -150,10 +155,10 @@ class LatencyProfile:
             got = f'{type(error).__name__}: {error}'
             remedy = f'write it again with {TOOL}'
             raise ConfigError(source, 'a latency profile', got, remedy) from None
-        return cls(dict(origin), kinds, layers)
+        return cls(dict(origin), kinds, layers, surplus)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return ``kinds`` and ``layers`` in plain types, as JSON holds them."""
+        """Return what was fitted in plain types, as JSON holds it."""
         return {
             'kinds': {
                 name: {'steps': list(k.steps), 'factors': [list(f) for f in k.factors]}
@@ -169,6 +174,7 @@ class LatencyProfile:
                 }
                 for name, layer in self.layers.items()
             },
+            'surplus': self.surplus,
         }
 
     @cached_property

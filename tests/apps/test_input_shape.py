@@ -7,7 +7,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmgfp.apps.input_shape import deployed_shape, size_in_testing
+from mmgfp.apps.input_shape import deployed_shape, profiled_shape, size_in_testing
 from mmgfp.utils.errors import ConfigError
 
 
@@ -66,7 +66,18 @@ def test_who_names_the_size_in_their_order(tmp_path, name):
     assert (size, source) == ((4, 16, 32), 'as images are resized for testing')
     cfg.test_dataloader = None
     size, source = deployed_shape(None, item, cfg)
-    assert size == (4, 800, 1280) and source.startswith('the default')
+    assert (size, source) == ((4, 800, 1280), "the library's default")
+
+
+def test_who_names_the_size_of_a_profile():
+    cfg = config(dict(type='Resize', scale=(32, 16)))
+    assert profiled_shape([3, 9, 9], [3, 8, 8], cfg, 3)[0] == [3, 9, 9]
+    hook = "as the config's pruning hook says"
+    assert profiled_shape(None, [3, 8, 8], cfg, 3) == ([3, 8, 8], hook)
+    assert profiled_shape(None, None, cfg, 4)[0] == (4, 16, 32)
+    cfg.test_dataloader = None
+    default = ((3, 800, 1280), "the library's default")
+    assert profiled_shape(None, None, cfg, 3) == default
 
 
 def test_a_structure_of_a_wrong_size_is_refused(tmp_path):

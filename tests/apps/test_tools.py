@@ -55,7 +55,9 @@ def test_latency_is_profiled_and_predicted(run_tool, tmp_path):
     command = ('profile_latency.py', DEMO, '--out', table, '--cuts', 8, '--check', 1)
     done = run_tool(*command, *sized)
     assert done.returncode == 0, done.stderr
-    assert 'cut 8 of 8' in done.stdout and 'error: median' in done.stdout
+    assert 'image (3, 64, 64), as --input-shape says' in done.stdout
+    assert 'cut 12 of 12, the whole model' in done.stdout
+    assert 'error: median' in done.stdout and 'share: median' in done.stdout
     analyze = ('analyze.py', DEMO, '--latency-profile', table, '--json', out)
     done = run_tool(*analyze, *sized)
     assert done.returncode == 0, done.stderr

@@ -14,13 +14,14 @@ from mmgfp.discovery.discover import discover
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model
-from mmgfp.latency.cuts import checking_cuts, fitting_cuts
-from mmgfp.latency.fit import Layer, fit_profile
+from mmgfp.latency.check import Check
+from mmgfp.latency.cuts import checking_cuts, fitting_cuts, with_whole
+from mmgfp.latency.fit import Layer, fit_profile, merged
 from mmgfp.latency.graph import times_of_layers
 from mmgfp.latency.measure import LatencyProfiler
 from mmgfp.latency.pieces import Piece, pieces_of, roi_counts
 from mmgfp.latency.timers import TIMERS, LayerTimer
-from mmgfp.selection.costs import CostTable, LayerProfile
+from mmgfp.selection.costs import CostTable, LayerProfile, TensorSizes
 from mmgfp.selection.latency import Latency
 from mmgfp.selection.latency_profile import LatencyProfile
 from mmgfp.utils.errors import ConfigError
@@ -99,6 +100,8 @@ def test_known_times_are_predicted(found, tmp_path):
     for multiple in (1, 8):
         checks = measuring.check(profile, 4, multiple)
         assert max(abs(check.error) for check in checks) < 0.01
+        assert [check.macs for check in checks].count(1.0) == 1
+        assert checks[0].macs == 1.0 and checks[0].ratio_error == 0
         assert all(check.measured > 0 for check in checks)
 
 
@@ -232,7 +235,7 @@ def test_steps_and_broken_layouts_are_fitted():
             n: (1 + 7 * i / 64 * -(-o // 16) / 8) * (2 if i % 2 else 1)
             for n, (i, o) in pairs.items()
         }
-        cuts.append(dict(widths=pairs, times=times))
+        cuts.append(dict(units=units.tolist(), widths=pairs, times=times))
     profiles = {n: LayerProfile(1.0, 1.0) for n in layers}
     profile = fit_profile({}, layers, profiles, cuts)
     kind = profile.kinds['conv']
@@ -241,6 +244,60 @@ def test_steps_and_broken_layouts_are_fitted():
     assert kind.factors[1] == pytest.approx([1] * 6, rel=0.05)
     for layer in profile.layers.values():
         assert layer.times == pytest.approx((1, 0, 0, 7), abs=0.5)
+
+
+@pytest.mark.parametrize('surplus', [0.0, 0.2])
+def test_a_whole_model_that_misses_caches(surplus):
+    """Layers that no bilinear time fits: the whole model is met, and so are cuts.
+
+    One of five measurements of the whole model was disturbed.
+    """
+    rng = np.random.default_rng(0)
+    layers = {f'{i}.weight': Layer('conv', (64, 64, 3, 3), 0) for i in range(4)}
+    sizes = np.full(8, 64)
+    cuts = []
+    plan = fitting_cuts(sizes, np.ones(8, dtype=int), 25, rng)
+    for turn, units in enumerate([*plan, *[sizes] * 4]):
+        pairs = dict(zip(layers, units.reshape(4, 2).tolist(), strict=True))
+        area = {n: i * o / 64**2 for n, (i, o) in pairs.items()}
+        disturbed = 1.5 if turn == 26 else 1.0
+        times = {
+            n: disturbed * (1 + 9 * a) * (1 - surplus * (1 - a**2))
+            for n, a in area.items()
+        }
+        cuts.append(dict(units=units.tolist(), widths=pairs, times=times))
+    profiles = {n: LayerProfile(1.0, 1.0) for n in layers}
+    profile = fit_profile({}, layers, profiles, cuts)
+    whole = sum(sum(layer.times) for layer in profile.layers.values())
+    assert whole == pytest.approx(40)
+    assert profile.surplus <= surplus + 1e-9  # layers take a part of the bend
+    shapes, dims = np.tile([32, 32, 3, 3], (4, 1)), np.zeros(4, dtype=int)
+    narrow = TensorSizes(np.array([*layers]), shapes, dims, np.ones(4), np.ones(4))
+    half = Latency(profile).count(narrow).sum()
+    expected = 4 * (1 + 9 / 4) * (1 - surplus * (1 - 1 / 16))
+    assert half == pytest.approx(expected, rel=0.03)
+
+
+def test_repeated_measurements_are_one():
+    """Medians of the layers, which add up to the median of the whole."""
+    times = ([1.0, 5.0], [2.0, 2.0], [3.0, 4.0])  # totals 6, 4, 7
+    cuts = [dict(units=[1], times=dict(a=a, b=b)) for a, b in times]
+    other = dict(units=[2], times=dict(a=1.0, b=1.0))
+    first, second = merged([*cuts[:2], other, cuts[2]])
+    assert first == dict(units=[1], times=dict(a=2.0, b=4.0))
+    assert second == other
+
+
+def test_the_whole_model_is_spread_over_a_run():
+    cuts = [np.array([i]) for i in range(1, 9)]
+    plan = with_whole(cuts, np.array([9]), 3)
+    assert [int(n[0]) for n in plan] == [9, 1, 2, 3, 4, 9, 5, 6, 7, 8, 9]
+
+
+def test_errors_of_a_share():
+    """Predicted a half of 4 ms, measured two thirds of 3 ms."""
+    check = Check(0.5, predicted=2.0, measured=2.0, whole=(4.0, 3.0))
+    assert check.error == 0 and check.ratio_error == pytest.approx(-0.25)
 
 
 def test_cuts_cover_the_widths():
@@ -252,6 +309,8 @@ def test_cuts_cover_the_widths():
     aligned = cuts[1:13]
     assert not (aligned[:, :2] % 8).any()
     assert (cuts[13:, :2] % 8).any()
+    near = cuts[10:13] / sizes  # every eighth one is nearly the whole model
+    assert (near > 0.7).all() and (near < 1).any()
     # Of every group narrow, middle and wide ones.
     shares = aligned / sizes
     assert (shares.min(0) < 0.3).all() and (shares.max(0) > 0.8).all()

@@ -1,6 +1,7 @@
 """Latency as a cost: a table worked out by hand, savings, decisions, refusals."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,13 +32,13 @@ PLAIN = (1.0,) * 6
 BROKEN = (3.0, 2.0, 1.0, 1.0, 1.0, 1.0)
 
 
-def table(a=(1, 0, 2, 5), b=(0, 4, 0, 4), kind=None):
+def table(a=(1, 0, 2, 5), b=(0, 4, 0, 4), kind=None, surplus=0.0):
     """Costs of the two layers, which take 8 ms each at full width."""
     layers = {
         name: LayerLatency('conv', SHAPES[name], 0, 100.0, times)
         for name, times in (('a.weight', a), ('b.weight', b))
     }
-    profile = LatencyProfile({}, {'conv': kind or KindLatency()}, layers)
+    profile = LatencyProfile({}, {'conv': kind or KindLatency()}, layers, surplus)
     costs = {'latency': Latency(profile)}
     return CostTable(SHAPES, PROFILES, [GROUP], costs)
 
@@ -62,6 +63,17 @@ def table(a=(1, 0, 2, 5), b=(0, 4, 0, 4), kind=None):
 def test_the_time_of_a_width(kind, removed, expected):
     totals = table(kind=kind).totals(np.array([removed]))
     assert totals['latency'] == pytest.approx(expected)
+
+
+def test_narrow_layers_have_no_surplus():
+    """At half the channels of both, 3/4 of the surplus is gone: 8.5 · (1 - 0.15)."""
+    costs = table(surplus=0.2)
+    assert costs.totals(np.array([0]))['latency'] == pytest.approx(16)
+    assert costs.totals(np.array([16]))['latency'] == pytest.approx(8.5 * 0.85)
+    # Savings have the same slope, but for the least one: 1 % of the layers' time.
+    smooth = costs.count_smoothly(costs.sizes_without(np.array([16])), slice(None))
+    row = list(costs.counters).index('latency')
+    assert smooth[row].sum() == pytest.approx(8.5 * 0.85 + 0.01 * 16 / 2)
 
 
 def test_without_a_profile_there_is_no_latency():
@@ -150,7 +162,7 @@ def profile(**origin):
 
 def test_files_hold_everything(tmp_path):
     kind = KindLatency((16, 8), (BROKEN, PLAIN))
-    written = made_up(SHAPES, PROFILES, conv=kind)
+    written = replace(made_up(SHAPES, PROFILES, conv=kind), surplus=0.125)
     read = LatencyProfile.load(write(written, tmp_path / 'table.json'))
     assert read == written
     assert read.digest == written.digest != profile(version='10').digest
@@ -196,6 +208,15 @@ def test_positions_and_factors_are_above_zero(bad):
         data['kinds']['conv']['factors'][1][3] = bad
         with pytest.raises(ConfigError, match='a factor of 0'):
             LatencyProfile.from_dict(profile().origin, data)
+
+
+@pytest.mark.parametrize('bad', [-0.1, 1.0, float('nan'), 'x'])
+def test_a_surplus_is_a_share(bad):
+    data = profile().to_dict() | {'surplus': bad}
+    with pytest.raises(ConfigError, match='a latency profile'):
+        LatencyProfile.from_dict(profile().origin, data)
+    del data['surplus']  # a file from before there was one
+    assert LatencyProfile.from_dict(profile().origin, data).surplus == 0
 
 
 @pytest.mark.parametrize('bad', [-1.0, float('nan'), 'x'])
