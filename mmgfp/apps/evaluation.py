@@ -57,6 +57,11 @@ def evaluate_file(
     cfg.load_from, cfg.log_level = None, 'ERROR'
     with tempfile.TemporaryDirectory() as folder:
         cfg.work_dir = folder
+        # MMEngine hands out loggers and visualizers by name: one of an evaluation
+        # before would write to that one's folder, which is gone.
+        cfg.experiment_name = Path(folder).name
+        if cfg.get('visualizer'):
+            cfg.visualizer.name = cfg.experiment_name
         runner = runner_to_test(cfg)
         runner.model = ExportedModel(session, runner.model)
         return runner.test()

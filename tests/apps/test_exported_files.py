@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -10,10 +11,13 @@ import torch
 from mmengine.config import Config
 from support.plain_onnx import write_plain_onnx
 from support.small_configs import config_of
-from support.tooling import load_tool
+from support.tooling import ROOT, load_tool
 
+from mmgfp.apps.evaluation import evaluate_file
 from mmgfp.engine.model_building import build_model, init_weights
 from mmgfp.export.graphs import end_to_end_graph, raw_graph
+from mmgfp.runtimes import open_model
+from mmgfp.utils.errors import ConfigError
 
 SIZE = (64, 64)
 
@@ -110,6 +114,38 @@ def test_refuses_files_without_results_and_of_other_sizes(exported, run_test):
     config, _, file = exported('retinanet', graph=raw_graph)
     with pytest.raises(ValueError, match='dets and labels, or scores .got outputs'):
         run_test(config, file, '--runtime', 'onnxruntime')
+
+
+def test_files_are_evaluated_one_after_the_other(exported):
+    config, _, file = exported('retinanet', batch=2)
+    config = Config.fromfile(config)
+    assert config.visualizer
+    # The first one's folder is gone by then.
+    first, second = (evaluate_file(config, file) for _ in range(2))
+    assert first == second
+    assert 'coco/bbox_mAP' in first
+
+
+OPEN = """
+import sys
+from mmgfp.runtimes import open_model
+assert 'torchvision' not in sys.modules
+print(*open_model(sys.argv[1], 'torchscript').inputs)
+"""
+
+
+def test_torchscript_files_find_ops_of_torchvision(tmp_path):
+    @torch.jit.script
+    def keep(boxes: torch.Tensor, scores: torch.Tensor):
+        return torch.ops.torchvision.nms(boxes, scores, 0.5)
+
+    file = tmp_path / 'nms.pt'
+    keep.save(str(file))
+    command = [sys.executable, '-c', OPEN, str(file)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    file.write_bytes(b'cut short')
+    with pytest.raises(ConfigError, match='must be a whole TorchScript file'):
+        open_model(file)
 
 
 def test_fitting_leaves_other_steps_as_they_are():
