@@ -32,7 +32,7 @@ from mmgfp.engine.deploy import (
     deploy,
     read_deployable,
 )
-from mmgfp.export.files import FORMATS, check_formats, export_files
+from mmgfp.export.files import FORMATS, RAW_NOTE, check_formats, export_files
 from mmgfp.export.options import ExportOptions
 from mmgfp.selection.costs import COSTS
 
@@ -155,6 +155,8 @@ def main() -> None:
     show(rows, Console())
     for file in exported:
         print(file)
+    if exported and not args.nms:
+        print(RAW_NOTE)
     print(f'wrote {", ".join(str(p) for p in paths.values())}')
 
 

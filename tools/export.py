@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+
+from mmengine.config import Config
+from rich.console import Console
+from rich.table import Table
 
 from mmgfp.apps.cli import (
     Overrides,
@@ -16,10 +21,10 @@ from mmgfp.apps.cli import (
 )
 from mmgfp.apps.evaluation import evaluate_file
 from mmgfp.apps.input_shape import deployed_shape
+from mmgfp.apps.run_config import check_data
 from mmgfp.apps.tables import main_metric
 from mmgfp.engine.deploy import check_destination, read_trained
-from mmgfp.export.files import FORMATS, check_formats, export_files
-from mmgfp.export.int8 import check_int8, write_int8
+from mmgfp.export.files import FORMATS, RAW_NOTE, Exported, check_formats, export_files
 from mmgfp.export.options import AXES, ExportOptions
 from mmgfp.utils.errors import ConfigError
 
@@ -67,7 +72,8 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         type=Path,
         default=[],
-        help='to check on, or folders of them; the test dataset by default',
+        help='to check on and to calibrate --int8, or folders of them; by default '
+        'images of the test and the training dataset',
     )
     add_shape_argument(
         parser, 'size of the input; that of the pruning run or of testing by default'
@@ -88,7 +94,7 @@ def add_int8_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1),
         default=100,
         metavar='N',
-        help="images of the config's data on which --int8 finds ranges",
+        help='images on which --int8 finds ranges: of --images, or of the training set',
     )
     parser.add_argument(
         '--eval',
@@ -107,10 +113,9 @@ def main() -> None:
         opset=args.opset or ExportOptions.default_opset(args.dynamo),
         dynamo=args.dynamo,
         fp16=args.fp16,
+        calibrate=args.calib if args.int8 else 0,
     )
     check_formats(args.format, options)
-    if args.int8:
-        check_int8(args.format, options)
     if args.eval and not (args.nms and not args.preprocess):
         got = '--preprocess' if args.nms else 'raw outputs'
         raise ConfigError(
@@ -119,6 +124,8 @@ def main() -> None:
     check_destination(args.out, args.name)
     check_checkpoint('checkpoint', args.checkpoint)
     cfg = load_config(args.config, args.cfg_options)
+    if args.eval:
+        check_data(cfg, ['test'])
     with reading_config(cfg):
         trained = read_trained(cfg, args.checkpoint)
         shape, source = deployed_shape(args.input_shape, trained, cfg)
@@ -128,14 +135,26 @@ def main() -> None:
     )
     for file in written:
         print(file)
-    paths = [file.path for file in written]
-    for path in list(paths) if args.int8 else ():
-        paths.append(write_int8(cfg, trained.model, path, args.calib))
-        note = f'calibrated on at most {args.calib} images of the config, not checked'
-        print(f'{paths[-1]}: 8 bits, {note} against the model')
-    results = {p: main_metric(evaluate_file(cfg, p)) for p in paths if args.eval}
-    for path, (name, value) in results.items():
-        print(f'{path}: {name} {value:.2f}')
+    if not args.nms:
+        print(RAW_NOTE)
+    if args.eval:
+        show_results(cfg, written)
+
+
+def show_results(cfg: Config, files: Sequence[Exported]) -> None:
+    """Test files, and print size and metric of each."""
+    rows = []
+    for file in files:
+        print(f'testing {file.path.name} on the test set of the config', flush=True)
+        name, value = main_metric(evaluate_file(cfg, file.path))
+        rows.append((file.path.name, f'{file.megabytes:.2f}', f'{value:.2f}'))
+    table = Table('file')
+    table.columns[0].overflow = 'fold'
+    for title in ('size (MB)', name):
+        table.add_column(title, justify='right', no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 if __name__ == '__main__':

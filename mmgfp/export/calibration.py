@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class CalibrationImages(Sequence[np.ndarray]):
         pad_value: What padding up to that size holds.
 
     Raises:
-        ConfigError: If the config has no data, or its dataset is empty.
+        ConfigError: If the config has no data, or they are missing or empty.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class CalibrationImages(Sequence[np.ndarray]):
         if scope_of(cfg) == 'mmdet':
             self.collate = pseudo_collate
         self.size, self.pad_value = size, pad_value
-        self.dataset = DATASETS.build(_dataset(cfg, size))
+        chosen = _dataset(cfg, size)
+        with _reading_data():
+            self.dataset = DATASETS.build(chosen)
         total = len(self.dataset)
         if min(total, count) < 1:
             raise ConfigError(
@@ -60,8 +63,9 @@ class CalibrationImages(Sequence[np.ndarray]):
                 'raise --calib, or name a dataset that has images',
             )
         # Not the first ones: classification sets are sorted by class.
-        steps = np.linspace(0, total - 1, min(total, count))
-        self.indices = [int(i) for i in steps.round()]
+        self.indices = evenly(range(total), count)
+        with _reading_data():
+            self[0]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -71,6 +75,31 @@ class CalibrationImages(Sequence[np.ndarray]):
         images = self.processor(copy.copy(data), False)['inputs']
         padded = pad_to(images, self.size, self.pad_value)
         return padded.float().cpu().numpy()  # (1, C, H, W)
+
+
+@contextmanager
+def _reading_data() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            'the calibration set',
+            'present where the config says',
+            str(error),
+            'put or link it there, pass --cfg-options data_root=DIR, or name images '
+            'with --images',
+        ) from error
+
+
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """Return at most `count` items, evenly spread from the first to the last.
+
+    Examples:
+        >>> evenly(range(16), 5)
+        [0, 4, 8, 11, 15]
+    """
+    steps = np.linspace(0, len(items) - 1, min(len(items), count))
+    return [items[int(i)] for i in steps.round()]
 
 
 def _dataset(cfg: Config, size: Sequence[int | None]) -> dict[str, Any]:

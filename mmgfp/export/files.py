@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from mmgfp.engine.config_search import scope_of, testing_pipeline
 from mmgfp.engine.deploy import Trained
+from mmgfp.export.calibration import CalibrationImages, evenly
 from mmgfp.export.check import Reference, Report, check_file
 from mmgfp.export.graphs import end_to_end_graph, raw_graph
 from mmgfp.export.images import find_images, read_samples
+from mmgfp.export.int8 import check_int8, write_int8
 from mmgfp.export.matching import Limits
 from mmgfp.export.metadata import metadata_of, task_of
 from mmgfp.export.onnx_file import write_onnx
@@ -39,6 +42,11 @@ FORMATS = {
     'openvino': ('.xml', 'openvino'),
     'torchscript': ('.pt', 'torchscript'),
 }
+#: Printed where files without results are written.
+RAW_NOTE = (
+    'the outputs are raw: what the heads give, or the RPN of a two-stage detector; '
+    '--nms gives detections or probabilities'
+)
 
 
 @dataclass(frozen=True)
@@ -47,23 +55,34 @@ class Exported:
 
     Attributes:
         path: The file.
-        report: What its check saw.
-        images: Where the images of the check came from.
+        report: What its check saw; None of an 8-bit file, which is not checked.
+        images: How many images it was checked or calibrated on, and where they came
+            from.
     """
 
     path: Path
-    report: Report
+    report: Report | None
     images: str
 
+    @property
+    def megabytes(self) -> float:
+        """Size of the file, in MB of 10^6 bytes, with the weights beside it."""
+        files = {self.path, self.path.with_suffix('.bin')}
+        files = {self.path} if self.path.suffix != '.xml' else files
+        return sum(file.stat().st_size for file in files) / 1e6
+
     def __str__(self) -> str:
-        return f'{self.path}: checked in {self.report} ({self.images})'
+        head = f'{self.path} ({self.megabytes:.2f} MB)'
+        if self.report is None:
+            return f'{head}: 8 bits, {self.images}; not checked against the model'
+        return f'{head}: checked in {self.report} ({self.images})'
 
 
 def check_formats(formats: Sequence[str], options: ExportOptions) -> None:
     """Check that formats are known and can do what is asked for.
 
     Raises:
-        ConfigError: If one is unknown, or has no half precision.
+        ConfigError: If one is unknown, or has no half precision or no 8 bits.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
@@ -79,6 +98,8 @@ def check_formats(formats: Sequence[str], options: ExportOptions) -> None:
             'TorchScript files run in single precision on a CPU: export onnx or '
             'openvino',
         )
+    if options.calibrate:
+        check_int8(formats, options)
 
 
 def export_files(
@@ -101,8 +122,8 @@ def export_files(
         name: Name of the files without suffix.
         formats: Names in `FORMATS`.
         options: What leaves the file, which axes are free, and so on.
-        images: Files and folders with images for the check; by default some of the test
-            dataset.
+        images: Files and folders with images for the check, and to calibrate 8-bit
+            files; by default some of the test dataset, and of the training dataset.
 
     Raises:
         ConfigError: If the model or the options cannot be exported, or a runtime is
@@ -123,31 +144,60 @@ def export_files(
     example = torch.from_numpy(samples[0].image)[None]
     if not options.preprocess:
         example = samples[0].inputs
-    return _write_all(out, name, formats, reference, example, options, metadata, origin)
+    calibration: Sequence[np.ndarray] = ()
+    if options.calibrate and images:
+        chosen = evenly(samples, options.calibrate)
+        calibration = [s.inputs.float().cpu().numpy() for s in chosen]
+    elif options.calibrate:
+        size = [None, None] if 'size' in options.dynamic else list(shape[1:])
+        calibration = CalibrationImages(
+            cfg, trained.model, options.calibrate, size, prep.pad_value
+        )
+    work = Work(reference, example, options, metadata, origin, calibration)
+    return _write_all(out, name, formats, work)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all files of a call have in common.
+
+    Attributes:
+        reference: The graph to write, and what it is compared with.
+        example: An input of the size to export.
+        options: What leaves the file, which axes are free, and so on.
+        metadata: Texts to store, by key.
+        origin: Where the images of the check came from.
+        calibration: Inputs (1, C, H, W) for 8-bit files; none where there are none.
+    """
+
+    reference: Reference
+    example: Tensor
+    options: ExportOptions
+    metadata: dict[str, str]
+    origin: str
+    calibration: Sequence[np.ndarray]
 
 
 def _write_all(
-    out: Path,
-    name: str,
-    formats: Sequence[str],
-    reference: Reference,
-    example: Tensor,
-    options: ExportOptions,
-    metadata: dict[str, str],
-    origin: str,
+    out: Path, name: str, formats: Sequence[str], work: Work
 ) -> list[Exported]:
     """Write and check all files in a hidden folder, then move them to ``out``."""
     is_new = not out.exists()
     check_folder(out)
-    written = []
+    written, small_files = [], []
     try:
         with tempfile.TemporaryDirectory(dir=out, prefix='.export.') as tmp:
             for kind in formats:
                 suffix, runtime = FORMATS[kind]
                 path = Path(tmp, f'{name}{suffix}')
-                _write(kind, path, reference.graph, example, options, metadata)
-                report = check_file(path, runtime, reference, options)
-                written.append(Exported(out / path.name, report, origin))
+                graph = work.reference.graph
+                _write(kind, path, graph, work.example, work.options, work.metadata)
+                report = check_file(path, runtime, work.reference, work.options)
+                written.append(Exported(out / path.name, report, work.origin))
+                if work.calibration:
+                    small = write_int8(path, work.calibration)
+                    note = f'calibrated on {len(work.calibration)} images'
+                    small_files.append(Exported(out / small.name, None, note))
             # All of them or none.
             for file in sorted(Path(tmp).iterdir()):
                 if file.suffix not in _UNWANTED:
@@ -156,7 +206,7 @@ def _write_all(
     finally:
         if is_new and not any(out.iterdir()):
             out.rmdir()
-    return written
+    return written + small_files
 
 
 #: What is written on the way to another format.

@@ -24,6 +24,7 @@ class ExportOptions:
         opset: Version of ONNX's operators.
         dynamo: Whether `torch.export` finds the graph of an ONNX file.
         fp16: Whether weights are stored, and in ONNX multiplied, in half precision.
+        calibrate: Images to calibrate 8-bit files on; 0 writes no such files.
     """
 
     nms: bool = False
@@ -32,6 +33,7 @@ class ExportOptions:
     opset: int = 17
     dynamo: bool = False
     fp16: bool = False
+    calibrate: int = 0
 
     def __post_init__(self) -> None:
         unknown = [axis for axis in self.dynamic if axis not in AXES]

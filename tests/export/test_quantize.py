@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,9 +15,12 @@ from support.plain_onnx import write_plain_onnx
 from support.small_configs import config_of
 from support.tooling import load_tool
 
+from mmgfp.engine.deploy import Trained
 from mmgfp.engine.model_building import build_model
 from mmgfp.export.calibration import CalibrationImages
+from mmgfp.export.files import export_files
 from mmgfp.export.graphs import end_to_end_graph, raw_graph
+from mmgfp.export.options import ExportOptions
 from mmgfp.export.quantize import (
     float_nodes,
     onnx_nodes,
@@ -163,9 +167,12 @@ def test_the_tool_writes_8_bits_and_tests_both(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [*argv, '--dynamic', 'batch'])
     load_tool('export').main()
     said = capsys.readouterr().out
-    for name in ('model.onnx', 'model_int8.onnx'):
-        assert re.search(rf'out/{name}: top-1 \d', said)
     float_, int8 = (tmp_path / 'out' / n for n in ('model.onnx', 'model_int8.onnx'))
+    assert re.search(r'int8.onnx \(0.\d+ MB\): 8 bits, calibrated on 4 images', said)
+    assert re.search(r'file +┃ size \(MB\) ┃ top-1', said)
+    for path in (float_, int8):
+        size = f'{path.stat().st_size / 1e6:.2f}'
+        assert re.search(rf'{path.name} +│ +{size} │ +\d', said)
     assert int8.stat().st_size < float_.stat().st_size / 2
     assert open_model(int8).metadata == open_model(float_).metadata
     for extra, words in {
@@ -175,3 +182,21 @@ def test_the_tool_writes_8_bits_and_tests_both(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', [*argv, extra])
         with pytest.raises(ConfigError, match=words):
             load_tool('export').main()
+
+
+def test_8_bits_without_the_data_of_the_config(tmp_path):
+    """Nothing is left where the data are missing; images of the user's will do."""
+    config = config_of(tmp_path, 'retinanet')
+    trained = Trained(build_model(config).eval(), None, {})
+    root = Path(config.train_dataloader.dataset.data_root)
+    picture = next(root.rglob('val/*.png'))
+    config.train_dataloader.dataset.update(type='CocoDataset', data_root='/nowhere')
+    del config.train_dataloader.dataset['spec']
+    options = ExportOptions(calibrate=5)
+    given = config, trained, (3, 64, 64), tmp_path / 'out', 'model', ['onnx'], options
+    with pytest.raises(ConfigError, match='put or link it there, pass --cfg-options'):
+        export_files(*given)
+    assert not (tmp_path / 'out').exists()
+    files = export_files(*given, [picture, picture.parent])
+    assert [file.path.name for file in files] == ['model.onnx', 'model_int8.onnx']
+    assert 'calibrated on 5 images' in str(files[1])  # the picture and the four of val
