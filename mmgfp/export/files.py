@@ -248,6 +248,8 @@ def _reference(
             'priors and limits of boxes are computed for one size of images: leave '
             'either out',
         )
+    if options.nms and options.dynamo and task != 'classification':
+        _check_fixed_batch(options)
     # A copy, so that nothing done to the graph reaches what it is compared with.
     twin = copy.deepcopy(model)
     if options.nms:
@@ -256,6 +258,18 @@ def _reference(
         graph = raw_graph(twin, torch.zeros(1, *shape))
     limits = _limits(model) if options.nms and task != 'classification' else None
     return Reference(model, graph, (), task, limits)
+
+
+def _check_fixed_batch(options: ExportOptions) -> None:
+    """Refuse a free batch where `torch.export` fixes it without a word."""
+    if 'batch' in options.dynamic:
+        raise ConfigError(
+            '--dynamic batch',
+            'left out with --dynamo and --nms',
+            'all three',
+            'torch.export fixes the number of images in the NMS of detectors: leave '
+            '--dynamo out',
+        )
 
 
 def _limits(model: Any) -> Limits:

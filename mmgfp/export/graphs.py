@@ -107,7 +107,8 @@ def _one_stage_graph(model: Any) -> ExportGraph:
     from mmgfp.export.heads.dense import check_dense
 
     if not inherits(model, SingleStageDetector, 'predict'):
-        raise refuse('model', 'a one-stage detector', type(model).__name__)
+        kinds = 'a one-stage detector, or a two-stage one with RPN,'
+        raise refuse('model', kinds, type(model).__name__)
     check_dense(model.bbox_head)
     return ExportGraph(model, ('dets', 'labels'), _one_stage)
 

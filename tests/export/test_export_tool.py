@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from mmengine.config import Config
+from support.exporting import assert_detections, predictions
 from support.small_configs import config_of
 from support.tooling import ROOT
 
@@ -110,6 +111,21 @@ def test_raw_outputs_of_any_number_of_images(kind, trained, tmp_path):
     assert json.loads(session.metadata['mmgfp'])['outputs'] == 'raw'
 
 
+@pytest.mark.parametrize('kind', ['retinanet', 'faster'])
+def test_detections_of_any_number_of_images(kind, trained, tmp_path):
+    made = trained(kind)
+    (file,) = export(made, tmp_path, nms=True, dynamic=('batch',))
+    session = open_model(file.path)
+    assert session.inputs == {'image': (None, *SHAPE)}
+    torch.manual_seed(1)
+    images = torch.randn(2, *SHAPE)
+    for batch in (images[:1], images):
+        found = session.run({'image': batch.numpy()})
+        outputs = found['dets'], found['labels']
+        predicted = predictions(made[1].model, batch)
+        assert_detections(outputs, predicted, strays=1)
+
+
 def test_half_precision_is_stored(trained, tmp_path):
     full = export(trained('retinanet'), tmp_path / 'full', nms=True)
     half = export(trained('retinanet'), tmp_path / 'half', nms=True, fp16=True)
@@ -203,6 +219,7 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path):
         (dict(images=[tmp_path / 'empty']), 'must be a folder with images'),
         (dict(images=[tmp_path / 'none.png']), 'must be files or folders'),
         (dict(nms=True, dynamic=('size',)), 'must be left out with --nms'),
+        (dict(nms=True, dynamic=('batch',), dynamo=True, opset=18), 'fixes the number'),
     ]:
         with pytest.raises(ConfigError, match=words):
             export(made, tmp_path / 'out', **options)

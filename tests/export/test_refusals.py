@@ -33,7 +33,10 @@ def detr():
     ('config', 'words'),
     [
         (paa, r'bbox_head must be .*\(got PAAHead\)'),
-        (detr, r'model must be a one-stage detector.* \(got DETR\)'),
+        (
+            detr,
+            r'model must be a one-stage detector, or a two-stage one .* \(got DETR\)',
+        ),
         (lambda: slim(CASCADE), r'roi_head must be .*\(got CascadeRoIHead\)'),
         (lambda: slim(DOUBLE), r'roi_head must be .*\(got DoubleHeadRoIHead\)'),
         (lambda: slim(GRID), r'roi_head must be .*\(got GridRoIHead\)'),
