@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from mmengine.config import Config
 from mmengine.evaluator import DumpResults
+from torch import nn
 
 from mmgfp.apps.cli import (
     add_runner_arguments,
@@ -25,10 +26,13 @@ from mmgfp.apps.run_config import (
     configure_run,
     prepare_config,
 )
+from mmgfp.engine.runner_access import unwrap_model
 from mmgfp.export.exported_model import ExportedModel
 from mmgfp.runtimes import RUNTIMES, open_model
-from mmgfp.utils.errors import ConfigError
-from mmgfp.utils.io import check_folder
+from mmgfp.surgery.fit import check_shapes
+from mmgfp.surgery.structure import STRUCTURE_KEY
+from mmgfp.utils.errors import ConfigError, StructureError
+from mmgfp.utils.io import check_folder, load_weights_only
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,11 +68,51 @@ def check_args(args: argparse.Namespace) -> None:
         SavingError: If a file cannot be written where it shall be.
     """
     if args.runtime is None:
-        check_checkpoint('checkpoint', args.checkpoint)
+        check_weights(args.checkpoint)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ConfigError('--out', 'a .pkl file', args.out, 'rename it')
     for path in filter(None, (args.out, args.json)):
         check_folder(Path(path).parent)
+
+
+def check_weights(path: str) -> None:
+    """Check that this is a checkpoint, and name the runtime of an exported file.
+
+    Raises:
+        ConfigError: If it is no checkpoint, or an exported file.
+        StructureError: If it is damaged or holds no weights.
+    """
+    suffix = Path(path).suffix
+    opens = [name for name in RUNTIMES.names() if suffix in RUNTIMES[name].suffixes]
+    try:
+        check_checkpoint('checkpoint', path)
+    except StructureError:
+        if not opens:
+            raise
+        # Tried before, as checkpoints may end in .pt like TorchScript files.
+        raise ConfigError(
+            'checkpoint',
+            'one of PyTorch without --runtime',
+            path,
+            f'add --runtime {" or ".join(opens)} to test an exported file',
+        ) from None
+
+
+def check_widths(model: nn.Module, path: str, config: str) -> None:
+    """Refuse a pruned checkpoint of other widths, most of which would not be loaded.
+
+    Raises:
+        StructureError: If the checkpoint holds a structure that is not the model's.
+    """
+    checkpoint = {} if '://' in path else load_weights_only(path)
+    if STRUCTURE_KEY in checkpoint:
+        check_shapes(
+            checkpoint['state_dict'],
+            {name: tensor.shape for name, tensor in model.state_dict().items()},
+            f'as in the model of {config}',
+            'give the config that tools/deploy_pruned.py writes beside the pruned '
+            'weights, or a PrunedModel config with this structure',
+        )
 
 
 def show_results(cfg: Config, args: argparse.Namespace) -> None:
@@ -128,7 +172,9 @@ def main() -> None:
     if args.show or args.show_dir:
         show_results(cfg, args)
     runner = runner_to_test(cfg)
-    if session:
+    if session is None:
+        check_widths(unwrap_model(runner.model), args.checkpoint, args.config)
+    else:
         runner.model = ExportedModel(session, runner.model)
     if args.out:
         runner.test_evaluator.metrics.append(dump_metric(cfg, args.out))

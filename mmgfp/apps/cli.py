@@ -133,6 +133,14 @@ def check_checkpoint(field: str, path: str, resume: bool = False) -> None:
             f'nothing at {path}',
             'check the path, or run the stage before this one',
         )
+    if Path(path).suffix in ('.json', '.py'):
+        raise ConfigError(
+            field,
+            'a checkpoint with weights (.pth)',
+            path,
+            'name the .pth file; a structure is named by --cfg-options '
+            'model.structure=FILE',
+        )
     checkpoint = load_weights_only(path)
     state = checkpoint.get('state_dict', checkpoint)
     if not isinstance(state, dict) or not any(

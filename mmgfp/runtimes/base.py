@@ -71,13 +71,21 @@ def open_model(
     path = Path(path)
     if not path.is_file():
         raise ConfigError('model', 'a file', str(path), 'check the path')
+    suffixes = [s for n in RUNTIMES.names() for s in RUNTIMES[n].suffixes]
+    if path.suffix not in suffixes:
+        raise ConfigError(
+            f'model {path}',
+            f'an exported file ({", ".join(dict.fromkeys(suffixes))})',
+            f'one that ends in {path.suffix!r}',
+            'write such a file with tools/export.py; a checkpoint (.pth) is not opened '
+            'in a runtime, so tools/test.py takes it without --runtime',
+        )
     names = [n for n in RUNTIMES.names() if path.suffix in RUNTIMES[n].suffixes]
-    if runtime is None and names:
-        runtime = names[0]
-    if runtime is None or RUNTIMES.canonical(runtime) not in names:
+    runtime = names[0] if runtime is None else runtime
+    if RUNTIMES.canonical(runtime) not in names:
         raise ConfigError(
             'runtime',
-            f'one that opens {path.suffix or "such"} files: {", ".join(names) or "-"}',
+            f'one that opens {path.suffix} files: {", ".join(names)}',
             repr(runtime),
             'name another runtime or export the model for this one',
         )

@@ -142,6 +142,13 @@ class PruneStructure:
             StructureError: If the file is missing, damaged or holds no structure.
         """
         path = Path(path)
+        if not path.is_file():
+            raise StructureError(
+                f'the structure {path}',
+                'a .json file or a checkpoint that holds its structure',
+                'nothing there',
+                'check the path, or name one with --cfg-options model.structure=FILE',
+            )
         if path.suffix == '.json':
             try:
                 raw = json.loads(path.read_text())

@@ -18,7 +18,9 @@ TOOLS = {
 }
 ALL = [DEMO, PRUNE, TUNE, '--work-dir', '{tmp}/work']
 NOWHERE = 'a folder to write to'
+NO_FILE = ['--cfg-options', 'model.structure={tmp}/x.json']
 FILES = {
+    'net.onnx': '',
     'empty.py': '',
     'broken.py': 'raise RuntimeError("broken")',
     'list.json': '[1]',
@@ -76,6 +78,25 @@ def folder(tmp_path, monkeypatch):
         ('train', [PRUNE, '--resume', '{tmp}/plain.pth'], 'without its progress'),
         ('train', ['{tmp}/empty.py'], 'must be one with model, train_dataloader'),
         ('test', ['{tmp}/empty.py', '{tmp}/plain.pth'], 'must be one with model, test'),
+        ('test', [DEMO, '{tmp}/net.onnx'], 'add --runtime onnxruntime'),
+        (
+            'test',
+            [DEMO, '{tmp}/list.json'],
+            'with weights (.pth) (got {tmp}/list.json)',
+        ),
+        (
+            'test',
+            [DEMO, '{tmp}/plain.pth', '--runtime', 'openvino'],
+            'without --runtime',
+        ),
+        *[
+            (tool, [TUNE, '{tmp}/plain.pth', *NO_FILE, *more], words)
+            for words in [
+                '--cfg-options model.structure=FILE',
+                'x.json must be a .json',
+            ]
+            for tool, more in [('test', []), ('deploy_pruned', ['--out', '{tmp}/o'])]
+        ],
         ('analyze', ['{tmp}/empty.py'], 'config must be a model'),
         ('analyze', ['{tmp}/broken.py'], '(got {tmp}/broken.py (RuntimeError: broken'),
         ('analyze', ['{tmp}/list.json'], 'config must be a config file'),
@@ -151,3 +172,17 @@ def test_a_name_that_nothing_reads_is_mentioned(monkeypatch, capsys):
     TOOLS['analyze'].load_config(DEMO, args.cfg_options)
     warning = capsys.readouterr().err
     assert 'adds modell, which' in warning and 'resume' not in warning
+
+
+@pytest.mark.parametrize('config', [DEMO, PRUNE])
+def test_pruned_weights_in_an_unpruned_model(config, folder, monkeypatch, capsys):
+    """MMEngine would only warn, and test the rest with random weights."""
+    weights = {'state_dict': {'backbone.conv1.weight': torch.ones(3, 3, 7, 7)}}
+    torch.save({**weights, 'prune_structure': {}}, folder / 'cut.pth')
+    argv = ['test', config, folder / 'cut.pth', '--work-dir', folder / 'work']
+    monkeypatch.setattr(sys, 'argv', [*map(str, argv)])
+    with pytest.raises(SystemExit):
+        run_cli(TOOLS['test'].main)
+    said = capsys.readouterr().err
+    (line,) = [x for x in said.splitlines() if x.startswith('error: ')]
+    assert 'give the config that tools/deploy_pruned.py writes' in line

@@ -263,7 +263,10 @@ class ChannelPruningHook(Hook):
 
     def _check_weights(self, runner: Runner, checkpoint: dict) -> None:
         kind: type[MMGFPError] = StructureError
-        remedy = 'give a checkpoint of that model, not one that was cut down'
+        remedy = (
+            'give a checkpoint of that model; one that was cut down goes with the '
+            'config that tools/deploy_pruned.py writes'
+        )
         if self._resumed is not None:  # its groups fit, so the configuration is another
             kind, remedy = ConfigError, REMEDY
         model = unwrap_model(runner.model)
