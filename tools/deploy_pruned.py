@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +24,12 @@ from mmgfp.apps.cli import (
     write_json,
 )
 from mmgfp.apps.input_shape import deployed_shape
-from mmgfp.apps.latency import RUNTIMES, measure_runtimes
+from mmgfp.apps.latency import (
+    PROCESSOR,
+    RUNTIMES,
+    measure_runtimes,
+    ratio_key,
+)
 from mmgfp.engine.demo_batch import demo_calls
 from mmgfp.engine.deploy import (
     Deployable,
@@ -50,8 +56,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--rounds',
         type=whole_number(0),
-        default=5,
-        help='timed passes; 0 measures no latency',
+        default=10,
+        help='timed passes, in which the models take turns; 0 measures no latency',
     )
     parser.add_argument(
         '--export',
@@ -82,9 +88,9 @@ def summarize(
         rounds: Timed passes; 0 measures no latency.
 
     Returns:
-        Costs by their names in `COSTS` and, if measured, median milliseconds by the
-        keys of `RUNTIMES`, of `original` and `pruned`; after a run with a latency
-        profile also the `predicted_latency_ms`.
+        Costs by their names in `COSTS` and, if measured, median milliseconds and
+        ratios by the keys of `measure_runtimes`, of `original` and `pruned`; after a
+        run with a latency profile also the `predicted_latency_ms`.
     """
     models = {'original': item.original, 'pruned': item.model}
     calls = demo_calls(cfg, item.original)
@@ -112,15 +118,26 @@ def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
     costs = {name: COSTS[name] for name in COSTS.names()}
     scales = {key: (f'{c.label} ({c.unit})', c.scale) for key, c in costs.items()}
     scales |= {k: (f'CPU latency, {name} (ms)', 1.0) for k, name in RUNTIMES.items()}
+    scales |= {
+        key: (f'processor time, {RUNTIMES[other]} (ms)', 1.0)
+        for key, other in PROCESSOR.items()
+    }
     runtime = rows['original'].get('latency_profile')
     scales['predicted_latency_ms'] = (f'predicted (ms, {runtime})', 1.0)
     table = Table('', 'original', 'pruned', 'ratio')
     for key, (label, scale) in scales.items():
         if key in rows['original']:
             before, after = rows['original'][key], rows['pruned'][key]
-            ratio = f'{after / before:.1%}'
-            table.add_row(label, f'{before / scale:.4g}', f'{after / scale:.4g}', ratio)
+            ratio = rows['pruned'].get(ratio_key(key), after / before)
+            cells = f'{before / scale:.4g}', f'{after / scale:.4g}', f'{ratio:.1%}'
+            table.add_row(label, *cells)
     console.print(table)
+    if any(key in rows['original'] for key in PROCESSOR):
+        print(
+            f'latency: medians of rounds in turn with {torch.get_num_threads()} '
+            'thread(s); on a busy machine go by processor time (of all threads) and by '
+            'the ratios, which are taken round by round'
+        )
 
 
 def main() -> None:

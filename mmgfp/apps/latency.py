@@ -16,13 +16,16 @@ from mmgfp.export.onnx_file import write_onnx
 from mmgfp.export.options import ExportOptions
 from mmgfp.runtimes import open_model
 from mmgfp.runtimes.base import require
-from mmgfp.runtimes.timing import Times, spread, take_turns
+from mmgfp.runtimes.timing import Times, ratios, spread, take_turns
 
 #: Turns that are not counted: allocators and kernel caches fill during them.
 WARMUP = 3
 #: Keys of milliseconds in reports, with the words of tables. Of a model with RoIs,
 #: PyTorch runs the whole network and the exported graph what comes before them.
 RUNTIMES = {'latency_ms': 'PyTorch', 'onnxruntime_ms': 'onnxruntime'}
+#: The same by the processor time of this process, which other work on the machine
+#: disturbs less: it counts all threads, and none of the time that they wait.
+PROCESSOR = {'latency_cpu_ms': 'latency_ms', 'onnxruntime_cpu_ms': 'onnxruntime_ms'}
 
 Actions = dict[str, Callable[[], Any]]
 
@@ -46,8 +49,10 @@ def measure_runtimes(
         rounds: Timed passes of each model, at least 1.
 
     Returns:
-        Median milliseconds for the batch by the key in `RUNTIMES` and by name; and why
-        onnxruntime is not among them, None if it is.
+        By key and by name, and why onnxruntime is not among them, None if it is. Keys
+        in `RUNTIMES` and `PROCESSOR` give the median milliseconds for the batch. Keys
+        that end in ``_ratio`` instead of ``_ms`` give the median ratio to the first
+        model in the same round: what slows a whole round cancels out.
     """
     actions: dict[str, Actions] = {}
     actions['latency_ms'] = {n: partial(infer, m) for n, m in models.items()}
@@ -59,10 +64,31 @@ def measure_runtimes(
         names = {f'{key} {n}': action for (key, n), action in flat.items()}
         with torch.inference_mode():
             times = take_turns(names, rounds, 'cpu', WARMUP, twice=True)
-    return {
-        key: {name: milliseconds(times, f'{key} {name}')['median'] for name in by}
-        for key, by in actions.items()
-    }, reason
+    clocks = {key: (key, 'wall') for key in actions}
+    clocks |= {k: (key, 'cpu') for k, key in PROCESSOR.items() if key in actions}
+    found: dict[str, dict[str, float]] = {}
+    for entry, (key, clock) in clocks.items():
+        runs = {name: f'{key} {name}' for name in actions[key]}
+        first = next(iter(runs.values()))
+        found[entry] = {
+            name: milliseconds(times, run, clock)['median']
+            for name, run in runs.items()
+        }
+        found[ratio_key(entry)] = {
+            name: spread(ratios(times, run, first, clock))['median']
+            for name, run in runs.items()
+        }
+    return found, reason
+
+
+def ratio_key(key: str) -> str:
+    """Return the key of ratios beside that of milliseconds.
+
+    Examples:
+        >>> ratio_key('latency_cpu_ms')
+        'latency_cpu_ratio'
+    """
+    return f'{key.removesuffix("_ms")}_ratio'
 
 
 def _exported(

@@ -9,6 +9,9 @@ from torch import nn
 from mmgfp.apps.latency import measure_runtimes
 from mmgfp.runtimes import timing
 
+CLOCKS = ('latency', 'latency_cpu')
+IN_PYTORCH = {f'{clock}_{what}' for clock in CLOCKS for what in ('ms', 'ratio')}
+
 
 class Sleeper(nn.Module):
     """Lets a fake clock run; code that no exporter follows."""
@@ -34,9 +37,11 @@ def test_median_of_warm_passes(monkeypatch):
     }
     size = (1, 3, 8, 8)
     times, reason = measure_runtimes(models, lambda model: model(), size, rounds=3)
-    assert times.keys() == {'latency_ms'}
+    assert times.keys() == IN_PYTORCH
     expected = {'slow': 4.0, 'fast': 1.0}
     assert times['latency_ms'] == pytest.approx(expected, abs=5e-7)
+    # Of rounds with 1 / 4, 1 / 500 and 1 / 3.
+    assert times['latency_ratio'] == pytest.approx({'slow': 1.0, 'fast': 1 / 4})
     assert 'no time in onnxruntime' in reason
     assert 'the package onnxruntime must be installed' in reason
     assert '\n' not in reason
@@ -55,7 +60,7 @@ def test_a_model_that_cannot_be_exported_is_timed_in_pytorch():
     models = {'net': nn.Conv2d(3, 2, 1).eval(), 'svd': Unexportable().eval()}
     image = torch.rand(1, 3, 8, 8)
     times, reason = measure_runtimes(models, lambda m: m(image), image.shape, 1)
-    assert times.keys() == {'latency_ms'}
+    assert times.keys() == IN_PYTORCH
     assert times['latency_ms'].keys() == models.keys()
     assert 'svd' in reason
     assert '\n' not in reason
@@ -63,4 +68,5 @@ def test_a_model_that_cannot_be_exported_is_timed_in_pytorch():
     times, reason = measure_runtimes(models, lambda m: m(image), image.shape, 1)
     assert reason is None
     assert min(by_model['net'] for by_model in times.values()) > 0
-    assert times.keys() == {'latency_ms', 'onnxruntime_ms'}
+    in_onnxruntime = {key.replace('latency', 'onnxruntime') for key in IN_PYTORCH}
+    assert times.keys() == IN_PYTORCH | in_onnxruntime

@@ -102,11 +102,14 @@ def test_deploy_writes_a_folder_and_a_summary(run_tool, pruning_run, tmp_path):
     summary = json.loads((out / 'summary.json').read_text())
     assert summary['input_shape'] == [3, 64, 64]
     assert summary['pruned']['macs'] <= 0.5 * summary['original']['macs']
-    assert min(summary['pruned'][k] for k in ('latency_ms', 'onnxruntime_ms')) > 0
+    for key in ('latency_ms', 'latency_cpu_ms', 'onnxruntime_ms', 'onnxruntime_cpu_ms'):
+        assert summary['pruned'][key] > 0
+        assert f'{summary["pruned"][key.replace("_ms", "_ratio")]:.1%}' in done.stdout
     meta = torch.load(pruning_run.artifact, weights_only=True)['meta']
     assert summary['pruned']['macs'] == meta['costs']['macs']['remaining']
     for runtime in ('PyTorch', 'onnxruntime'):
         assert f'CPU latency, {runtime} (ms)' in done.stdout
+        assert f'processor time, {runtime} (ms)' in done.stdout
     assert sorted(p.name for p in out.iterdir()) == [
         'retinanet_r18_fpn_digits_prune_flops50.pth',
         'retinanet_r18_fpn_digits_prune_flops50.py',

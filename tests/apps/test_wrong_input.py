@@ -82,7 +82,7 @@ def folder(tmp_path, monkeypatch):
         (
             'test',
             [DEMO, '{tmp}/list.json'],
-            'with weights (.pth) (got {tmp}/list.json)',
+            'weights (.pth) (got {tmp}/list',
         ),
         (
             'test',
@@ -90,12 +90,12 @@ def folder(tmp_path, monkeypatch):
             'without --runtime',
         ),
         *[
-            (tool, [TUNE, '{tmp}/plain.pth', *NO_FILE, *more], words)
-            for words in [
-                '--cfg-options model.structure=FILE',
-                'x.json must be a .json',
-            ]
-            for tool, more in [('test', []), ('deploy_pruned', ['--out', '{tmp}/o'])]
+            (
+                'deploy_pruned',
+                [TUNE, '{tmp}/plain.pth', '--out', '{tmp}/o', *NO_FILE],
+                w,
+            )
+            for w in ['--cfg-options model.structure=FILE', 'x.json must be a .json']
         ],
         ('analyze', ['{tmp}/empty.py'], 'config must be a model'),
         ('analyze', ['{tmp}/broken.py'], '(got {tmp}/broken.py (RuntimeError: broken'),

@@ -85,7 +85,7 @@ def test_attributes_round_trip():
 
 
 def test_missing_file(tmp_path):
-    words = r'nowhere\.json must be a readable JSON file.*check the path'
+    words = r'nowhere\.json must be .*nothing there.*model\.structure=FILE'
     with pytest.raises(StructureError, match=words):
         PruneStructure.load(tmp_path / 'nowhere.json')
 
