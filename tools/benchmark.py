@@ -2,7 +2,8 @@
 
 All of them take turns in one process; each turn times a second run. Times are wall
 clock and the processor time of the process (of all its threads), as medians with
-quartiles, and ratios are taken to the first model in the first runtime, round by round.
+quartiles, and ratios are taken round by round to the first model in the same runtime
+at the same batch: name the baseline first. Progress goes to the error stream.
 Models of configs give raw outputs, of two-stage detectors those of the RPN, in every
 runtime; --outputs end-to-end includes boxes, NMS and RoI heads.
 
@@ -96,6 +97,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     shape = choose_shape(args)
     print(f'images of {shape}, {args.threads} thread(s), {args.rounds} rounds')
+    for source in args.models:
+        resolved = resolve(source)
+        if not is_file(resolved) and split_source(resolved)[1] is None:
+            print(f'{source} has random weights: no CONFIG:CHECKPOINT is named')
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for batch in args.batch:
@@ -113,7 +118,10 @@ def main() -> None:
     if not rows:
         remedy = 'see the lines above'
         raise ConfigError('models', 'measured in at least one runtime', 'none', remedy)
-    Console(width=max(120, Console().width)).print(time_table(rows))
+    console = Console()
+    # Rows in a file are not broken, those on a terminal fit into it.
+    wide = console if console.is_terminal else Console(width=160)
+    wide.print(time_table(rows))
     if args.json:
         facts = {**machine_facts(), 'threads': args.threads, 'rounds': args.rounds}
         facts |= {'input_shape': list(shape), 'outputs': args.outputs}

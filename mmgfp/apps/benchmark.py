@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,6 @@ from mmgfp.apps.subjects import (
     is_file,
     peak_memory,
     resolve,
-    split_source,
 )
 from mmgfp.export.onnx_file import write_onnx
 from mmgfp.export.options import ExportOptions
@@ -26,6 +27,11 @@ from mmgfp.runtimes.timing import ratios, spread, take_turns
 from mmgfp.utils.errors import ConfigError
 
 WARMUP = 2
+
+
+def say(line: str) -> None:
+    """Tell on the error stream what takes time."""
+    print(f'... {line}', file=sys.stderr, flush=True)
 
 
 def subjects_of(
@@ -56,6 +62,7 @@ def subjects_of(
         exported: Exception | None = None
         if not is_file(file) and set(runtimes) - {EAGER}:
             path = folder / f'{number}_{size[0]}.onnx'
+            say(f'exporting {source} for a batch of {size[0]}')
             graph = build_graph(file, outputs, size)
             try:
                 write_onnx(path, graph, torch.rand(*size), ExportOptions(), {})
@@ -89,7 +96,8 @@ def measure_batch(
         memory: Whether each is also run in a process of its own.
 
     Returns:
-        A row for each, and a line for each that could not be opened.
+        A row for each, with ratios to the first model in the same runtime, the `base`;
+        and a line for each that could not be opened.
     """
     actions: dict[str, Callable[[], Any]] = {}
     kept, notes = {}, []
@@ -103,8 +111,9 @@ def measure_batch(
         actions[label], kept[label] = action, (source, runtime, subject)
     if not actions:
         return [], notes
+    say(f'timing {len(actions)} in turns, {rounds} rounds and {WARMUP} before')
     times = take_turns(actions, rounds, 'cpu', WARMUP, twice=True)
-    first = next(iter(actions))
+    first: dict[str, str] = {}
     rows = []
     for label, (source, runtime, subject) in kept.items():
         row: dict[str, Any] = {
@@ -112,11 +121,15 @@ def measure_batch(
             'runtime': runtime,
             'batch': subject.size[0],
             'input': list(subject.size[1:]),
+            'base': kept[first.setdefault(runtime, label)][0],
         }
         for clock in ('wall', 'cpu'):
             row[f'{clock}_ms'] = spread([t[clock] * 1e3 for t in times[label]])
-            row[f'{clock}_ratio'] = spread(ratios(times, label, first, clock))
-        rows.append(row | (peak_memory(subject) if memory else {}))
+            row[f'{clock}_ratio'] = spread(ratios(times, label, first[runtime], clock))
+        if memory:
+            say(f'measuring the memory of {source} in {runtime}')
+            row |= peak_memory(subject)
+        rows.append(row)
     return rows, notes
 
 
@@ -148,23 +161,40 @@ def fixed_size(source: str, runtimes: Sequence[str]) -> tuple[int | None, ...] |
 
 
 def time_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Lay out rows of `measure_batch`."""
-    table = Table('model', 'runtime')
-    titles = ['batch', 'wall (ms)', 'CPU (ms)', 'ratio, wall', 'ratio, CPU']
+    """Lay out rows of `measure_batch`; no name is cut short, however narrow it is."""
+    names = distinct_names([row['model'] for row in rows])
+    table = Table('#', 'model', 'runtime')
+    table.columns[1].min_width = min(20, max(map(len, names.values())))
+    titles = ['batch', 'wall (ms)', 'CPU (ms)']
+    titles += [f'{clock}, over first of runtime' for clock in ('wall', 'CPU')]
     for title in [*titles, 'peak (MiB)', 'growth (MiB)']:
         table.add_column(title, justify='right')
+    for column in table.columns:
+        column.overflow = 'fold'
+    numbers = {source: str(i) for i, source in enumerate(names, 1)}
     for row in rows:
         cells = [_spread_text(row[k], '.1f') for k in ('wall_ms', 'cpu_ms')]
         cells += [_spread_text(row[k], '.2f') for k in ('wall_ratio', 'cpu_ratio')]
         sizes = [row.get(key) for key in ('peak_mb', 'growth_mb')]
         cells += ['-' if value is None else f'{value:.0f}' for value in sizes]
-        table.add_row(_short(row['model']), row['runtime'], str(row['batch']), *cells)
+        source = row['model']
+        name = numbers[source], names[source]
+        table.add_row(*name, row['runtime'], str(row['batch']), *cells)
     return table
 
 
-def _short(source: str) -> str:
-    """Return names of files without their folders."""
-    return ':'.join(Path(part).name for part in split_source(source) if part)
+def distinct_names(sources: Sequence[str]) -> dict[str, str]:
+    """Return each source without the folders that all of them begin with.
+
+    Examples:
+        >>> list(distinct_names(['out/base/m.onnx', 'out/pruned/m.onnx']).values())
+        ['base/m.onnx', 'pruned/m.onnx']
+        >>> distinct_names(['out/model.onnx'])
+        {'out/model.onnx': 'model.onnx'}
+    """
+    parts = {source: source.rstrip('/').split('/') for source in sources}
+    shared = os.path.commonprefix([names[:-1] for names in parts.values()])
+    return {source: '/'.join(names[len(shared) :]) for source, names in parts.items()}
 
 
 def _spread_text(values: dict[str, float], form: str) -> str:

@@ -1,15 +1,18 @@
 """The benchmark tool on models of configs, deployed folders and files."""
 
+import io
 import json
 import sys
 
 import pytest
 import torch
 from mmengine.config import Config
+from rich.console import Console
 from support.configs import FASTER, MASK, classifier, slim
 from support.plain_onnx import write_plain_onnx
 from support.tooling import ROOT, load_tool
 
+from mmgfp.apps.benchmark import time_table
 from mmgfp.apps.subjects import Subject, build_graph, peak_memory, resolve
 from mmgfp.engine.model_building import build_model
 
@@ -75,7 +78,9 @@ def test_a_config_and_its_file_in_all_runtimes(kind, files, benchmark, tmp_path)
         for key in ('wall_ms', 'cpu_ms', 'wall_ratio', 'cpu_ratio'):
             values = row[key]
             assert 0 < values['low'] <= values['median'] <= values['high']
-    assert rows[0]['wall_ratio'] == dict(median=1.0, low=1.0, high=1.0)
+    assert {row['base'] for row in rows} == {model}
+    ones = [row['wall_ratio'] == dict(median=1.0, low=1.0, high=1.0) for row in rows]
+    assert ones == [True, True, True, False, False]
 
 
 def test_a_deployed_folder_at_the_size_that_a_file_fixes(
@@ -126,3 +131,27 @@ def test_memory_is_that_of_the_model(tmp_path):
 def test_refuses_in_one_line(arguments, words, benchmark):
     with pytest.raises(ValueError, match=words):
         benchmark(*arguments)
+
+
+def test_names_stay_apart_in_80_columns():
+    names = [f'work/{kind}/retinanet_r50_fpn_1x_coco/model.onnx' for kind in 'ab']
+    spread = dict(median=123.4, low=120.0, high=130.0)
+    keys = ('wall_ms', 'cpu_ms', 'wall_ratio', 'cpu_ratio')
+    shared = dict(runtime='onnxruntime', batch=1) | dict.fromkeys(keys, spread)
+    table = time_table([dict(model=name, **shared) for name in names])
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    text = console.export_text()
+    assert '…' not in text
+    cells = [line.split('│') for line in text.splitlines() if '│' in line]
+    said = ''.join(cell[2].strip() for cell in cells)
+    assert said == ''.join(name.removeprefix('work/') for name in names)
+
+
+def test_a_config_without_weights_says_so(files, benchmark, capsys):
+    config, _ = files('classifier')
+    options = ('--runtime', 'torch', '--rounds', 1, '--input-shape', 3, 32, 32)
+    benchmark(config, *options, '--no-memory')
+    said = capsys.readouterr()
+    assert f'{config} has random weights' in said.out
+    assert 'timing 1 in turns' in said.err
