@@ -1,15 +1,18 @@
 """Detect objects in an image by an end-to-end ONNX file, without PyTorch.
 
 Needed: numpy, Pillow, onnxruntime.
-Usage: python detect_onnx.py MODEL.onnx IMAGE [SCORE]
 """
 
+import argparse
 import json
 import sys
 
-import numpy as np
-import onnxruntime
-from PIL import Image
+try:
+    import numpy as np
+    import onnxruntime
+    from PIL import Image
+except ImportError as error:
+    sys.exit(f'error: {error}; pip install numpy pillow onnxruntime')
 
 
 def detect(model, path):
@@ -44,10 +47,24 @@ def detect(model, path):
     return boxes.clip(0, [width, height] * 2), dets[:, 4], labels, about['classes']
 
 
-if __name__ == '__main__':
-    boxes, scores, labels, classes = detect(*sys.argv[1:3])
-    least = float(sys.argv[3]) if len(sys.argv) > 3 else 0.3
+def main():
+    """Print class, score and box of each detection."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('model', help='.onnx file of tools/export.py --nms')
+    parser.add_argument('image')
+    parser.add_argument('score', nargs='?', type=float, default=0.3, help='at least')
+    args = parser.parse_args()
+    try:
+        boxes, scores, labels, classes = detect(args.model, args.image)
+    except KeyError as error:
+        sys.exit(f'error: {args.model} must hold {error}: tools/export.py writes it')
+    except Exception as error:  # missing or damaged files, a model without --nms
+        sys.exit(f'error: {" ".join(str(error).split())}')
     for box, score, label in zip(boxes, scores, labels, strict=True):
-        if score >= least:
+        if score >= args.score:
             name = classes[label] if classes else label
             print(f'{name} {score:.3f}', *(f'{side:.1f}' for side in box))
+
+
+if __name__ == '__main__':
+    main()

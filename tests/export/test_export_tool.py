@@ -1,6 +1,7 @@
 """Models out to files, each checked in its runtime; a wrong one is not written."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -314,6 +315,23 @@ def test_the_example_needs_no_torch(preprocess, trained, tmp_path):
     numbers = np.array([line[-5:] for line in lines], dtype=float)
     assert np.abs(numbers[:, 0] - dets[:, 4]).max() < 2e-3
     assert np.abs(numbers[:, 1:] - dets[:, :4]).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ('block', 'args', 'words'),
+    [
+        ('', [], 'the following arguments are required: model, image'),
+        ('', ['no.onnx', 'no.png'], 'error: .*no.onnx'),
+        ('onnxruntime', ['no.onnx', 'no.png'], 'pip install numpy pillow onnxruntime'),
+    ],
+)
+def test_the_example_says_in_one_line_what_is_missing(block, args, words, tmp_path):
+    code = BLOCKED.replace('SCRIPT', repr(str(ROOT / 'examples/detect_onnx.py')))
+    command = [sys.executable, '-I', '-c', code.replace('mmgfp', f'mmgfp {block}')]
+    done = subprocess.run([*command, *args], capture_output=True, text=True)
+    assert done.returncode in (1, 2)
+    assert re.search(words, done.stderr.splitlines()[-1])
+    assert 'Traceback' not in done.stderr
 
 
 def error_line(done):
