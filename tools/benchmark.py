@@ -118,10 +118,7 @@ def main() -> None:
     if not rows:
         remedy = 'see the lines above'
         raise ConfigError('models', 'measured in at least one runtime', 'none', remedy)
-    console = Console()
-    # Rows in a file are not broken, those on a terminal fit into it.
-    wide = console if console.is_terminal else Console(width=160)
-    wide.print(time_table(rows))
+    Console(width=max(80, Console().width)).print(time_table(rows))
     if args.json:
         facts = {**machine_facts(), 'threads': args.threads, 'rounds': args.rounds}
         facts |= {'input_shape': list(shape), 'outputs': args.outputs}

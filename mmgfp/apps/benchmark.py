@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from mmgfp.apps.subjects import (
     EAGER,
@@ -161,25 +162,25 @@ def fixed_size(source: str, runtimes: Sequence[str]) -> tuple[int | None, ...] |
 
 
 def time_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Lay out rows of `measure_batch`; no name is cut short, however narrow it is."""
+    """Lay out rows of `measure_batch` in 80 columns; names of models stand above."""
     names = distinct_names([row['model'] for row in rows])
-    table = Table('#', 'model', 'runtime')
-    table.columns[1].min_width = min(20, max(map(len, names.values())))
-    titles = ['batch', 'wall (ms)', 'CPU (ms)']
-    titles += [f'{clock}, over first of runtime' for clock in ('wall', 'CPU')]
-    for title in [*titles, 'peak (MiB)', 'growth (MiB)']:
-        table.add_column(title, justify='right')
-    for column in table.columns:
-        column.overflow = 'fold'
     numbers = {source: str(i) for i, source in enumerate(names, 1)}
+    legend = '\n'.join(f'{numbers[source]}: {names[source]}' for source in names)
+    table = Table('#', 'runtime', box=None, title=Text(legend), title_justify='left')
+    table.title_style, table.padding, table.pad_edge = '', (0, 1, 0, 0), False
+    titles = ['batch', 'wall (ms)', 'CPU (ms)']
+    titles += [f'{clock} to\nfirst of\nruntime' for clock in ('wall', 'CPU')]
+    for title in [*titles, 'peak\n(growth)\nin MiB']:
+        table.add_column(title, justify='right')
     for row in rows:
         cells = [_spread_text(row[k], '.1f') for k in ('wall_ms', 'cpu_ms')]
         cells += [_spread_text(row[k], '.2f') for k in ('wall_ratio', 'cpu_ratio')]
-        sizes = [row.get(key) for key in ('peak_mb', 'growth_mb')]
-        cells += ['-' if value is None else f'{value:.0f}' for value in sizes]
-        source = row['model']
-        name = numbers[source], names[source]
-        table.add_row(*name, row['runtime'], str(row['batch']), *cells)
+        peak, growth = row.get('peak_mb'), row.get('growth_mb')
+        cells.append('-' if peak is None else f'{peak:.0f}\n({growth:.0f})')
+        number = numbers[row['model']]
+        table.add_row(number, row['runtime'], str(row['batch']), *cells)
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, 'fold'
     return table
 
 
@@ -199,4 +200,4 @@ def distinct_names(sources: Sequence[str]) -> dict[str, str]:
 
 def _spread_text(values: dict[str, float], form: str) -> str:
     low, high = (format(values[key], form) for key in ('low', 'high'))
-    return f'{values["median"]:{form}} ({low} to {high})'
+    return f'{values["median"]:{form}}\n{low}-{high}'
