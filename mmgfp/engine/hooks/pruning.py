@@ -41,6 +41,10 @@ from mmgfp.utils.errors import ConfigError, MMGFPError, StructureError
 
 #: The key under which training checkpoints hold the state of pruning.
 STATE_KEY = 'pruner'
+NOT_PRUNED = (
+    'give a checkpoint of that model; one that was cut down goes with the config that '
+    'tools/deploy_pruned.py writes'
+)
 
 
 @HOOKS.register_module()
@@ -263,10 +267,7 @@ class ChannelPruningHook(Hook):
 
     def _check_weights(self, runner: Runner, checkpoint: dict) -> None:
         kind: type[MMGFPError] = StructureError
-        remedy = (
-            'give a checkpoint of that model; one that was cut down goes with the '
-            'config that tools/deploy_pruned.py writes'
-        )
+        remedy = NOT_PRUNED
         if self._resumed is not None:  # its groups fit, so the configuration is another
             kind, remedy = ConfigError, REMEDY
         model = unwrap_model(runner.model)
