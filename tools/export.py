@@ -72,8 +72,7 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         type=Path,
         default=[],
-        help='to check on and to calibrate --int8, or folders of them; by default '
-        'images of the test and the training dataset',
+        help="for check and calibration, or folders; of the config's data by default",
     )
     add_shape_argument(
         parser, 'size of the input; that of the pruning run or of testing by default'

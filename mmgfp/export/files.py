@@ -20,7 +20,7 @@ from mmgfp.engine.deploy import Trained
 from mmgfp.export.calibration import CalibrationImages, evenly
 from mmgfp.export.check import Reference, Report, check_file
 from mmgfp.export.graphs import end_to_end_graph, raw_graph
-from mmgfp.export.images import find_images, read_samples
+from mmgfp.export.images import Sample, find_images, read_samples
 from mmgfp.export.int8 import check_int8, write_int8
 from mmgfp.export.matching import Limits
 from mmgfp.export.metadata import metadata_of, task_of
@@ -28,6 +28,7 @@ from mmgfp.export.onnx_file import write_onnx
 from mmgfp.export.openvino_file import write_openvino
 from mmgfp.export.options import ExportOptions
 from mmgfp.export.preprocess import (
+    Preprocessing,
     WithPreprocessing,
     check_can_resize,
     preprocessing_of,
@@ -144,17 +145,30 @@ def export_files(
     example = torch.from_numpy(samples[0].image)[None]
     if not options.preprocess:
         example = samples[0].inputs
-    calibration: Sequence[np.ndarray] = ()
-    if options.calibrate and images:
-        chosen = evenly(samples, options.calibrate)
-        calibration = [s.inputs.float().cpu().numpy() for s in chosen]
-    elif options.calibrate:
-        size = [None, None] if 'size' in options.dynamic else list(shape[1:])
-        calibration = CalibrationImages(
-            cfg, trained.model, options.calibrate, size, prep.pad_value
-        )
+    calibration = _calibration(cfg, trained, shape, prep, options, samples, images)
     work = Work(reference, example, options, metadata, origin, calibration)
     return _write_all(out, name, formats, work)
+
+
+def _calibration(
+    cfg: Config,
+    trained: Trained,
+    shape: Sequence[int],
+    prep: Preprocessing,
+    options: ExportOptions,
+    samples: Sequence[Sample],
+    images: Sequence[Path],
+) -> Sequence[np.ndarray]:
+    """Return inputs to calibrate on: the user's images, or those of the config."""
+    if not options.calibrate:
+        return ()
+    if images:
+        chosen = evenly(samples, options.calibrate)
+        return [sample.inputs.float().cpu().numpy() for sample in chosen]
+    size = (None, None) if 'size' in options.dynamic else shape[1:]
+    return CalibrationImages(
+        cfg, trained.model, options.calibrate, size, prep.pad_value
+    )
 
 
 @dataclass(frozen=True)
