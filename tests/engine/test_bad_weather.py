@@ -255,7 +255,7 @@ def trained(tmp_path_factory):
 def test_compact_weights_are_not_loaded_into_the_full_model(tmp_path, trained, resume):
     words = (
         r'checkpoint: net\.\w+\.\w+ must be of shape \[.*\] as in the model that is '
-        r'pruned \(got \[.*\]\); give a checkpoint of that model, not one that was cut'
+        r'pruned \(got \[.*\]\); give a checkpoint of that model; one that was cut'
     )
     runner = toy_runner(tmp_path, load_from=str(trained[1]), resume=resume)
     with pytest.raises(StructureError, match=words) as caught:
