@@ -107,7 +107,7 @@ def _one_stage_graph(model: Any) -> ExportGraph:
     from mmgfp.export.heads.dense import check_dense
 
     if not inherits(model, SingleStageDetector, 'predict'):
-        kinds = 'a one-stage detector, or a two-stage one with RPN,'
+        kinds = 'a one-stage detector, or a two-stage one with RPN'
         raise refuse('model', kinds, type(model).__name__)
     check_dense(model.bbox_head)
     return ExportGraph(model, ('dets', 'labels'), _one_stage)

@@ -35,7 +35,7 @@ def detr():
         (paa, r'bbox_head must be .*\(got PAAHead\)'),
         (
             detr,
-            r'a one-stage detector, or a two-stage one with RPN, .* \(got DETR\)',
+            r'a one-stage detector, or a two-stage one with RPN \(got DETR\)',
         ),
         (lambda: slim(CASCADE), r'roi_head must be .*\(got CascadeRoIHead\)'),
         (lambda: slim(DOUBLE), r'roi_head must be .*\(got DoubleHeadRoIHead\)'),
