@@ -74,10 +74,12 @@ def _units(
     counts: np.ndarray,
     rng: np.random.Generator,
     spare_ends: bool = False,
+    take_first: bool = False,
 ) -> np.ndarray:
     """Draw the units to keep: all but so many of each group, (U,).
 
-    With ``spare_ends`` the first and the last unit of a group go after all others.
+    With ``spare_ends`` the first and the last unit of a group go after all others, with
+    ``take_first`` the first one goes before them.
     """
     parts = []
     for group, count in zip(groups, counts, strict=True):
@@ -86,25 +88,19 @@ def _units(
         if spare_ends:
             is_end = np.isin(order, (0, group.units - 1))
             order = np.concatenate([order[~is_end], order[is_end]])
+        if take_first:
+            order = np.concatenate([[0], order[order != 0]])
         kept[order[:count]] = False
         parts.append(kept)
     return np.concatenate([np.ones(0, dtype=bool), *parts])
 
 
-def _without(groups: Sequence[ChannelGroup], unit: int) -> np.ndarray:
-    """Return the units to keep, (U,): all but one of each group, if it has others.
-
-    Where code centres channels, as pads on both sides, the first unit of a group may go
-    or the last one, by whether their number is even, but not both.
-
-    Args:
-        groups: The groups.
-        unit: Which unit of each group goes, 0 for the first and -1 for the last.
-    """
+def _without_last(groups: Sequence[ChannelGroup]) -> np.ndarray:
+    """Return the units to keep, (U,): all but the last of each group."""
     parts = []
     for group in groups:
         kept = np.ones(group.units, dtype=bool)
-        kept[unit] = group.units == 1
+        kept[-1] = group.units == 1
         parts.append(kept)
     return np.concatenate([np.ones(0, dtype=bool), *parts])
 
@@ -195,7 +191,11 @@ def disagreement(
 @torch.no_grad()
 def _compare(masked: nn.Module, small: nn.Module, forward: Forward) -> str | None:
     # The masked copy runs first: its errors are those of the model or of the call.
-    expected = run(masked, forward)
+    return _difference_from(run(masked, forward), small, forward)
+
+
+@torch.no_grad()
+def _difference_from(expected: Any, small: nn.Module, forward: Forward) -> str | None:
     try:
         outputs = run(small, forward)
     except Exception as error:  # any error here means that the groups are wrong
@@ -209,17 +209,18 @@ def _compare(masked: nn.Module, small: nn.Module, forward: Forward) -> str | Non
     return None if worst <= TOLERANCE else f'outputs differ by {worst:.2g}'
 
 
+@torch.no_grad()
 def _compare_leaky(masked: nn.Module, small: nn.Module, forward: Forward) -> str | None:
-    """Compare small, fast models where nothing is dead, unless code counts on ReLU."""
+    """Compare where nothing is dead on the batch, unless code counts on ReLU."""
     leaky = in_leaky_mode(forward)
     try:
-        outputs = run(masked, leaky)
+        expected = run(masked, leaky)
     except Exception as error:
         error_line(error)  # raises it if memory ran out
-        return None
-    if not all(x.isfinite().all() for x in tree_tensors(outputs)):
-        return None
-    return _compare(masked, small, leaky)
+        return _compare(masked, small, forward)
+    if not all(x.isfinite().all() for x in tree_tensors(expected)):
+        return _compare(masked, small, forward)
+    return _difference_from(expected, small, leaky)
 
 
 class _Draw:
@@ -281,7 +282,6 @@ def find_disagreements(
     rng = np.random.default_rng(seed)
     training = TrainingCheck(model, loss) if loss else None
     outputs: list[Check] = [partial(_compare, forward=forward)]
-    further: list[Check] = [*outputs, partial(_compare_leaky, forward=forward)]
     probe = random_probe(model)
     # Only a whole model shows whether its loss runs; a small one compares losses.
     checks = [*outputs, training.runs] if training else outputs
@@ -297,10 +297,11 @@ def find_disagreements(
     small = draw.small if len(shrunk) else probe
     left = grouping.remaining(draw.kept(shrunk))
 
-    checks = [*further, training.agrees] if training else further
-    draws = [(_units(left.groups, _odd_counts(left.groups, rng), rng), checks)]
-    draws += [(_without(left.groups, unit), further) for unit in (0, -1)]
-    for kept, checks in draws:
+    checks = [*outputs, training.agrees] if training else outputs
+    # Where code centres channels, the first unit may go or the last one, but not both.
+    first = _units(left.groups, _odd_counts(left.groups, rng), rng, take_first=True)
+    leaky: list[Check] = [partial(_compare_leaky, forward=forward)]
+    for kept, checks in ((first, checks), (_without_last(left.groups), leaky)):
         draw = _Draw(small, left, kept, checks)
         candidates, more = _reject(draw, groups, candidates)
         wrong += more
