@@ -301,8 +301,8 @@ def find_disagreements(
     # Where code centres channels, the first unit may go or the last one, but not both.
     first = _units(left.groups, _odd_counts(left.groups, rng), rng, take_first=True)
     leaky: list[Check] = [partial(_compare_leaky, forward=forward)]
-    for kept, checks in ((first, checks), (_without_last(left.groups), leaky)):
-        draw = _Draw(small, left, kept, checks)
+    for kept, chosen in ((first, checks), (_without_last(left.groups), leaky)):
+        draw = _Draw(small, left, kept, chosen)
         candidates, more = _reject(draw, groups, candidates)
         wrong += more
     return wrong
