@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,8 @@ def quantize_openvino(
     _check_images(images)
     openvino = require('openvino', 'openvino')
     nncf = require('nncf', 'nncf')
-    nncf.set_log_level(40)
+    # Not its set_log_level, which silences the handlers of all loggers.
+    logging.getLogger('nncf').setLevel(logging.ERROR)
     model = openvino.Core().read_model(str(path))
     nodes = openvino_nodes(model)
     stays = float_nodes(nodes) if exclude is None else exclude
