@@ -74,12 +74,10 @@ def _units(
     counts: np.ndarray,
     rng: np.random.Generator,
     spare_ends: bool = False,
-    take_first: bool = False,
 ) -> np.ndarray:
     """Draw the units to keep: all but so many of each group, (U,).
 
-    With ``spare_ends`` the first and the last unit of a group go after all others, with
-    ``take_first`` the first one goes before them.
+    With ``spare_ends`` the first and the last unit of a group go after all others.
     """
     parts = []
     for group, count in zip(groups, counts, strict=True):
@@ -88,19 +86,22 @@ def _units(
         if spare_ends:
             is_end = np.isin(order, (0, group.units - 1))
             order = np.concatenate([order[~is_end], order[is_end]])
-        if take_first:
-            order = np.concatenate([[0], order[order != 0]])
         kept[order[:count]] = False
         parts.append(kept)
     return np.concatenate([np.ones(0, dtype=bool), *parts])
 
 
-def _without_last(groups: Sequence[ChannelGroup]) -> np.ndarray:
-    """Return the units to keep, (U,): all but the last of each group."""
+def _without(groups: Sequence[ChannelGroup], unit: int) -> np.ndarray:
+    """Return the units to keep, (U,): all but one of each group, if it has others.
+
+    Args:
+        groups: The groups.
+        unit: Which unit of each group goes, 0 for the first and -1 for the last.
+    """
     parts = []
     for group in groups:
         kept = np.ones(group.units, dtype=bool)
-        kept[-1] = group.units == 1
+        kept[unit] = group.units == 1
         parts.append(kept)
     return np.concatenate([np.ones(0, dtype=bool), *parts])
 
@@ -298,14 +299,25 @@ def find_disagreements(
     left = grouping.remaining(draw.kept(shrunk))
 
     checks = [*outputs, training.agrees] if training else outputs
-    # Where code centres channels, the first unit may go or the last one, but not both.
-    first = _units(left.groups, _odd_counts(left.groups, rng), rng, take_first=True)
     leaky: list[Check] = [partial(_compare_leaky, forward=forward)]
-    for kept, chosen in ((first, checks), (_without_last(left.groups), leaky)):
+    sets = zip(_small_sets(left.groups, rng), (checks, outputs, leaky), strict=True)
+    for kept, chosen in sets:
         draw = _Draw(small, left, kept, chosen)
         candidates, more = _reject(draw, groups, candidates)
         wrong += more
     return wrong
+
+
+def _small_sets(
+    groups: Sequence[ChannelGroup], rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Return the units to keep, (U,), in three sets that leave a small model.
+
+    Where code centres channels, as pads on both sides, the first unit of a group may go
+    or the last one, by whether their number is even, but not both.
+    """
+    odd = _units(groups, _odd_counts(groups, rng), rng)
+    return [odd, _without(groups, 0), _without(groups, -1)]
 
 
 def _reject(
