@@ -31,7 +31,7 @@ class ExportError(MMGFPError, RuntimeError):
 
 @dataclass(frozen=True)
 class Report:
-    """What a comparison of a file with its model saw.
+    """Outcome of the comparison of a file with its model.
 
     Attributes:
         runtime: What ran the file.

@@ -13,11 +13,9 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmgfp.export.fitting import pad_to
+from mmgfp.export.metadata import KEY
 from mmgfp.runtimes import Session
 from mmgfp.utils.errors import ConfigError
-
-#: The metadata entry of exported files.
-KEY = 'mmgfp'
 
 
 class ExportedModel(BaseModel):

@@ -173,7 +173,7 @@ def _calibration(
 
 @dataclass(frozen=True)
 class Work:
-    """What all files of a call have in common.
+    """Inputs and options that all files of a call share.
 
     Attributes:
         reference: The graph to write, and what it is compared with.

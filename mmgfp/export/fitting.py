@@ -15,10 +15,8 @@ from mmengine.registry import TRANSFORMS
 from torch import Tensor
 
 from mmgfp.engine.config_search import dicts_in
+from mmgfp.export.preprocess import RESIZES
 from mmgfp.utils.errors import ConfigError
-
-#: Transforms that resize to ``scale``.
-RESIZES = ('Resize', 'FixScaleResize')
 
 
 @TRANSFORMS.register_module()

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS
 from torch import Tensor
 
 from mmgfp.engine.config_search import testing_pipeline
+from mmgfp.export.fitting import pad_to
 from mmgfp.export.options import ExportOptions
 from mmgfp.export.preprocess import RESIZES, Preprocessing, step_name
 from mmgfp.utils.errors import ConfigError
@@ -199,7 +198,4 @@ def _padded(inputs: Tensor, prep: Preprocessing, name: str) -> Tensor:
             f'{prep.input_size}',
             'name that size, or change the pipeline by --cfg-options',
         )
-    values = inputs.new_tensor(prep.pad_value).view(-1, 1, 1)
-    # Zeros but for the padding, to which the values are added.
-    border = F.pad(torch.zeros_like(inputs), (0, right, 0, down), value=1.0)
-    return F.pad(inputs, (0, right, 0, down)) + border * values
+    return pad_to(inputs, prep.input_size, prep.pad_value)

@@ -44,7 +44,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a detector keeps.
+    """Bounds on the detections that a detector keeps.
 
     Attributes:
         score: Scores below are dropped.
@@ -59,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Matching:
-    """What came of a comparison.
+    """Outcome of a comparison.
 
     Attributes:
         pairs: Detections that both sides have: (in the first, in the second).

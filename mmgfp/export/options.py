@@ -69,5 +69,5 @@ class ExportOptions:
 
     @property
     def outputs(self) -> str:
-        """What leaves the file, as its metadata say."""
+        """Kind of outputs that the file gives, as its metadata say."""
         return 'end-to-end' if self.nms else 'raw'

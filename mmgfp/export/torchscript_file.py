@@ -32,15 +32,8 @@ def write_torchscript(
         metadata: Texts to store, by key.
 
     Raises:
-        ConfigError: If half precision is asked for, or the graph cannot be traced.
+        ConfigError: If the graph cannot be traced.
     """
-    if options.fp16:
-        raise ConfigError(
-            '--fp16',
-            'left out for torchscript',
-            'both',
-            'PyTorch lacks half-precision kernels on CPUs: export onnx or openvino',
-        )
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')  # of tracing: sizes fixed on purpose
         try:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from mmgfp.latency.graph import export_marked, times_of_layers
 from mmgfp.runtimes import open_model
 from mmgfp.runtimes.base import require
+from mmgfp.runtimes.onnx_runtime import session_options
+from mmgfp.runtimes.open_vino import cpu_options
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.layers import is_layer
 from mmgfp.utils.registry import Registry
@@ -153,10 +155,7 @@ class OnnxTimer(LayerTimer):
                 n: a for n, a in zip(names, arrays, strict=True) if n in session.inputs
             }
             seconds = self.lowest(lambda: session.run(feed))
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
-            options.intra_op_num_threads = self.threads
-            options.inter_op_num_threads = 1
+            options = session_options(self.threads)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder, 'profile'))
             watched = ort.InferenceSession(
@@ -192,11 +191,7 @@ class OpenVINOTimer(LayerTimer):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, 'model.onnx')
             owners = export_marked(piece.module, piece.inputs, path)
-            options = {
-                'PERFORMANCE_HINT': 'LATENCY',
-                'INFERENCE_PRECISION_HINT': 'f32',
-                'INFERENCE_NUM_THREADS': str(self.threads),
-            }
+            options = cpu_options(self.threads)
             core = ov.Core()
             requests = [
                 core.compile_model(str(path), 'CPU', more).create_infer_request()

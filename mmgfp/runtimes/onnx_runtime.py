@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +20,7 @@ class OnnxRuntime(Session):
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
         ort = require(self.package, 'onnx')
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-            options.inter_op_num_threads = 1
+        options = session_options(threads)
         self.session = ort.InferenceSession(
             str(path), options, providers=['CPUExecutionProvider']
         )
@@ -38,3 +35,17 @@ class OnnxRuntime(Session):
         """Return the outputs by name, in order."""
         values = self.session.run(None, dict(inputs))
         return dict(zip(self.outputs, values, strict=True))
+
+
+def session_options(threads: int | None = None) -> Any:
+    """Return onnxruntime's options of a session.
+
+    Args:
+        threads: Threads that one run may use; the runtime's default if None.
+    """
+    options = require(OnnxRuntime.package, 'onnx').SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    return options

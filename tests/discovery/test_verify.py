@@ -617,4 +617,5 @@ def test_code_that_counts_on_relu_is_compared_with_it(code, layers):
 
 def test_loops_that_wait_for_zeros_end():
     pruner = GroupFisherPruner(CountsOnZeros(halves_until_zero))
-    pruner.prepare(lambda m: m(images()).square().sum(), toy_forward, 2)
+    grouping = pruner.prepare(lambda m: m(images()).square().sum(), toy_forward, 2)
+    assert {n for g in grouping.groups for n in g.layers('out')} == {'a', 'b'}
