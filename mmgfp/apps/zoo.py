@@ -20,8 +20,9 @@ from mmengine.logging import MessageHub
 from torch import nn
 
 from mmgfp.apps.analysis import coverage
+from mmgfp.discovery.unit_sets import random_units
 from mmgfp.discovery.verified import DISAGREES
-from mmgfp.discovery.verify import disagreement, random_units
+from mmgfp.discovery.verify import disagreement
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model, init_weights

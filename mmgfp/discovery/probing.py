@@ -73,6 +73,7 @@ class TrainingCheck:
     Only they show code that runs in training mode alone. Dropout modules are off, as
     they draw other numbers for other widths. Where a loss still depends on random
     numbers, or on the last bits as between equally good candidates, it only has to run.
+    Copies are put into double precision.
 
     Args:
         model: The model, whose modules are in the modes in which it trains.
@@ -90,17 +91,17 @@ class TrainingCheck:
 
     def runs(self, masked: nn.Module, small: nn.Module) -> str | None:
         """Return the error that the compact copy raises and the masked one does not."""
-        error = self._error(small)
-        if error is None or self._error(masked) is not None:
+        error = self._error(small.double())
+        if error is None or self._error(masked.double()) is not None:
             return None
         return f'in training mode, {error_line(error)}'
 
     def agrees(self, masked: nn.Module, small: nn.Module) -> str | None:
         """Return how the losses differ, for reasons that only the groups explain."""
-        expected = self._value(masked)
+        expected = self._value(masked.double())
         if isinstance(expected, Exception) or not math.isfinite(expected):
             return None
-        value = self._value(small)
+        value = self._value(small.double())
         if isinstance(value, Exception):
             return f'in training mode, {error_line(value)}'
         if _is_close(value, expected):

@@ -11,7 +11,7 @@ from support.tooling import ROOT
 
 from mmgfp import PruneStructure, compact_
 from mmgfp.apps.cli import load_config
-from mmgfp.discovery.verify import random_units
+from mmgfp.discovery.unit_sets import random_units
 from mmgfp.engine.artifact import save_artifact
 from mmgfp.engine.model_building import build_model
 from mmgfp.surgery.structure import shapes_of

@@ -33,11 +33,8 @@ from torch.nn import functional as F
 
 from mmgfp.discovery.discover import discover
 from mmgfp.discovery.grouping import build_groups, matches
-from mmgfp.discovery.verify import (
-    disagreement,
-    find_disagreements,
-    random_units,
-)
+from mmgfp.discovery.unit_sets import random_units
+from mmgfp.discovery.verify import disagreement, find_disagreements
 from mmgfp.groups import module_of
 from mmgfp.utils.errors import ConfigError
 

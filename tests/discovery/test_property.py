@@ -15,13 +15,10 @@ from support.random_nets import RandomNet, specifications
 from support.reference import weight_fisher
 from support.toys import grouped, images, square_loss
 
+from mmgfp.discovery.comparing import difference
 from mmgfp.discovery.probing import random_probe
-from mmgfp.discovery.verify import (
-    difference,
-    find_disagreements,
-    masked_and_compact,
-    random_units,
-)
+from mmgfp.discovery.unit_sets import random_units
+from mmgfp.discovery.verify import find_disagreements, masked_and_compact
 from mmgfp.surgery.compact import compact, compact_
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure, shapes_of
 from mmgfp.utils.errors import TraceError

@@ -11,8 +11,9 @@ import torch
 from support.toys import Net, conv, images, reasons_of, toy_forward, toy_loss
 from torch import nn
 
+from mmgfp.discovery.comparing import difference
 from mmgfp.discovery.discover import discover
-from mmgfp.discovery.verify import difference, masked_and_compact
+from mmgfp.discovery.verify import masked_and_compact
 from mmgfp.tracing.splits import Split, Splits
 from mmgfp.utils.errors import TraceError
 

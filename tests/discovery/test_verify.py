@@ -26,14 +26,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmgfp import GroupFisherPruner
+from mmgfp.discovery.comparing import TOLERANCE, difference
+from mmgfp.discovery.unit_sets import random_units
 from mmgfp.discovery.verify import (
-    TOLERANCE,
     Disagreement,
-    difference,
     disagreement,
     find_disagreements,
     masked_and_compact,
-    random_units,
 )
 from mmgfp.groups import Grouping
 from mmgfp.utils.errors import TraceError

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from support.roundtrip import pruned_model
 from support.toy_runner import Call, pruner_of, toy_loader, toy_runner
 
-from mmgfp.discovery.verify import difference
+from mmgfp.discovery.comparing import difference
 from mmgfp.surgery.structure import PruneStructure
 
 MOMENTUM = 0.3

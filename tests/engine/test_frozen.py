@@ -12,7 +12,7 @@ from support.toys import ResidualPair, TinyDetector, images, toy_loss
 from torch import nn
 
 from mmgfp import PruningConfig
-from mmgfp.discovery.verify import difference
+from mmgfp.discovery.comparing import difference
 from mmgfp.selection.schedules import FixedSchedule
 
 

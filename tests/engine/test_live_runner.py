@@ -24,7 +24,7 @@ from support.toy_runner import Call, hook_of, pruner_of, toy_loader, toy_runner
 from support.toys import parameters_in
 
 from mmgfp import FisherPruningHook, GroupFisherPruner, PruneStructure
-from mmgfp.discovery.verify import difference
+from mmgfp.discovery.comparing import difference
 from mmgfp.engine.runner_access import check_model_wrapper
 from mmgfp.utils.errors import ConfigError
 

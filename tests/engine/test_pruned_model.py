@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from support.toy_runner import pruner_of
 
-from mmgfp.discovery.verify import difference
+from mmgfp.discovery.comparing import difference
 from mmgfp.engine.deploy import deploy, read_deployable
 from mmgfp.utils.errors import StructureError
 

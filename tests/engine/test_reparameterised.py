@@ -13,7 +13,8 @@ from support.roundtrip import traced
 from torch import nn
 
 from mmgfp import PruneStructure, compact_
-from mmgfp.discovery.verify import difference, random_units
+from mmgfp.discovery.comparing import difference
+from mmgfp.discovery.unit_sets import random_units
 from mmgfp.surgery.attributes import CONV_ATTRIBUTES
 from mmgfp.surgery.structure import shapes_of
 

@@ -9,8 +9,10 @@ import torch
 from mmengine.hub import get_config
 from support.toys import parameters_in, widths
 
+from mmgfp.discovery.comparing import difference
 from mmgfp.discovery.grouping import build_groups
-from mmgfp.discovery.verify import difference, disagreement, random_units
+from mmgfp.discovery.unit_sets import random_units
+from mmgfp.discovery.verify import disagreement
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model

@@ -25,13 +25,9 @@ from support.toys import reasons_of
 from torch import nn
 
 from mmgfp import GroupFisherPruner, PruneStructure
-from mmgfp.discovery.verify import (
-    difference,
-    disagreement,
-    find_disagreements,
-    masked_and_compact,
-    random_units,
-)
+from mmgfp.discovery.comparing import difference
+from mmgfp.discovery.unit_sets import random_units
+from mmgfp.discovery.verify import disagreement, find_disagreements, masked_and_compact
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model

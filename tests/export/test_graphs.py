@@ -21,7 +21,8 @@ from support.exporting import (
 
 from mmgfp.discovery.discover import trace_model
 from mmgfp.discovery.grouping import build_groups
-from mmgfp.discovery.verify import masked_and_compact, random_units
+from mmgfp.discovery.unit_sets import random_units
+from mmgfp.discovery.verify import masked_and_compact
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmgfp import GroupFisherPruner
 from mmgfp.discovery.profile import profile_layers
-from mmgfp.discovery.verify import random_units
+from mmgfp.discovery.unit_sets import random_units
 from mmgfp.selection.costs import CostTable, LayerProfile, RunningCosts
 from mmgfp.utils.errors import ConfigError
 

@@ -26,12 +26,9 @@ from support.toys import (
 )
 from torch import nn
 
-from mmgfp.discovery.verify import (
-    difference,
-    disagreement,
-    masked_and_compact,
-    random_units,
-)
+from mmgfp.discovery.comparing import difference
+from mmgfp.discovery.unit_sets import random_units
+from mmgfp.discovery.verify import disagreement, masked_and_compact
 from mmgfp.surgery.compact import compact, compact_
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 

@@ -19,7 +19,7 @@ from support.toys import (
 from torch import nn
 
 from mmgfp import GroupFisherPruner
-from mmgfp.discovery.verify import difference
+from mmgfp.discovery.comparing import difference
 from mmgfp.surgery.compact import Replacement
 from mmgfp.surgery.live import (
     check_optimizer,

@@ -10,7 +10,7 @@ from support.pruning import prepared
 from support.toys import TOYS, ConvPair, TinyDetector, Transposed, toy_loss
 from torch import nn
 
-from mmgfp.discovery.verify import random_units
+from mmgfp.discovery.unit_sets import random_units
 from mmgfp.surgery.masking import ColumnMask
 from mmgfp.utils.errors import ConfigError
 

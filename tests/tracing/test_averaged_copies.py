@@ -8,7 +8,8 @@ from support.toys import ConvPair, grouped, images, reasons_of, square_loss, toy
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from mmgfp.discovery.verify import disagreement, masked_and_compact, random_units
+from mmgfp.discovery.unit_sets import random_units
+from mmgfp.discovery.verify import disagreement, masked_and_compact
 from mmgfp.surgery.masking import ColumnMask
 from mmgfp.tracing.averaged_copies import averaged_copy_tensors
 

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from mmgfp.discovery.verify import disagreement, masked_and_compact, random_units
+from mmgfp.discovery.unit_sets import random_units
+from mmgfp.discovery.verify import disagreement, masked_and_compact
 
 
 class Buffers(nn.Module):

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mmgfp.apps.analysis import coverage
 from mmgfp.discovery.profile import profile_layers
-from mmgfp.discovery.verify import disagreement, random_units
+from mmgfp.discovery.unit_sets import random_units
+from mmgfp.discovery.verify import disagreement
 from mmgfp.selection.costs import CostTable
 from mmgfp.utils.layers import is_layer
 

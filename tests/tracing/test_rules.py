@@ -19,12 +19,9 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mmgfp.discovery.verify import (
-    difference,
-    disagreement,
-    masked_and_compact,
-    random_units,
-)
+from mmgfp.discovery.comparing import difference
+from mmgfp.discovery.unit_sets import random_units
+from mmgfp.discovery.verify import disagreement, masked_and_compact
 from mmgfp.tracing import LABEL_RULES, ROW_RULES, register_elementwise
 from mmgfp.tracing.value import op_name
 
