@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from mmgfp.groups import (
@@ -85,6 +86,7 @@ def build_groups(
     """
     traced_names = _traced_names(model, trace)
     _freeze_layers(trace, _kept_layers(traced_names, keep), 'kept as configured')
+    _freeze_layers(trace, _compiled_modules(model), 'compiled by torch.jit')
     for call in trace.calls:
         if unscorable and call.weight in unscorable:
             reason = f'read by {module_of(call.weight)}: {unscorable[call.weight]}'
@@ -139,6 +141,12 @@ def _kept_layers(traced_names: Mapping[str, str], keep: Iterable[str]) -> set[st
             )
         kept |= matching
     return kept
+
+
+def _compiled_modules(model: nn.Module) -> set[str]:
+    """Return the names of scripted and traced modules, whose code is fixed."""
+    modules = model.named_modules()
+    return {n for n, m in modules if isinstance(m, torch.jit.ScriptModule)}
 
 
 def _freeze_layers(trace: Trace, layers: set[str], reason: str) -> None:

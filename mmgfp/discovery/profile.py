@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmgfp.discovery.work import Product, WatchWork
 from mmgfp.selection.costs import LayerProfile
 from mmgfp.utils.layers import is_layer, output_dim
-from mmgfp.utils.trial_runs import Forward, undisturbed
+from mmgfp.utils.trial_runs import Forward, modules_with_hooks, undisturbed
 
 logger = logging.getLogger('mmgfp')
 
@@ -102,7 +102,7 @@ class _Counter:
         """Count layers whose ops aren't seen, and know how many rows a layer gets."""
         names = {id(p): n for n, p in self.parameters.items()}
         handles = []
-        for module in self.model.modules():
+        for _, module in modules_with_hooks(self.model):
             if any(True for _ in module.parameters(recurse=False)):
                 weight = names.get(id(getattr(module, 'weight', None)))
                 before, after = self._hooks(weight if is_layer(module) else None)

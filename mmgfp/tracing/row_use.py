@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmgfp.tracing.operands import Alias, CallNodes
 from mmgfp.tracing.row_values import Aside, Lost, Rows, RowState
 from mmgfp.tracing.rows import layer_input, mark_output, rows_read, with_input
+from mmgfp.utils.trial_runs import modules_with_hooks
 
 #: Under this name the input of a call knows how often it had been changed.
 VERSION = 'mmgfp_version'
@@ -101,7 +102,7 @@ def watch_rows(
         return hook
 
     handles = []
-    for name, module in model.named_modules():
+    for name, module in modules_with_hooks(model):
         if isinstance(getattr(module, 'weight', None), Tensor):
             before = module.register_forward_pre_hook(watch(name), with_kwargs=True)
             after = module.register_forward_hook(close(name), with_kwargs=True)

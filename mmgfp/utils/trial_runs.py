@@ -110,6 +110,13 @@ def _cpu_random_states() -> Iterator[None]:
         random.setstate(python_state)
 
 
+def modules_with_hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that take hooks, with their names: all that no jit compiled."""
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            yield name, module
+
+
 @contextmanager
 def watch_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the tensors that modules with parameters return, nested ones too."""
@@ -118,8 +125,11 @@ def watch_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         outputs.extend(tree_tensors(output))
 
-    blocks = [m for m in model.modules() if any(True for _ in m.parameters())]
-    handles = [m.register_forward_hook(hook) for m in blocks]
+    handles = [
+        module.register_forward_hook(hook)
+        for _, module in modules_with_hooks(model)
+        if any(True for _ in module.parameters())
+    ]
     try:
         yield outputs
     finally:

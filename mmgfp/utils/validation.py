@@ -32,7 +32,9 @@ def check(field: str, is_valid: bool, expected: str, got: object) -> None:
 
 
 def check_not_compiled(model: Any) -> None:
-    """Refuse a module that torch.compile has wrapped, or with scripted parts.
+    """Refuse a module that torch.compile has wrapped, or torch.jit has compiled.
+
+    Parts that torch.jit has compiled are left alone.
 
     Raises:
         ConfigError: If it is one.
@@ -44,15 +46,14 @@ def check_not_compiled(model: Any) -> None:
             f'a compiled {type(getattr(model, "_orig_mod", model)).__name__}',
             'prune first; the compact model can be compiled for fine-tuning',
         )
-    for name, module in model.named_modules():
-        # By its name, because this module does without torch.
-        if type(module).__module__.startswith('torch.jit'):
-            raise ConfigError(
-                'model',
-                'without scripted modules, as pruning looks into every layer',
-                f'{name or "the model"}, a {type(module).__name__}',
-                'prune first; the compact model can be scripted',
-            )
+    # By its name, because this module does without torch.
+    if type(model).__module__.startswith('torch.jit'):
+        raise ConfigError(
+            'model',
+            'a module not compiled by torch.jit, as pruning looks into every layer',
+            f'a {type(model).__name__}',
+            'prune first; the compact model can be scripted',
+        )
 
 
 def refuse_copy(self: Any, protocol: object) -> Any:

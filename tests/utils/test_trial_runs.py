@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from mmengine.structures import InstanceData
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mmgfp import GroupFisherPruner
+from mmgfp.discovery.verify import masked_and_compact
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.trial_runs import copy_module, undisturbed
 
@@ -108,8 +110,39 @@ def test_parametrised_layers_are_left_alone_and_no_buffer_changes(kind):
     assert all(torch.equal(b, values[n]) for n, b in model.named_buffers())
 
 
-def test_scripted_parts_are_refused():
-    model = net_around(torch.jit.script(nn.Conv2d(4, 4, 3)))
-    words = r'model must be without scripted modules.*\(got 2, a .*prune first'
-    with pytest.raises(ConfigError, match=words):
-        GroupFisherPruner(model, interval=1)
+COMPILED = {
+    'scripted conv': lambda: torch.jit.script(nn.Conv2d(4, 4, 3)),
+    'scripted norm': lambda: torch.jit.script(nn.BatchNorm2d(4)),
+    'scripted block': lambda: torch.jit.script(
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    ),
+    'traced block': lambda: torch.jit.trace(
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()), torch.rand(2, 4, 8, 8)
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', COMPILED)
+@pytest.mark.parametrize('calls', [0, 3])  # torch.jit optimizes after the first ones
+def test_compiled_parts_are_left_alone(kind, calls):
+    torch.manual_seed(0)
+    model, image = net_around(COMPILED[kind]()), torch.rand(2, 3, 12, 12)
+    for _ in range(calls):
+        model(image).sum().backward()
+    pruner = GroupFisherPruner(model, interval=1, target=dict(flops=0.95))
+    grouping = pruner.prepare(lambda m: m(image).sum(), lambda m: m(image), 2)
+    assert [g.name for g in grouping.groups] == ['4']
+    reasons = {f.layer: f.reason for f in grouping.frozen}
+    assert 'compiled by torch.jit' in reasons['0']
+    masked, small = masked_and_compact(
+        model.eval(), grouping.groups, np.array([False, True])
+    )
+    assert small[4].out_channels == 1
+    torch.testing.assert_close(small(image), masked(image))
+
+
+def test_compiled_modules_are_refused():
+    words = r'model must be a module not compiled by torch.jit.*prune first'
+    for kind in ('scripted block', 'traced block'):
+        with pytest.raises(ConfigError, match=words):
+            GroupFisherPruner(COMPILED[kind](), interval=1)
