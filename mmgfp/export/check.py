@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgfp.export.images import Sample
+from mmgfp.export.masks import pasted_masks
 from mmgfp.export.matching import Detections, Limits, Tolerance, match
 from mmgfp.export.options import INPUT, ExportOptions
 from mmgfp.export.preprocess import WithPreprocessing
@@ -214,26 +215,13 @@ def _found(
     boxes = boxes / np.tile(step.numpy(), 2)
     masks = None
     if 'masks' in found:
-        masks = _pasted(found['masks'][i][is_one], boxes, model, size)
+        masks = pasted_masks(
+            torch.from_numpy(found['masks'][i][is_one]).float(),
+            torch.from_numpy(boxes).float(),
+            size,
+            model.roi_head.test_cfg.mask_thr_binary,
+        ).numpy()
     return Detections(boxes, scores[:, 0], found['labels'][i][is_one], masks)
-
-
-def _pasted(
-    masks: np.ndarray, boxes: np.ndarray, model: Any, size: Sequence[int]
-) -> np.ndarray:
-    """Return which pixels of an image belong to masks of boxes."""
-    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
-
-    threshold = model.roi_head.test_cfg.mask_thr_binary
-    if not len(masks):
-        return np.zeros((0, *size), dtype=bool)
-    pasted, _ = _do_paste_mask(
-        torch.from_numpy(masks)[:, None].float(),
-        torch.from_numpy(boxes.astype(np.float32)),
-        *size,
-        skip_empty=False,
-    )
-    return (pasted >= threshold).numpy()
 
 
 def _difference(

@@ -13,6 +13,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mmgfp.export.fitting import pad_to
+from mmgfp.export.masks import pasted_masks
 from mmgfp.export.metadata import KEY
 from mmgfp.runtimes import Session
 from mmgfp.utils.errors import ConfigError
@@ -104,27 +105,10 @@ class ExportedModel(BaseModel):
         )
         if 'masks' in outputs:
             masks = outputs['masks'][found].float()
-            instances.masks = _pasted(
+            instances.masks = pasted_masks(
                 masks, boxes, meta['ori_shape'], self.mask_threshold
             )
         return instances
-
-
-def _pasted(
-    masks: Tensor, boxes: Tensor, size: Sequence[int], threshold: float
-) -> Tensor:
-    """Return masks (K, H, W) of the image from those of boxes, (K, h, w)."""
-    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
-
-    height, width = size[:2]
-    whole = torch.zeros(len(masks), height, width, dtype=torch.bool)
-    for i in range(len(masks)):
-        part, where = _do_paste_mask(
-            masks[i : i + 1, None], boxes[i : i + 1], height, width
-        )
-        index = (slice(i, i + 1), *where)
-        whole[index] = part >= threshold
-    return whole
 
 
 def _check_outputs(session: Session, meta: dict[str, Any]) -> None:
