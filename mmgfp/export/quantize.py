@@ -13,6 +13,7 @@ import numpy as np
 
 from mmgfp.runtimes import open_model
 from mmgfp.runtimes.base import require
+from mmgfp.runtimes.open_vino import shared_core
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import atomic_write
 
@@ -144,7 +145,7 @@ def quantize_openvino(
     nncf = require('nncf', 'nncf')
     # Not its set_log_level, which silences the handlers of all loggers.
     logging.getLogger('nncf').setLevel(logging.ERROR)
-    model = openvino.Core().read_model(str(path))
+    model = shared_core().read_model(str(path))
     nodes = openvino_nodes(model)
     stays = float_nodes(nodes) if exclude is None else exclude
     layers = [node.name for node in nodes if node.weighted]

@@ -20,7 +20,7 @@ from mmgfp.latency.graph import export_marked, times_of_layers
 from mmgfp.runtimes import open_model
 from mmgfp.runtimes.base import require
 from mmgfp.runtimes.onnx_runtime import session_options
-from mmgfp.runtimes.open_vino import cpu_options
+from mmgfp.runtimes.open_vino import cpu_options, shared_core
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.layers import is_layer
 from mmgfp.utils.registry import Registry
@@ -187,12 +187,11 @@ class OpenVINOTimer(LayerTimer):
 
     def measure(self, piece: Piece) -> LayerTimes:
         """Return the time of each layer with what follows it."""
-        ov = require('openvino', 'openvino')
+        core = shared_core()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, 'model.onnx')
             owners = export_marked(piece.module, piece.inputs, path)
             options = cpu_options(self.threads)
-            core = ov.Core()
             requests = [
                 core.compile_model(str(path), 'CPU', more).create_infer_request()
                 for more in (options, options | {'PERF_COUNT': 'YES'})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +20,7 @@ class OpenVINO(Session):
     package = 'openvino'
 
     def __init__(self, path: str | Path, threads: int | None = None) -> None:
-        core = require(self.package, 'openvino').Core()
+        core = shared_core()
         options = cpu_options(threads)
         model = core.read_model(str(path))
         self.model = core.compile_model(model, 'CPU', options)
@@ -42,6 +44,20 @@ class OpenVINO(Session):
         values = self.request.infer(dict(inputs), share_inputs=True)
         arrays = [np.array(values[port]) for port in self.model.outputs]
         return dict(zip(self.outputs, arrays, strict=True))
+
+
+@cache
+def shared_core() -> Any:
+    """Return the process's one core of OpenVINO.
+
+    Its CPU plugin sets the stack on which signals are handled. Where two of them end in
+    the order in which they began, the memory of one that has ended stays set, and the
+    next Ctrl-C or SIGTERM is a segmentation fault.
+
+    Raises:
+        ConfigError: If OpenVINO is not installed.
+    """
+    return require('openvino', 'openvino').Core()
 
 
 def cpu_options(threads: int | None = None) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -18,6 +20,7 @@ from support.exporting import (
     onnx_file,
     predictions,
 )
+from support.plain_onnx import write_plain_onnx
 
 from mmgfp.discovery.discover import trace_model
 from mmgfp.discovery.grouping import build_groups
@@ -193,3 +196,25 @@ def test_raw_outputs(name, tmp_path):
     outputs = run_file(onnx_file(graph, image, tmp_path / 'raw.onnx'), image)
     for have, want in zip(outputs, [*scores, *boxes], strict=True):
         torch.testing.assert_close(torch.as_tensor(have), want, atol=1e-3, rtol=1e-3)
+
+
+SIGNALLED = """
+import signal, sys
+from mmgfp.runtimes import open_model
+first = open_model(sys.argv[1], 'openvino', 1)
+second = open_model(sys.argv[1], 'openvino', 1)
+del first
+del second
+memory = [bytearray(1 << 20) for _ in range(64)]  # where what they freed may lie
+signal.signal(signal.SIGTERM, lambda *args: print('heard'))
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_signals_are_heard_after_openvino_was_used(tmp_path):
+    """Its plugin sets the stack for signals, and must not leave one that is freed."""
+    path = tmp_path / 'model.onnx'
+    write_plain_onnx(raw_graph(torch.nn.Conv2d(3, 4, 3)), torch.rand(1, 3, 8, 8), path)
+    command = [sys.executable, '-c', SIGNALLED, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, 'heard\n'), done.stderr
