@@ -1,4 +1,4 @@
-"""Copies of a model to compare: in double precision, with parameters set at random."""
+"""Copies of a model to compare, with parameters set at random."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ LOSS_TOLERANCE = 1e-6
 
 @torch.no_grad()
 def random_probe(model: nn.Module) -> nn.Module:
-    """Return a copy in double precision and in eval mode that is blind to no channel.
+    """Return a copy in single precision and in eval mode that is blind to no channel.
 
     Biases, norms and their statistics, and what starts near zero, are set at random.
     """
-    probe = copy_module(model).double()
+    probe = copy_module(model).float()
     probe.eval()  # returns nothing where distillation overrides it
     _randomize_vectors(probe)
     _randomize_small(probe)

@@ -74,7 +74,7 @@ class _Draw:
     """One random set of units, of which those of any groups can be removed.
 
     Args:
-        probe: The model in double precision, which is not changed.
+        probe: The model in single precision, which is not changed.
         grouping: Its groups.
         drawn: Units to keep, (U,).
         checks: Return why a masked and a compact copy disagree, if they do.

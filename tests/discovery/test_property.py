@@ -104,7 +104,7 @@ def assert_scores(pruner, loss):
 
 def assert_cuts(net, groups, kept, loss):
     """Masked and compact agree in both modes, on images that discovery has not seen."""
-    masked, small = masked_and_compact(random_probe(net), groups, kept)
+    masked, small = masked_and_compact(random_probe(net).double(), groups, kept)
     batch = images(3, seed=1)
     for training in (False, True):
         pair = masked.train(training), small.train(training)
