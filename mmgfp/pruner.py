@@ -171,7 +171,7 @@ class ChannelPruner:
         self.criterion.detach()
         units, rows = self.units, self.discovery.rows  # type: ignore[union-attr]
         in_model = (units.remaining, np.flatnonzero(units.in_model), units.group_of)
-        self._context = ScoringContext(self.model, *in_model, rows)
+        self._context = ScoringContext(self.model, *in_model, rows, units.kept)
         self.criterion.attach(self._context)
         self._watch_next()
 

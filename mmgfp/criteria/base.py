@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class ScoringContext:
         numbers: The first number of each of these units, (U',).
         group_of: Group of every unit that there was, (U,).
         rows: Which layers read images and which RoIs.
+        kept: Units that are not pruned, (U,); it follows the decisions. Of the units in
+            the model, some may be masked until they are cut.
     """
 
     model: nn.Module
@@ -37,6 +39,7 @@ class ScoringContext:
     numbers: np.ndarray
     group_of: np.ndarray
     rows: RowUse
+    kept: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,14 @@ class Scores:
             finite.
         nonfinite_in_row: How many of them were the last ones; of several processes,
             the mean, rounded up.
+        why_unknown: What a group has, or lacks, all of whose values are NaN, if no
+            further iteration can change that.
     """
 
     values: np.ndarray
     nonfinite: int = 0
     nonfinite_in_row: int = 0
+    why_unknown: str = ''
 
 
 class Criterion(ABC):
@@ -80,7 +86,7 @@ class Criterion(ABC):
         ...         return Scores(np.arange(len(self.group_of), dtype=float))
     """
 
-    additive: ClassVar[bool] = False
+    additive: bool = False
 
     def unscorable(
         self, model: nn.Module, weights: Sequence[str], rows: RowUse

@@ -41,9 +41,32 @@ class ScoreChecks:
         Raises:
             ConfigError: If a criterion returns anything but a score for each unit.
             StatisticsError: If too many iterations in a row had gradients that are not
-                finite.
+                finite, or no group can ever be scored.
         """
         _check_values(scores, kept.shape)
+        self._check_gradients(scores)
+        groups, group_of = len(grouping.groups), grouping.group_of
+        known = kept & ~np.isnan(scores.values)
+        has_kept = np.bincount(group_of[kept], minlength=groups) > 0
+        has_known = np.bincount(group_of[known], minlength=groups) > 0
+        unseen = np.flatnonzero(has_kept & ~has_known)
+        if len(unseen) == groups and scores.nonfinite_in_row:
+            return  # the reason has been given
+        if len(unseen) == groups and scores.why_unknown:
+            raise StatisticsError(
+                'criterion',
+                'one that can score some group of channels',
+                f'none, as each one {scores.why_unknown}',
+                'choose another criterion',
+            )
+        why = f'got no gradient in {interval} iterations'
+        why = f'{why} and is left alone until it does'
+        if scores.why_unknown:
+            why = f'{scores.why_unknown} and is left alone'
+        for g in unseen:
+            self._warn_once(f'group {grouping.groups[g].name} {why}')
+
+    def _check_gradients(self, scores: Scores) -> None:
         if scores.nonfinite_in_row >= self._max_nonfinite:
             raise StatisticsError(
                 'gradients',
@@ -59,19 +82,6 @@ class ScoreChecks:
                 f'gradients were not finite in {scores.nonfinite} iterations so far, '
                 f'which do not count'
             )
-        groups, group_of = len(grouping.groups), grouping.group_of
-        known = kept & ~np.isnan(scores.values)
-        has_kept = np.bincount(group_of[kept], minlength=groups) > 0
-        has_known = np.bincount(group_of[known], minlength=groups) > 0
-        unseen = np.flatnonzero(has_kept & ~has_known)
-        if len(unseen) == groups and scores.nonfinite_in_row:
-            return  # the reason has been given
-        for g in unseen:
-            message = (
-                f'group {grouping.groups[g].name} got no gradient in {interval} '
-                f'iterations and is left alone until it does'
-            )
-            self._warn_once(message)
 
     def warn_of_nothing_to_prune(self, scores: Scores, kept: np.ndarray) -> None:
         """Say why a decision took nothing although the schedule asked for it.

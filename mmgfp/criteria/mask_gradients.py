@@ -71,7 +71,10 @@ def _tiles(x: Tensor) -> Iterator[tuple[slice, ...]]:
 
 
 def untappable(
-    weights: Iterable[str], owners: Mapping[str, Sequence[str]], use: RowUse
+    weights: Iterable[str],
+    owners: Mapping[str, Sequence[str]],
+    use: RowUse,
+    purpose: str = 'Fisher statistics',
 ) -> dict[str, str]:
     """Return weights of layers that no gradients can be taken off, with the reason.
 
@@ -79,6 +82,7 @@ def untappable(
         weights: Names of the weights of all layers.
         owners: What `weight_owners` says.
         use: What the layers read.
+        purpose: What the gradients are for.
     """
     reasons = {}
     for weight in weights:
@@ -87,7 +91,7 @@ def untappable(
         if lost:
             reasons[weight] = lost[0]
         elif not use.called.intersection(modules):
-            reasons[weight] = 'its input cannot be watched for Fisher statistics'
+            reasons[weight] = f'its input cannot be watched for {purpose}'
     return reasons
 
 

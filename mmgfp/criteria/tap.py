@@ -44,6 +44,11 @@ TWICE = 'it changes its input, and its gradient is used in a loss'
 OVERWRITTEN = 'its input has been changed in place before backward'
 
 
+#: Sums over samples and positions of a layer's input, (R, C), from the input and the
+#: dimension that holds its channels; those of several calls are added.
+Summary = Callable[[Tensor, int], Tensor]
+
+
 def _shareable(x: Tensor) -> bool:
     """Return whether other layers may read ``x`` through the same tap.
 
@@ -98,7 +103,8 @@ class _Tap(torch.autograd.Function):
             call.tap.lost[call.layer] = OVERWRITTEN
             return grad, None
         call.tap.add(call, x, grad)
-        if torch.is_grad_enabled() and grad.requires_grad:
+        is_scaled = call.tap.summary is None
+        if is_scaled and torch.is_grad_enabled() and grad.requires_grad:
             # The mask scales the gradient as well, which a loss may depend on.
             grad = _Tap.apply(grad, call)
         return grad, None
@@ -143,6 +149,7 @@ class MaskGradientTap:
         units: The unit of each input channel by layer, (C,). Layers of other units
             are not tapped together, and none without it.
         model: The module that the layers are of.
+        summary: What to take off the inputs in place of the mask gradients.
 
     Attributes:
         active: Whether calls are tapped; otherwise they cost nothing.
@@ -154,9 +161,11 @@ class MaskGradientTap:
         use: RowUse = RowUse(),  # noqa: B008
         units: Mapping[str, Tensor] | None = None,
         model: nn.Module | None = None,
+        summary: Summary | None = None,
     ) -> None:
         self.layers = dict(layers)
         self.use = use
+        self.summary = summary
         self.active = True
         self._model = model
         #: Equal for layers that read one tensor in the same way.
@@ -300,7 +309,11 @@ class MaskGradientTap:
             rows = rows.rows
         self._passes.close(call.batch)
         sums = self._sums.setdefault(call.batch, {})
-        gradient = mask_gradient(x, grad, self._channel_dim(layer), rows)  # (N, C)
+        dim = self._channel_dim(layer)
+        if self.summary is None:
+            gradient = mask_gradient(x, grad, dim, rows)  # (N, C)
+        else:
+            gradient = self.summary(x, dim)  # (R, C)
         others = next(iter(sums.values()), gradient)
         if len(gradient) != len(others):
             found = f'{len(gradient)} images where others saw {len(others)}'
@@ -314,7 +327,7 @@ class MaskGradientTap:
         """Return whether this backward pass adds to the ``.grad`` of parameters."""
         task = torch._C._current_graph_task_id()
         if task != self._task[0]:
-            self._task = (task, any(map(_is_reached, self._parameters())))
+            self._task = (task, any(map(is_reached, self._parameters())))
         return self._task[1]
 
     def _parameters(self) -> Iterable[nn.Parameter]:
@@ -352,7 +365,7 @@ class MaskGradientTap:
         return lost
 
 
-def _is_reached(parameter: nn.Parameter) -> bool:
+def is_reached(parameter: nn.Parameter) -> bool:
     """Return whether the backward pass that runs adds to a parameter's ``.grad``."""
     if not parameter.requires_grad:
         return False

@@ -31,10 +31,10 @@ class Watched(Fisher):
     def __init__(self):
         super().__init__()
         self.statistics = UnitStatistics(GROUP_OF)
-        self._units = UNITS
+        self.watcher.units, self.watcher._count = UNITS, len(GROUP_OF)
 
     def add(self, gradients):
-        self.tap = Taken(gradients)
+        self.watcher.tap = Taken(gradients)
         self.update()
 
 
