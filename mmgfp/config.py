@@ -12,6 +12,7 @@ from mmgfp.selection.greedy import NO_NORMALIZATION
 from mmgfp.selection.latency import Latency
 from mmgfp.selection.latency_profile import LatencyProfile, read_profile
 from mmgfp.selection.schedules import Schedule, build_schedule
+from mmgfp.selection.scope import read_ratios
 from mmgfp.selection.targets import Target, parse_targets
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.registry import check_known
@@ -42,6 +43,12 @@ class PruningConfig:
             ``dict(type=name, ...)`` with arguments.
         normalize: Cost that importance is divided by: ``'memory'`` (the paper's -M),
             ``'flops'`` (-F), another name in `COSTS`, or ``'none'`` (-U).
+        scope: ``'global'`` if the units of all groups compete, ``'local'`` if groups
+            lose units in proportion: of equal shares, or of ``ratios``. What importance
+            is divided by has no effect then.
+        ratios: For local scope, the share of units that goes from each group at the
+            end at most: a dict by names or glob patterns of groups, or a JSON file that
+            has one under ``"ratios"``. Groups that it does not name stay whole.
         units_per_step: Units that go at each decision; ``'auto'`` takes as many as
             together have, at worst, little of all importance.
         iterations: Iterations in which the last target is reached, at an even pace of
@@ -86,6 +93,8 @@ class PruningConfig:
     interval: int = 10
     criterion: Spec = 'fisher'
     normalize: str = 'memory'
+    scope: str = 'global'
+    ratios: Any = None
     units_per_step: int | str = 1
     iterations: int | None = None
     schedule: Spec | None = None
@@ -156,6 +165,7 @@ class PruningConfig:
         object.__setattr__(self, 'keep', tuple(self.keep))
         self._check_normalize()
         self._read_profile()
+        object.__setattr__(self, 'ratios', read_ratios(self.scope, self.ratios))
         schedule, criterion = self.build_schedule(), self.build_criterion()
         schedule.check(self.interval, self.targets)
         if schedule.needs_additive and not criterion.additive:

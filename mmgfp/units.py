@@ -15,6 +15,7 @@ from mmgfp.selection.costs import Cost, CostTable, LayerProfile, Totals
 from mmgfp.selection.greedy import Limits, select_units
 from mmgfp.selection.latency import choose_divisor
 from mmgfp.selection.schedules import DecisionPoint, Quota
+from mmgfp.selection.scope import group_shares
 from mmgfp.selection.targets import Target, check_reachable
 from mmgfp.surgery.live import compact_training_, units_to_keep_in_model
 from mmgfp.surgery.masking import ColumnMask, check_not_masked
@@ -103,24 +104,31 @@ class UnitState:
             kept: Units that an interrupted run had kept, (U,); all if None.
 
         Raises:
-            ConfigError: If a target cannot be reached; all hooks are off then.
+            ConfigError: If a target cannot be reached, or ratios are of other groups;
+                all hooks are off then.
         """
-        divisor: Any = config.divisor
-        if config.profile is not None:
-            divisor = choose_divisor(divisor, self.costs, self.sizes, self.widths)
-        options = (config.min_channels, config.max_ratio, divisor)
-        limits = Limits.of(self.sizes, self.widths, *options)
-        units = np.bincount(
-            self.group_of if kept is None else self.group_of[kept],
-            minlength=len(self.sizes),
-        )
-        least = self.costs.totals(self.sizes - limits.smallest(units))
         try:
-            check_reachable(targets, least, self.full)
+            limits = self._limits(config)
+            units = np.bincount(
+                self.group_of if kept is None else self.group_of[kept],
+                minlength=len(self.sizes),
+            )
+            least = self.costs.totals(self.sizes - limits.smallest(units))
+            has_ratios = config.ratios is not None
+            check_reachable(targets, least, self.full, has_ratios)
         except ConfigError:
             self.close()
             raise
         return limits
+
+    def _limits(self, config: PruningConfig) -> Limits:
+        divisor: Any = config.divisor
+        if config.profile is not None:
+            divisor = choose_divisor(divisor, self.costs, self.sizes, self.widths)
+        names = [group.name for group in self.grouping.groups]
+        shares = group_shares(config.scope, config.ratios, names)
+        options = (config.min_channels, config.max_ratio, divisor, shares)
+        return Limits.of(self.sizes, self.widths, *options)
 
     def structure(self) -> PruneStructure:
         """Return the kept entries of every tensor dimension of the unpruned model."""

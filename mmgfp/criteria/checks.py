@@ -92,7 +92,7 @@ class ScoreChecks:
         """
         if np.isfinite(scores.values[kept]).any():
             why = (
-                'units with a finite score may not go; see min_channels, max_ratio, '
+                'units with a finite score may not go; see min_channels, max_ratio, ratios, '
                 'divisor and keep'
             )
         elif scores.nonfinite_in_row:

@@ -58,7 +58,8 @@ class Progress:
             names = [units.grouping.groups[g].name for g in whole]
             self.runner.logger.info(
                 f'{len(whole)} groups are too narrow to lose channels under '
-                f'divisor={divisor}, min_channels and max_ratio: {", ".join(names)}'
+                f'divisor={divisor}, min_channels, max_ratio and ratios: '
+                f'{", ".join(names)}'
             )
 
     def log_step(self, step: PruneStep) -> None:

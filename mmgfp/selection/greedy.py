@@ -22,10 +22,13 @@ class Limits:
         least: Units that must stay in each group, (G,).
         steps: A group comes to rest at multiples of so many units, if it gets fewer at
             all, (G,).
+        shares: Shares of the groups' units in proportion to which they shrink, (G,);
+            None if units of all groups compete (`scope`).
     """
 
     least: np.ndarray
     steps: np.ndarray
+    shares: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -35,6 +38,7 @@ class Limits:
         min_channels: int = 1,
         max_ratio: float = 1.0,
         divisor: int = 1,
+        shares: np.ndarray | None = None,
     ) -> Limits:
         """Return the limits of groups of ``units`` units, (G,).
 
@@ -44,6 +48,8 @@ class Limits:
             min_channels: Channels that always stay in each group.
             max_ratio: Largest share of a group's units that may go.
             divisor: What a group's number of channels is a multiple of at rest.
+            shares: Shares of the groups' units that may go, each group losing units in
+                proportion to its own, (G,).
 
         Examples:
             >>> limits = Limits.of(np.array([64, 9]), np.array([1, 4]), 8, 0.5, 8)
@@ -51,11 +57,10 @@ class Limits:
             ([32, 5], [8, 2])
         """
         by_channels = np.minimum(-(-min_channels // widths), units)
-        by_ratio = np.ceil(units * (1 - max_ratio) - 1e-9).astype(int)
-        return cls(
-            np.maximum(by_channels, np.maximum(by_ratio, 1)),
-            divisor // np.gcd(widths, divisor),
-        )
+        most = max_ratio if shares is None else np.minimum(max_ratio, shares)
+        by_ratio = np.ceil(units * (1 - most) - 1e-9).astype(int)
+        least = np.maximum(by_channels, np.maximum(by_ratio, 1))
+        return cls(least, divisor // np.gcd(widths, divisor), shares)
 
     def smallest(self, units: np.ndarray) -> np.ndarray:
         """Return how few units each group can come to rest at, (G,).
@@ -102,7 +107,8 @@ def select_units(
     Each pick takes the unit with the least normalised importance at the costs that
     the earlier picks leave. Where groups come to rest at some sizes only, it takes the
     bundle of a group's least important units that leads to the next one: their
-    importances add up, and so does what they save.
+    importances add up, and so does what they save. Under local scope the group is the
+    one that is furthest behind its share instead.
 
     Args:
         importance: Importance of each unit, (U,); those with NaN are never picked.
@@ -122,7 +128,10 @@ def select_units(
     total = 0.0
     while len(picked) < count and not done(running.totals):
         # Units of a group save the same, so only the head of each can be next.
-        scores = normalized(queues.heads, running, normalize)
+        if limits.shares is None:
+            scores = normalized(queues.heads, running, normalize)
+        else:
+            scores = queues.due(limits.shares)
         g = int(scores.argmin())
         if not np.isfinite(scores[g]):
             break
@@ -161,13 +170,28 @@ class _Queues:
         self._importance = importance
         self._limits = limits
         self._remaining = np.bincount(group_of[kept], minlength=groups)
-        self.removed = np.bincount(group_of, minlength=groups) - self._remaining
+        self._units_before = np.bincount(group_of, minlength=groups)
+        self.removed = self._units_before - self._remaining
         units = np.flatnonzero(kept & np.isfinite(importance))
         ends = np.searchsorted(group_of[units], np.arange(groups + 1)).tolist()
         self._units = [units[start:end] for start, end in pairwise(ends)]
         self._sorted = [False] * groups
         self.bundles = _bundles(self._remaining, limits.steps)
         self.heads = np.array([self._head(g) for g in range(groups)])
+
+    def due(self, shares: np.ndarray) -> np.ndarray:
+        """Return when the next units of each group are due on an even way, (G,).
+
+        That is the part of the way to its share that the group has gone when half of
+        them are, so that each group is always as near to its part as it can be. Groups
+        from which nothing may go are infinitely far off.
+
+        Args:
+            shares: Shares of the groups' units that lie on the whole way, (G,).
+        """
+        gone = self._units_before - self._remaining + self.bundles / 2
+        part = gone / np.maximum(self._units_before * shares, 1e-30)
+        return np.where(np.isfinite(self.heads), part, np.inf)
 
     def take(self, group: int) -> list[int]:
         """Remove the units that go next from a group, and return their numbers."""

@@ -97,13 +97,16 @@ def parse_targets(raw: Any) -> tuple[Target, ...]:
     return parsed
 
 
-def check_reachable(targets: Sequence[Target], least: Totals, full: Totals) -> None:
+def check_reachable(
+    targets: Sequence[Target], least: Totals, full: Totals, has_ratios: bool = False
+) -> None:
     """Refuse targets below what is there when nothing more may go.
 
     Args:
         targets: The targets.
         least: Costs of the model with as few units in each group as may stay.
         full: Costs of the unpruned model.
+        has_ratios: Whether shares of groups were given, which limit what may go.
 
     Raises:
         ConfigError: If a target cannot be reached, or means a cost of zero.
@@ -124,6 +127,6 @@ def check_reachable(targets: Sequence[Target], least: Totals, full: Totals) -> N
                 f'target.{target.cost}',
                 f'at least {ratio:g}, which remains when all groups are at their limit',
                 f'{target.ratio:g}',
-                'raise it, or let more go with keep, coupled, min_channels, max_ratio '
-                f'and divisor{hint}',
+                'raise it, or let more go with keep, coupled, min_channels, max_ratio'
+                f'{", ratios" if has_ratios else ""} and divisor{hint}',
             )
