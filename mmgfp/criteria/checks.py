@@ -92,8 +92,8 @@ class ScoreChecks:
         """
         if np.isfinite(scores.values[kept]).any():
             why = (
-                'units with a finite score may not go; see min_channels, max_ratio, ratios, '
-                'divisor and keep'
+                'units with a finite score may not go; see min_channels, max_ratio, '
+                'ratios, divisor and keep'
             )
         elif scores.nonfinite_in_row:
             return  # the reason has been given
