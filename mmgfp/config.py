@@ -40,7 +40,7 @@ class PruningConfig:
         interval: Iterations between two decisions (paper: 10 for detection, 25 for
             classification).
         criterion: How importance is measured: a name in `CRITERIA`, or
-            ``dict(type=name, ...)`` with arguments.
+            ``dict(type=name, ...)`` with arguments (docs/criteria.md).
         normalize: Cost that importance is divided by: ``'memory'`` (the paper's -M),
             ``'flops'`` (-F), another name in `COSTS`, or ``'none'`` (-U).
         scope: ``'global'`` if the units of all groups compete, ``'local'`` if groups

@@ -18,7 +18,7 @@ from mmgfp.utils.validation import check
 
 @CRITERIA.register('taylor')
 class Taylor(WatchingCriterion):
-    """Squared change of the loss, to first order, if a unit is removed (section 3.1).
+    """Squared change of the loss, to first order, if a unit is removed.
 
     Args:
         of: ``'gates'`` for the squared gradient of the unit's mask, ``(Σ A · ∂L/∂A)²``,
