@@ -24,23 +24,13 @@ from mmgfp.criteria.base import CRITERIA
 from mmgfp.utils.errors import ConfigError, StatisticsError
 
 NAN = float('nan')
-#: Every criterion, with the options that change what it looks at.
-SPECS = [
-    'fisher',
-    'taylor',
-    dict(type='taylor', of='weights'),
-    'l1',
-    'l2',
-    'fpgm',
-    'bn_scale',
-    dict(type='bn_scale', sparsity=0.01),
-    'lamp',
-    'activation',
-    dict(type='activation', of='apoz'),
-    'random',
-]
+WEIGHTS = dict(type='taylor', of='weights')
+SLIMMING = dict(type='bn_scale', sparsity=0.01)
+APOZ = dict(type='activation', of='apoz')
 #: Those that gather something between decisions.
-GATHERING = ['taylor', SPECS[2], 'activation', SPECS[10]]
+GATHERING = ['taylor', WEIGHTS, 'activation', APOZ]
+WITHOUT = ['l1', 'l2', 'fpgm', 'bn_scale', SLIMMING, 'lamp', 'random']
+SPECS = ['fisher', *GATHERING, *WITHOUT]
 
 
 def matrix(rows, **options):
@@ -167,14 +157,14 @@ def test_taylor_of_weights():
     # a: gradients (-17, 16). c: r's gradient times d. b: h's times s. dw: d's times h.
     # a: 17² + 3² + 11² and 32² + 12² + 44²; b: 3² + 12² + 9², 15² + 40² + 55².
     expected = dict(a=[419, 3104], b=[234, 4850], e=[9, 1])
-    assert scores(SPECS[2]) == expected
-    assert scores(SPECS[2], count=3) == {
+    assert scores(WEIGHTS) == expected
+    assert scores(WEIGHTS, count=3) == {
         n: [3 * v for v in x] for n, x in expected.items()
     }
 
 
 def test_taylor_of_weights_adds_up_backward_passes_before_the_square():
-    pruner, loss = prepared(SPECS[2], mixed(), pixels(1.0))
+    pruner, loss = prepared(WEIGHTS, mixed(), pixels(1.0))
     for _ in range(2):
         loss(pruner.model).backward()
     pruner.step()
@@ -191,7 +181,7 @@ def test_taylor_of_weights_leaves_groups_with_frozen_makers():
     net = mixed()
     net.c.weight.requires_grad = False
     np.testing.assert_equal(
-        scores(SPECS[2], net), dict(a=[NAN] * 2, b=[234, 4850], e=[9, 1])
+        scores(WEIGHTS, net), dict(a=[NAN] * 2, b=[234, 4850], e=[9, 1])
     )
 
 
@@ -206,12 +196,12 @@ def test_mean_activation():
 
 def test_share_of_activations_that_are_not_zero():
     # e: relu of (3, 6, -3) and of (-1, -2, 1).
-    found = scores(SPECS[10], mixed(act=nn.ReLU()), x=(1.0, 2.0, -1.0))
-    assert found == dict(a=[1, 1], b=[1, 1], e=pytest.approx([2 / 3, 1 / 3]))
+    shares = scores(APOZ, mixed(act=nn.ReLU()), x=(1.0, 2.0, -1.0))
+    assert shares == dict(a=[1, 1], b=[1, 1], e=pytest.approx([2 / 3, 1 / 3]))
 
 
 def test_no_zeros_at_all_are_warned_of():
-    pruner, loss = prepared(SPECS[10], mixed(), pixels(1.0))
+    pruner, loss = prepared(APOZ, mixed(), pixels(1.0))
     iterate(pruner, loss)
     pruner.criterion.scores()
     assert 'tells no units apart' in ' '.join(pruner.criterion.warned)
@@ -268,7 +258,7 @@ def test_bad_arguments(spec):
         CRITERIA.build(spec)
 
 
-@pytest.mark.parametrize('criterion', ['l1', 'activation', SPECS[2]])
+@pytest.mark.parametrize('criterion', ['l1', 'activation', WEIGHTS])
 def test_auto_needs_scores_that_add_up(criterion):
     with pytest.raises(ConfigError, match='do not add up'):
         ChannelPruner(mixed(), criterion=criterion, units_per_step='auto')
@@ -327,13 +317,13 @@ def test_sparsity_adds_the_subgradient_once(optimizer, scale):
 
 def test_sparsity_ends_with_the_run_and_with_the_pruner():
     net = mixed(n1=norm(-0.5, 2.0), n2=norm(3.0, -0.25))
-    pruner, _ = prepared(SPECS[7], net, pixels(1.0, 2.0))
+    pruner, _ = prepared(SLIMMING, net, pixels(1.0, 2.0))
     net.n1.weight.grad = torch.zeros(2)
     optimizer = torch.optim.SGD([net.n1.weight], lr=1.0)
     pruner.close()
     optimizer.step()
     assert net.n1.weight.tolist() == [-0.5, 2]
-    pruner, _ = prepared(SPECS[7], net, pixels(1.0, 2.0))
+    pruner, _ = prepared(SLIMMING, net, pixels(1.0, 2.0))
     dropped = weakref.ref(pruner.criterion)
     del pruner
     gc.collect()
@@ -344,7 +334,7 @@ def test_sparsity_ends_with_the_run_and_with_the_pruner():
 
 def test_sparsity_with_a_closure_is_refused():
     net = mixed(n1=norm(-0.5, 2.0))
-    pruner, loss = prepared(SPECS[7], net, pixels(1.0, 2.0))
+    pruner, loss = prepared(SLIMMING, net, pixels(1.0, 2.0))
     loss(net).backward()
     optimizer = torch.optim.LBFGS(net.parameters())
     with pytest.raises(ConfigError, match='closure for LBFGS'):
@@ -432,9 +422,9 @@ def test_only_iterations_that_are_watched_count(criterion):
 @pytest.mark.parametrize('criterion', GATHERING[:2], ids=str)
 def test_gradients_that_are_not_finite_do_not_count(criterion):
     _, pruner = pruned(criterion, iterations=3, interval=9, bad=(2,))
-    found = pruner.criterion.scores()
-    assert (found.nonfinite, found.nonfinite_in_row) == (1, 0)
-    assert np.isfinite(found.values).all()
+    gathered = pruner.criterion.scores()
+    assert (gathered.nonfinite, gathered.nonfinite_in_row) == (1, 0)
+    assert np.isfinite(gathered.values).all()
 
 
 @pytest.mark.parametrize('criterion', GATHERING, ids=str)
