@@ -38,6 +38,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, package: str | None = None) -> None:
         self.kind = kind
         self._package = package
+        self._is_of_package = package is not None
         self._entries: dict[str, type[T]] = {}
         self._aliases: dict[str, str] = {}
 
@@ -72,8 +73,14 @@ class Registry(Generic[T]):
         return self._entries[self.canonical(name)]
 
     def names(self) -> list[str]:
-        """Return the first name of every entry, in order of registration."""
+        """Return the first name of every entry, in order of registration.
+
+        Those of a package come in the order of its modules, whichever was imported
+        first.
+        """
         self._load()
+        if self._is_of_package:
+            return sorted(self._entries, key=lambda n: self._entries[n].__module__)
         return list(self._entries)
 
     def canonical(self, name: str) -> str:

@@ -218,3 +218,16 @@ def test_signals_are_heard_after_openvino_was_used(tmp_path):
     command = [sys.executable, '-c', SIGNALLED, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, 'heard\n'), done.stderr
+
+
+def test_the_runtime_of_a_file_does_not_hang_on_imports(tmp_path):
+    path = tmp_path / 'model.onnx'
+    write_plain_onnx(raw_graph(torch.nn.Conv2d(3, 4, 3)), torch.rand(1, 3, 8, 8), path)
+    code = (
+        'import sys, mmgfp.runtimes.open_vino\n'
+        'from mmgfp.runtimes import open_model\n'
+        'print(type(open_model(sys.argv[1])).__name__)\n'
+    )
+    command = [sys.executable, '-c', code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == 'OnnxRuntime\n', done.stderr
