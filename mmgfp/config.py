@@ -153,6 +153,8 @@ class PruningConfig:
         return cls.of(config, **options)
 
     def __post_init__(self) -> None:
+        interval = self.build_schedule().interval(self.interval)
+        object.__setattr__(self, 'interval', interval)
         self._check_counts()
         is_share = isinstance(self.max_ratio, int | float) and 0 < self.max_ratio <= 1
         check('max_ratio', is_share, 'a number in (0, 1]', self.max_ratio)

@@ -594,12 +594,27 @@ def test_state_is_a_snapshot():
     assert not any(sums.any() for sums in state['criterion'].values())
 
 
+TWO_TARGETS = [dict(flops=0.8), dict(flops=0.5)]
+
+
+def test_one_shot_reaches_each_target_after_as_many_iterations():
+    one_shot = dict(type='one_shot', iterations=4)
+    run = Run(interval=2, schedule=one_shot, target=TWO_TARGETS)
+    before = run.train(3)
+    assert before == [None] * 3 and (seen_by(run.pruner) == 3).all()
+    steps = run.train(6)
+    reached = [None if s is None else [t.ratio for t in s.reached] for s in steps]
+    assert reached == [[0.8], None, None, None, [0.5], None] and run.pruner.done
+
+
 @pytest.mark.parametrize(
     'pace',
     [
         dict(units_per_step=2),
         dict(units_per_step='auto', divisor=2),
         dict(iterations=12, target=dict(flops=0.3)),
+        dict(schedule=dict(type='cubic', iterations=12)),
+        dict(schedule=dict(type='one_shot', iterations=5), target=TWO_TARGETS),
     ],
 )
 @pytest.mark.parametrize('cut', [4, 5, 6])

@@ -95,6 +95,14 @@ class Schedule(ABC):
     def quota(self, point: DecisionPoint) -> Quota:
         """Return how much the decision at ``point`` may take."""
 
+    def interval(self, interval: int) -> int:
+        """Return the iterations between two decisions.
+
+        Args:
+            interval: The ``interval`` among the options of the run.
+        """
+        return interval
+
     def check(self, interval: int, targets: Sequence[Target]) -> None:  # noqa: B027
         """Refuse a run that the schedule does not fit.
 
@@ -219,7 +227,21 @@ class CubicSchedule(TimedSchedule):
 
 @SCHEDULES.register('one_shot')
 class OneShotSchedule(Schedule):
-    """All the way to the next target at once."""
+    """All the way to the next target at once.
+
+    Args:
+        iterations: Iterations of statistics before each of these decisions, instead
+            of the run's ``interval``.
+    """
+
+    def __init__(self, iterations: int | None = None) -> None:
+        if iterations is not None:
+            check_count('iterations', iterations)
+        self.iterations = iterations
+
+    def interval(self, interval: int) -> int:
+        """Return the iterations before each decision."""
+        return self.iterations or interval
 
     def quota(self, point: DecisionPoint) -> Quota:
         """Return no bound but the target itself."""

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mmgfp.config import PruningConfig
 from mmgfp.selection.costs import Totals
 from mmgfp.selection.schedules import (
     SCHEDULES,
@@ -12,6 +13,7 @@ from mmgfp.selection.schedules import (
     line_waypoints,
 )
 from mmgfp.selection.targets import Target
+from mmgfp.utils.errors import ConfigError
 
 FULL = Totals(dict(macs=100, memory=200, params=50))
 FLOPS, MEMORY = Target('flops', 0.5), Target('memory', 0.5)
@@ -72,6 +74,22 @@ def test_one_shot_ends_at_targets_only():
     quota = SCHEDULES.build('one_shot').quota(start)
     assert not quota.is_met(Totals(dict(macs=51, memory=101)), start)
     assert quota.is_met(Totals(dict(macs=51, memory=100)), start)
+
+
+def test_one_shot_decides_after_its_own_number_of_iterations():
+    spec = dict(type='one_shot', iterations=400)
+    assert PruningConfig(schedule=spec, interval=10).interval == 400
+    assert PruningConfig(schedule='one_shot', interval=30).interval == 30
+    others = [
+        None,
+        dict(type='cubic', iterations=400),
+        dict(type='linear', iterations=9),
+    ]
+    assert [PruningConfig(schedule=s, interval=9).interval for s in others] == [9, 9, 9]
+    with pytest.raises(ConfigError, match='statistics_interval must be at most .* 4 '):
+        PruningConfig(schedule=dict(spec, iterations=4), statistics_interval=5)
+    with pytest.raises(ConfigError, match='iterations must be a whole number'):
+        PruningConfig(schedule=dict(spec, iterations=0))
 
 
 def test_decision_ends_at_all_waypoints_or_at_one_target():
