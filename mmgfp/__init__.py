@@ -1,8 +1,8 @@
 """mmgfp: Group Fisher Pruning for OpenMMLab (arXiv 2108.00708).
 
 ``custom_imports = dict(imports=['mmgfp'])`` in a config registers `FisherPruningHook`,
-`ExactResumeHook` and `PrunedModel`. Without MMEngine, `GroupFisherPruner` works on its
-own.
+`DistillationHook`, `ExactResumeHook` and `PrunedModel`. Without MMEngine,
+`GroupFisherPruner` works on its own.
 """
 
 import importlib
@@ -27,10 +27,11 @@ __all__ = [
 
 if importlib.util.find_spec('mmengine') is not None:
     importlib.import_module('mmgfp.engine.registry')
-    __all__ += ['ChannelPruningHook', 'ExactResumeHook', 'FisherPruningHook']
-    __all__ += ['PrunedModel']
+    __all__ += ['ChannelPruningHook', 'DistillationHook', 'ExactResumeHook']
+    __all__ += ['FisherPruningHook', 'PrunedModel']
 
 if TYPE_CHECKING:
+    from mmgfp.engine.hooks.distillation import DistillationHook
     from mmgfp.engine.hooks.exact_resume import ExactResumeHook
     from mmgfp.engine.hooks.pruning import ChannelPruningHook, FisherPruningHook
     from mmgfp.engine.pruned_model import PrunedModel
@@ -38,6 +39,7 @@ else:
     # Imported on first use: MMEngine's hooks bring OpenCV along.
     _LAZY = {
         'ChannelPruningHook': 'mmgfp.engine.hooks.pruning',
+        'DistillationHook': 'mmgfp.engine.hooks.distillation',
         'ExactResumeHook': 'mmgfp.engine.hooks.exact_resume',
         'FisherPruningHook': 'mmgfp.engine.hooks.pruning',
         'PrunedModel': 'mmgfp.engine.pruned_model',

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmgfp.engine.artifact import save_artifact
 from mmgfp.engine.model_building import build_model
-from mmgfp.engine.registry import PRUNING_HOOKS, is_named
+from mmgfp.engine.registry import TRAINING_HOOKS, is_named
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.fit import check_fits
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
@@ -109,7 +109,7 @@ def read_trained(cfg: Config, checkpoint: str | Path) -> Trained:
         item = _compact_from(cfg, raw, checkpoint, architecture, structure)
         return Trained(item.model, item.structure, item.meta)
     model = build_model(cfg)
-    _load_strictly(model, raw['state_dict'], checkpoint)
+    load_strictly(model, raw['state_dict'], checkpoint)
     model.eval()
     return Trained(model, None, meta_of(raw))
 
@@ -145,7 +145,7 @@ def _compact_from(
     original = build_model(Config({**cfg.to_dict(), 'model': architecture}))
     check_fits(structure, original, str(checkpoint))
     model = compact(original, structure)
-    _load_strictly(model, raw['state_dict'], checkpoint)
+    load_strictly(model, raw['state_dict'], checkpoint)
     for built in (original, model):
         # Not chained: eval() returns nothing where distillation overrides train().
         built.eval()
@@ -238,7 +238,9 @@ def write_config(cfg: Config, item: Deployable, structure: str, path: Path) -> N
         'allow_failed_imports': False,
     }
     hooks = out.get('custom_hooks') or []
-    out.custom_hooks = [h for h in hooks if not is_named(h.get('type'), *PRUNING_HOOKS)]
+    out.custom_hooks = [
+        h for h in hooks if not is_named(h.get('type'), *TRAINING_HOOKS)
+    ]
     out.load_from, out.resume = None, False
     text = out.pretty_text
     atomic_write(path, lambda tmp: tmp.write_text(text))
@@ -287,7 +289,12 @@ def deploy(cfg: Config, item: Deployable, out: Path, name: str) -> dict[str, Pat
     return paths
 
 
-def _load_strictly(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+def load_strictly(model: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Load weights that must all be there and finite.
+
+    Raises:
+        StructureError: If they are not, or of another model.
+    """
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

@@ -16,7 +16,11 @@ HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='mmgfp',
-    locations=['mmgfp.engine.hooks.exact_resume', 'mmgfp.engine.hooks.pruning'],
+    locations=[
+        'mmgfp.engine.hooks.distillation',
+        'mmgfp.engine.hooks.exact_resume',
+        'mmgfp.engine.hooks.pruning',
+    ],
 )
 MODELS = Registry(
     'model',
@@ -40,7 +44,9 @@ def _forward(registry: Registry, name: str) -> None:
 
 #: Hooks that prune.
 PRUNING_HOOKS = ('ChannelPruningHook', 'FisherPruningHook')
-for _name in ('ExactResumeHook', *PRUNING_HOOKS):
+#: Hooks that concern training alone: a deployed model goes without.
+TRAINING_HOOKS = (*PRUNING_HOOKS, 'DistillationHook')
+for _name in ('ExactResumeHook', *TRAINING_HOOKS):
     _forward(HOOKS, _name)
 _forward(MODELS, 'PrunedModel')
 

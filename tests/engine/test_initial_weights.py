@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,69 +9,33 @@ import torch
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from support.configs import small_prune_config
-from support.roundtrip import traced
+from support.cut_models import cut_model, pruned_entry, unlike_each_other
 from support.runs import Cut, assert_same_end, ended, plain_classifier, train
 from torch import nn
 
-from mmgfp.discovery.unit_sets import random_units
 from mmgfp.engine.deploy import read_deployable
 from mmgfp.engine.model_building import build_model, init_weights
-from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.errors import ConfigError, StructureError
-
-
-def made(config, folder, size):
-    """A config's model, its weights in a file, and a structure without 40 %."""
-    found = traced(config, size)
-    groups = found.grouping.groups
-    kept = random_units(groups, 0.4, np.random.default_rng(0))
-    structure = PruneStructure.of(groups, kept, shapes_of(found.model))
-    paths = {name: str(folder / name) for name in ('structure.json', 'full.pth')}
-    structure.save(paths['structure.json'])
-    for parameter in found.model.parameters():  # as if trained: no two are alike
-        nn.init.normal_(parameter)
-    torch.save({'state_dict': found.model.state_dict()}, paths['full.pth'])
-    return SimpleNamespace(
-        config=config,
-        scope=config.default_scope,
-        full=found.model.state_dict(),
-        structure=structure,
-        files=paths,
-        folder=folder,
-    )
 
 
 @pytest.fixture(scope='module', params=['classifier', 'detector'])
 def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == 'classifier':
-        return made(plain_classifier(folder), folder, 16)
-    return made(small_prune_config(folder), folder, 64)
+        return cut_model(plain_classifier(folder), folder, 16, unlike_each_other)
+    return cut_model(small_prune_config(folder), folder, 64, unlike_each_other)
 
 
 @pytest.fixture(scope='module')
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp('tiny')
-    return made(plain_classifier(folder), folder, 16)
-
-
-def pruned(case, init, **options):
-    """The entry of a config."""
-    if init == 'original':
-        options = {'original': case.files['full.pth'], **options}
-    return dict(
-        type='PrunedModel',
-        architecture=case.config.model.to_dict(),
-        structure=case.files['structure.json'],
-        init=init,
-        **options,
-    )
+    return cut_model(plain_classifier(folder), folder, 16, unlike_each_other)
 
 
 def initialised(case, init, seed=0, **options):
     init_default_scope(case.scope)
     torch.manual_seed(seed)
-    model = MODELS.build(pruned(case, init, **options))
+    model = MODELS.build(pruned_entry(case, init, **options))
     init_weights(model)
     return model
 
@@ -110,7 +73,7 @@ def test_scratch_has_the_scale_of_the_small_layers(case):
     """torch draws from ±1/√fan_in; ResNet's init has a deviation of √(2/fan_out)."""
     init_default_scope(case.scope)
     torch.manual_seed(0)
-    model = MODELS.build(pruned(case, 'scratch'))
+    model = MODELS.build(pruned_entry(case, 'scratch'))
     shrunk = 0
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.numel() > 500:
@@ -150,12 +113,12 @@ def test_files_that_do_not_fit_are_refused(tiny, tmp_path):
 )
 def test_options_that_do_not_go_together_are_refused(tiny, options, words):
     with pytest.raises(ConfigError, match=words):
-        MODELS.build(pruned(tiny, **options))
+        MODELS.build(pruned_entry(tiny, **options))
 
 
 def run_of(case, folder, init):
     config = plain_classifier(folder)
-    config.model = pruned(case, init)
+    config.model = pruned_entry(case, init)
     return config
 
 

@@ -1,0 +1,1 @@
+"""Distillation: a model learns from the outputs of a larger one, its teacher."""
