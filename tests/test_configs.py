@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from support.tooling import ROOT
 
-from mmgfp import FisherPruningHook
+from mmgfp import DistillationHook, FisherPruningHook
 
 CONFIGS = ROOT / 'configs'
 LEAVES = sorted(path for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_')
@@ -100,6 +100,15 @@ def test_finetune_starts_from_what_pruning_writes_and_lasts_as_the_training(path
     assert config.train_cfg == original.train_cfg
     assert config.param_scheduler == original.param_scheduler
     assert config.optim_wrapper == original.optim_wrapper
+
+
+@pytest.mark.parametrize('path', stage('finetune_distill'), ids=by_name)
+def test_teacher_is_what_pruning_started_from(path):
+    [hook] = Config.fromfile(path).custom_hooks
+    assert hook.pop('type') == 'DistillationHook'
+    DistillationHook(**hook)  # raises on anything out of range
+    prune = path.with_name(path.name.replace('_finetune_distill', '_prune'))
+    assert hook['checkpoint'] == Config.fromfile(prune).load_from
 
 
 @pytest.mark.parametrize('path', stage('prune'), ids=by_name)

@@ -129,12 +129,32 @@ def prune_and_finetune(
     folder = pipeline.train(f'prune{suffix}', args.prune, options)
     pruned = pruned_checkpoint(folder, args.prune)
     rebuild = (f'model.structure={pruned}',)
-    options = [f'load_from={pruned}', *rebuild]
+    options = finetuning_start(args.finetune, pruned, baseline.checkpoint)
     folder = pipeline.train(f'finetune{suffix}', args.finetune, options)
     return (
         Candidate('pruned', args.finetune, pruned, rebuild),
         Candidate('fine-tuned', args.finetune, last_checkpoint(folder), rebuild),
     )
+
+
+def finetuning_start(config: str, pruned: Any, original: Any) -> list[str]:
+    """Return overrides that give fine-tuning its model, and its teacher if any.
+
+    Args:
+        config: The config that fine-tunes.
+        pruned: The checkpoint of the pruned model.
+        original: The checkpoint of the original model, from which `model.init` may take
+            weights instead, and which teaches it unless another config is named.
+    """
+    cfg = load_config(config)
+    init = cfg.model.get('init', 'pruned')
+    options = [f'load_from={pruned if init == "pruned" else None}']
+    options += [f'model.structure={pruned}']
+    options += [f'model.original={original}'] if init == 'original' else []
+    for index, hook in enumerate(cfg.get('custom_hooks') or []):
+        if is_named(hook.get('type'), 'DistillationHook') and not hook.get('teacher'):
+            options.append(f'custom_hooks.{index}.checkpoint={original}')
+    return options
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,13 @@ import torch
 from support.tooling import ROOT
 
 from mmgfp.apps.pipeline import Pipeline, StageError
-from mmgfp.apps.stages import input_shape, original, parse_options, pruned_checkpoint
+from mmgfp.apps.stages import (
+    finetuning_start,
+    input_shape,
+    original,
+    parse_options,
+    pruned_checkpoint,
+)
 from mmgfp.utils.errors import ConfigError
 
 DEMO = ROOT / 'configs/demo'
@@ -54,6 +60,35 @@ def test_progress_is_shown_and_the_rest_logged(fake_tools, tmp_path, capfd):
     with pytest.raises(StageError):
         stages.run('two', 'fake', 'fail', options=[])
     assert 'chatter' in capfd.readouterr().out  # all that a failure said last
+
+
+@pytest.mark.parametrize(
+    ('entries', 'options'),
+    [
+        ('', ['load_from=p.pth']),
+        ("model = dict(init='scratch')", ['load_from=None']),
+        (
+            "model = dict(init='original')",
+            ['load_from=None', 'model.original=o.pth'],
+        ),
+        (
+            "custom_hooks = [dict(type='EMAHook'), dict(type='DistillationHook')]",
+            ['load_from=p.pth', 'custom_hooks.1.checkpoint=o.pth'],
+        ),
+        (
+            "custom_hooks = [dict(type='DistillationHook', teacher='larger.py')]",
+            ['load_from=p.pth'],
+        ),
+    ],
+)
+def test_finetuning_starts_from_what_its_config_asks_for(tmp_path, entries, options):
+    base = DEMO / 'retinanet_r18_fpn_digits_finetune.py'
+    config = tmp_path / 'finetune.py'
+    config.write_text(f"_base_ = ['{base}']\n{entries}\n")
+    load_from, structure, *others = finetuning_start(str(config), 'p.pth', 'o.pth')
+    assert structure == 'model.structure=p.pth'
+    assert [load_from, *others] == options
+    assert parse_options(['load_from=None']) == {'load_from': None}
 
 
 def test_pruned_checkpoint_is_the_last_target_reached(tmp_path):
