@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.hub import get_config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
-from support.configs import FASTER, small_prune_config
+from support.configs import CASCADE, FASTER, slim, small_prune_config
 from support.cut_models import cut_model, pruned_entry
 from support.pruning import hooks_on
 from support.runs import (
@@ -21,12 +22,15 @@ from support.runs import (
     train,
 )
 from support.small_configs import detection
-from support.toy_runner import Call, hook_of
+from support.toy_runner import Call as CallAt
+from support.toy_runner import hook_of
 from torch import nn
 
 from mmgfp import DistillationHook
 from mmgfp.engine.artifact import save_artifact
-from mmgfp.engine.distillation.outputs import subject_of
+from mmgfp.engine.deploy import deploy, read_deployable
+from mmgfp.engine.distillation.outputs import Call, subject_of
+from mmgfp.engine.model_building import build_model, init_weights
 from mmgfp.utils.errors import ConfigError, StructureError
 
 DETECTOR_TERMS = {'cls', 'bbox', 'feat'}
@@ -104,7 +108,7 @@ def run(cases, kind, tmp_path_factory):
     runner = Runner.from_cfg(config)
     counts = []
     runner.register_hook(
-        Call(after_train_iter=lambda r: counts.append(hooks_on(r.model)))
+        CallAt(after_train_iter=lambda r: counts.append(hooks_on(r.model)))
     )
     runner.train()
     return runner, counts
@@ -172,7 +176,7 @@ def test_first_loss_of_a_classifier_by_hand(cases, tmp_path):
             lambda m, args: seen.append(args[0])
         )
 
-    runner.register_hook(Call(before_train_iter=watch))
+    runner.register_hook(CallAt(before_train_iter=watch))
     runner.train()
     images, ours = seen[:2]
     with torch.no_grad():
@@ -181,6 +185,14 @@ def test_first_loss_of_a_classifier_by_hand(cases, tmp_path):
     expected = 0.5 * 4 * (log_p.exp() * (log_p - log_q)).sum(1).mean().item()
     value = logged(runner, 'loss_distill_cls')[0]
     assert value == pytest.approx(expected, rel=1e-5) and value > 0.01
+
+
+def test_deployed_config_knows_nothing_of_the_teacher(run, kind, tmp_path):
+    runner, _ = run
+    last = sorted(Path(runner.work_dir).glob('*_*.pth'))[-1]
+    paths = deploy(runner.cfg, read_deployable(runner.cfg, last), tmp_path, 'small')
+    text = paths['config'].read_text()
+    assert 'DistillationHook' not in text and 'full.pth' not in text
 
 
 # -- beside other things ---------------------------------------------------------
@@ -260,7 +272,7 @@ def importance_at_first(config, weights):
     config.train_cfg.max_iters = 1
     config.load_from = str(weights)
     runner, seen = Runner.from_cfg(config), []
-    look = Call(
+    look = CallAt(
         after_train_iter=lambda r: seen.append(
             hook_of(r).pruner.criterion.statistics.importance.copy()
         )
@@ -305,6 +317,19 @@ def test_pruning_with_a_teacher(tmp_path, cases, live, caplog):
     assert Path(runner.work_dir, 'tiny_flops75.pth').is_file()
     assert (logged(runner, 'loss_distill_cls') >= 0).all()
     assert logged(runner, 'loss_distill_cls')[-1] > 0
+
+
+@pytest.mark.slow
+def test_pruning_with_a_teacher_is_resumed(tmp_path, cases):
+    def config(name):
+        made = tiny_classifier(tmp_path / name)
+        file = cases('classifier').files['full.pth']
+        made.custom_hooks.append(dict(type='DistillationHook', checkpoint=file))
+        return made
+
+    whole, cut = config('whole'), config('cut')
+    assert train(whole) == [0]
+    assert_same_end(interrupted(cut, Cut('backward', 8)), whole)
 
 
 def test_features_are_not_compared_while_pruning(tmp_path, cases):
@@ -418,3 +443,52 @@ def test_features_alone_need_no_known_head():
     assert subject_of(*models, 4.0, outputs=False).watched[0] == 'neck'
     with pytest.raises(ConfigError, match='model must be a classifier of MMPretrain'):
         subject_of(nn.Module(), nn.Module(), 4.0)
+
+
+HEADS = [
+    'fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py',
+    'gfl/gfl_r50_fpn_1x_coco.py',
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in (
+            'atss/atss_r50_fpn_1x_coco.py',
+            'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
+            'fsaf/fsaf_r50_fpn_1x_coco.py',
+            'ssd/ssd300_coco.py',
+            'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
+            'yolox/yolox_tiny_8xb8-300e_coco.py',
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_every_head_is_at_no_distance_from_itself(name):
+    """And at some from one whose weights are a little larger."""
+    model = build_model(get_config(f'mmdet::{name}'))
+    init_weights(model)
+    teacher = copy.deepcopy(model)
+    for built in (model, teacher):
+        built.eval()  # so that norms are alike
+    subject = subject_of(model, teacher, 4.0)
+    model.bbox_head.training = True
+    size = 300 if 'ssd' in name else 64
+    inputs = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = model.extract_feat(inputs)
+        calls = {'bbox_head': Call(features, model.bbox_head(features))}
+        same = subject.compare(inputs, calls)
+        for parameter in teacher.bbox_head.parameters():
+            parameter.mul_(1.2)
+        other = subject.compare(inputs, calls).terms
+    assert same.terms.keys() == {'cls', 'bbox'} and not subject.left_out
+    for ours, theirs in zip(features, same.features, strict=True):
+        assert torch.equal(ours, theirs)
+    for term, value in same.terms.items():
+        assert abs(value) < 1e-4 and other[term] > 5 * abs(value), term
+
+
+def test_predictions_of_several_box_heads_are_left_out_with_the_reason():
+    model = build_model(slim(CASCADE))
+    subject = subject_of(model, copy.deepcopy(model), 4.0)
+    assert 'CascadeRoIHead for RoIs are not compared' in subject.left_out[0]

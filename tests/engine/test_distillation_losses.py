@@ -45,7 +45,8 @@ def test_overlap_distance():
     """Boxes 2 x 2 and 3 x 2 that share 2 x 2 at the point; 1 - 4/6. Empty ones: 1."""
     ours, theirs = torch.tensor([1.0, 1, 1, 1]), torch.tensor([2.0, 1, 1, 1])
     assert overlap_distance(ours, theirs).item() == pytest.approx(1 / 3)
-    assert overlap_distance(torch.zeros(4), theirs).item() == 1
+    assert overlap_distance(torch.zeros(4), theirs).item() == pytest.approx(1)
+    assert overlap_distance(torch.zeros(4), -theirs).item() == 0
 
 
 def test_feature_distance_is_one_minus_the_correlation():

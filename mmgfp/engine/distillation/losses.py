@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+#: Added to areas, so that an empty box is at no distance from itself.
+EMPTY = 1e-6
+
 
 def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Return ``T² · KL(teacher ‖ student)`` of two softmaxes (Hinton et al. 2015).
@@ -63,7 +66,8 @@ def overlap_distance(student: Tensor, teacher: Tensor) -> Tensor:
     student, teacher = student.float().clamp(min=0), teacher.float().clamp(min=0)
     areas = [_area(x) for x in (student, teacher)]
     common = _area(torch.minimum(student, teacher))
-    return 1 - common / (sum(areas) - common).clamp(min=1e-6)
+    union = areas[0] + areas[1] - common
+    return 1 - (common + EMPTY) / (union + EMPTY)
 
 
 def _area(sides: Tensor) -> Tensor:
