@@ -4,28 +4,23 @@ Each variant changes settings of the pruning hook; all start from the same weigh
 and are fine-tuned by the same config. Without --variant they are the four of the
 paper: -M, -F and -U by what the importance is divided by, and -I, which leaves
 coupled channels alone. Every stage runs in a process of its own, and a finished stage
-is not run again, so the same command continues after an interruption.
+is not run again, so the same command continues after an interruption. tools/compare.py
+does the same for several targets and seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from mmgfp.apps.cli import load_config, run_cli
-from mmgfp.apps.comparison import draw, measure, write_results
-from mmgfp.apps.pipeline import Pipeline
-from mmgfp.apps.stages import (
-    add_arguments,
-    check_arguments,
-    find_hook,
-    input_shape,
-    original,
-    parse_options,
-    prune_and_finetune,
-)
+from mmgfp.apps.cli import run_cli
+from mmgfp.apps.compare.report import compare
+from mmgfp.apps.compare.settings import Comparison, Variant
+from mmgfp.apps.comparison import draw
+from mmgfp.apps.pipeline import Candidate
+from mmgfp.apps.stages import add_arguments, check_arguments, parse_options
 from mmgfp.utils.errors import ConfigError
 
 TOOLS = Path(__file__).resolve().parent
@@ -86,34 +81,37 @@ def variants_of(args: argparse.Namespace) -> dict[str, list[str]]:
     return variants
 
 
-def hook_options(index: int, settings: Sequence[str]) -> list[str]:
-    """Turn settings of the hook at an index of `custom_hooks` into config overrides."""
-    return [f'custom_hooks.{index}.{setting}' for setting in settings]
+def comparison_of(args: argparse.Namespace) -> Comparison:
+    """Return what the command line asks for: each variant once, as configured."""
+    variants = variants_of(args)
+    return Comparison(
+        baseline=args.baseline,
+        prune=args.prune,
+        finetune=args.finetune,
+        variants=tuple(
+            Variant(name, pruning=parse_options(settings))
+            for name, settings in variants.items()
+        ),
+        checkpoint=args.checkpoint,
+        also={name: options for name, *options in args.also},
+        options=parse_options(args.cfg_options),
+        batches=args.batches,
+        latency_rounds=args.latency_rounds,
+    )
 
 
 def main() -> None:
     """Run every stage, measure, write the results."""
     args = parse_args()
-    variants = variants_of(args)
-    pipeline = Pipeline(TOOLS, args.work_dir, args.cfg_options)
+    comparison = comparison_of(args)
     check_arguments(args)
-    shape = input_shape(args.prune, args.cfg_options)
-    baseline = original(pipeline, args.baseline, args.checkpoint)
-    index, _ = find_hook(load_config(args.prune, parse_options(args.cfg_options)))
-    candidates, pruned = [baseline], {}
-    for name, settings in variants.items():
-        options = hook_options(index, settings)
-        stages = prune_and_finetune(pipeline, args, baseline, f'_{name}', options)
-        pruned[name] = stages[0].checkpoint
-        candidates.append(replace(stages[1], name=name))
-    also = {name: options for name, *options in args.also}
-    rows = measure(pipeline, candidates, shape, args, also)
-    for name, checkpoint in pruned.items():
-        picture = args.work_dir / f'channels_{name}.png'
-        draw(baseline, args.cfg_options, checkpoint, picture)
-    notes = {'variants': variants, 'also': also}
-    write_results(pipeline, rows, shape, args, notes)
-    print(f'in {args.work_dir}: results.md, results.json, channels_*.png')
+    (baseline, *results), failures = compare(comparison, TOOLS, args.work_dir)
+    original = Candidate('baseline', baseline['config'], baseline['checkpoint'])
+    for result in results:
+        picture = args.work_dir / f'channels_{result["variant"]}.png'
+        draw(original, (), result['pruned'], picture)
+    print(f'in {args.work_dir}: results.md, results.json, curves.svg, channels_*.png')
+    sys.exit(bool(failures))
 
 
 if __name__ == '__main__':

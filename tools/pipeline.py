@@ -11,10 +11,11 @@ from pathlib import Path
 
 from mmgfp.apps.cli import run_cli
 from mmgfp.apps.comparison import draw, measure, write_results
-from mmgfp.apps.pipeline import Candidate, Pipeline
+from mmgfp.apps.pipeline import Pipeline
 from mmgfp.apps.stages import (
     add_arguments,
     check_arguments,
+    deploy,
     input_shape,
     original,
     prune_and_finetune,
@@ -27,19 +28,6 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_arguments(parser)
     return parser.parse_args()
-
-
-def deploy(pipeline: Pipeline, tuned: Candidate, shape: tuple[int, ...]) -> Candidate:
-    """Deploy the fine-tuned model; return it as it is read from its folder."""
-    name, out = Path(tuned.config).stem, pipeline.work_dir / 'deploy'
-    pipeline.run(
-        'deploy',
-        'deploy_pruned',
-        *(tuned.config, tuned.checkpoint, '--out', str(out), '--name', name),
-        *('--input-shape', *map(str, shape)),
-        options=tuned.options,
-    )
-    return Candidate(tuned.name, str(out / f'{name}.py'), str(out / f'{name}.pth'))
 
 
 def main() -> None:

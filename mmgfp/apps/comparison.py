@@ -1,4 +1,4 @@
-"""Comparison of the models that a pipeline produced."""
+"""Comparison of the models that `tools/pipeline.py` produced."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ def measure(
     candidates: Sequence[Candidate],
     shape: tuple[int, ...],
     args: argparse.Namespace,
-    also: Mapping[str, Sequence[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Test candidates, count their costs for one image and time them on the CPU.
 
@@ -37,7 +36,6 @@ def measure(
         candidates: The models to compare.
         shape: Size (C, H, W) of the image.
         args: The command line with `latency_rounds` and `batches`.
-        also: Config overrides of further tests, by the name of the test.
 
     Returns:
         The rows of `mmgfp.apps.tables.table_cells`.
@@ -45,14 +43,9 @@ def measure(
     rows = []
     models: dict[str, torch.nn.Module] = {}
     for candidate in candidates:
-        label = f'test_{candidate.name}'
         row: dict[str, Any] = {
             'model': candidate.name,
-            'metrics': pipeline.test(candidate, label),
-        }
-        row['also'] = {
-            name: pipeline.test(candidate, f'{label}_{name}', options)
-            for name, options in (also or {}).items()
+            'metrics': pipeline.test(candidate, f'test_{candidate.name}'),
         }
         model, calls = build(candidate, pipeline.options)
         models[candidate.name] = model
@@ -87,7 +80,6 @@ def write_results(
     rows: Sequence[Mapping[str, Any]],
     shape: Sequence[int],
     args: argparse.Namespace,
-    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write results.json and results.md, and print the table.
 
@@ -96,7 +88,6 @@ def write_results(
         rows: The rows of `measure`.
         shape: Size (C, H, W) of the image.
         args: The command line with the three configs.
-        notes: Further facts for the JSON; the Markdown shows `variants` of them.
     """
     cfg = load_config(args.baseline, parse_options(pipeline.options))
     facts = {
@@ -105,7 +96,6 @@ def write_results(
         'seconds': pipeline.seconds(),
         **machine_facts(),
         'input_shape': list(shape),
-        **(notes or {}),
     }
     cells = table_cells(rows)
     text = markdown(cells, facts)

@@ -6,12 +6,15 @@ A finished stage is not run again, so the same command continues after an interr
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +22,9 @@ from mmgfp.apps.cli import write_json
 from mmgfp.utils.errors import MMGFPError
 
 #: Lines of a stage's output that are shown while it runs.
-PROGRESS = re.compile(r'(Epoch|Iter)\((train|val|test)\)|pruned|saved the compact')
+PROGRESS = re.compile(
+    r'(Epoch|Iter)\((train|val|test)\)|pruned \d+ units|saved the compact'
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,61 @@ class StageError(MMGFPError):
     """A tool that the pipeline started has failed, or left no checkpoint."""
 
 
+class Processes:
+    """The tools that are at work, so that they can be ended together.
+
+    Args:
+        threads: Threads of each; by default, what the libraries choose.
+        lock: An open file that they hold on to, if any: a lock on it lasts until the
+            last of them has ended, even where whoever started them was killed.
+    """
+
+    def __init__(self, threads: int | None = None, lock: int | None = None) -> None:
+        names = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS') if threads else ()
+        self._environment = {**os.environ, **dict.fromkeys(names, str(threads))}
+        self._inherited = () if lock is None else (lock,)
+        self._running: set[subprocess.Popen[str]] = set()
+        self._guard = threading.Lock()
+        self._stopped = False
+
+    @contextmanager
+    def start(self, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+        """Start a program whose output is read by the caller, and wait for its end.
+
+        Raises:
+            StageError: If all were told to stop.
+        """
+        with self._guard:
+            if self._stopped:
+                raise StageError('the run was stopped; the same command continues it')
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=self._environment,
+                pass_fds=self._inherited,
+            )
+            self._running.add(process)
+        try:
+            with process:
+                try:
+                    yield process
+                except BaseException:
+                    process.terminate()  # its end is waited for
+                    raise
+        finally:
+            with self._guard:
+                self._running.discard(process)
+
+    def stop(self) -> None:
+        """Ask all programs to end, and start no others."""
+        with self._guard:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+
 class Pipeline:
     """Sequence of tool runs that remembers which have finished.
 
@@ -44,13 +104,24 @@ class Pipeline:
         work_dir: Where every stage has its folder.
         options: The user's config overrides as `key=value`; every stage gets them
             before those of its own.
+        label: What lines of output begin with, where several pipelines print.
+        processes: Starts the tools.
     """
 
-    def __init__(self, tools: Path, work_dir: Path, options: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tools: Path,
+        work_dir: Path,
+        options: Sequence[str] = (),
+        label: str = '',
+        processes: Processes | None = None,
+    ) -> None:
         self.tools = tools
         self.work_dir = work_dir
         self.options = list(options)
         self.stages: list[str] = []
+        self.label = f'{label}: ' if label else ''
+        self.processes = processes or Processes()
 
     def run(self, stage: str, tool: str, *args: str, options: Sequence[str]) -> None:
         """Run `<tools>/<tool>.py args` unless this very command has finished.
@@ -65,16 +136,16 @@ class Pipeline:
         command += ['--cfg-options', *overrides] if overrides else []
         # With another config or override the stage is another one and runs again.
         if done.is_file() and json.loads(done.read_text())['command'] == command:
-            print(f'{stage}: finished before (to redo it, delete {done})', flush=True)
+            self._say(f'{stage}: finished before (to redo it, delete {done})')
             return
-        print(f'{stage}: {" ".join(command)}', flush=True)
+        self._say(f'{stage}: {" ".join(command)}')
         began = time.perf_counter()
         log = self.work_dir / 'logs' / f'{stage}.log'
         program = [sys.executable, str(self.tools / f'{tool}.py')]
-        code = run_logged([*program, *command[1:]], log)
+        code, last = self._run_logged([*program, *command[1:]], log)
         if code:
             raise StageError(
-                f'{stage} must exit with status 0 (got {code}); see {log}; '
+                f'{stage} must exit with status 0 (got {code}: {last}); see {log}; '
                 'the same command continues from here'
             )
         note = {'command': command, 'seconds': time.perf_counter() - began}
@@ -117,31 +188,31 @@ class Pipeline:
             for stage, path in notes.items()
         }
 
+    def _run_logged(self, command: Sequence[str], log: Path) -> tuple[int, str]:
+        """Run a command, append its output to a log and show its progress.
 
-def run_logged(command: Sequence[str], log: Path) -> int:
-    """Run a command, append its output to a log and show its progress.
+        Args:
+            command: The program and its arguments.
+            log: The file to append to.
 
-    Args:
-        command: The program and its arguments.
-        log: The file to append to.
+        Returns:
+            The exit status, and the last line of output. Unless the status is 0, the
+            last lines are shown.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        last: deque[str] = deque(maxlen=20)
+        with log.open('a') as file, self.processes.start(command) as process:
+            for line in process.stdout or ():
+                file.write(line)
+                file.flush()  # so that the log can be followed while the stage runs
+                last.append(line.rstrip())
+                if PROGRESS.search(line):
+                    self._say(line.rstrip())
+        if process.returncode:
+            self._say('\n'.join(last))
+        return process.returncode, next((t for t in reversed(last) if t), 'no output')
 
-    Returns:
-        The exit status. Unless it is 0, the last lines of output are shown.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    last: deque[str] = deque(maxlen=20)
-    with (
-        log.open('a') as file,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process,
-    ):
-        for line in process.stdout or ():
-            file.write(line)
-            file.flush()  # so that the log can be followed while the stage runs
-            last.append(line)
-            if PROGRESS.search(line):
-                print(line, end='', flush=True)
-    if process.returncode:
-        print(*last, sep='', end='', flush=True)
-    return process.returncode
+    def _say(self, text: str) -> None:
+        """Print lines in one go, as other pipelines may print at the same time."""
+        lines = (f'{self.label}{line}\n' for line in text.splitlines())
+        print(''.join(lines), end='', flush=True)

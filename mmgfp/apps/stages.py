@@ -1,4 +1,4 @@
-"""Stages that `tools/pipeline.py` and `tools/ablation.py` share."""
+"""Stages that `tools/pipeline.py` and comparisons share."""
 
 from __future__ import annotations
 
@@ -107,11 +107,7 @@ def original(pipeline: Pipeline, config: str, checkpoint: str | None) -> Candida
 
 
 def prune_and_finetune(
-    pipeline: Pipeline,
-    args: argparse.Namespace,
-    baseline: Candidate,
-    suffix: str = '',
-    settings: Sequence[str] = (),
+    pipeline: Pipeline, args: argparse.Namespace, baseline: Candidate
 ) -> tuple[Candidate, Candidate]:
     """Prune the original model, then fine-tune the result.
 
@@ -119,34 +115,32 @@ def prune_and_finetune(
         pipeline: Runs both stages.
         args: The command line with the two configs `prune` and `finetune`.
         baseline: The original model.
-        suffix: Tells the stages of several variants apart.
-        settings: Config overrides of the pruning stage.
 
     Returns:
         The pruned and the fine-tuned model.
     """
-    options = [f'load_from={baseline.checkpoint}', *settings]
-    folder = pipeline.train(f'prune{suffix}', args.prune, options)
+    options = [f'load_from={baseline.checkpoint}']
+    folder = pipeline.train('prune', args.prune, options)
     pruned = pruned_checkpoint(folder, args.prune)
     rebuild = (f'model.structure={pruned}',)
-    options = finetuning_start(args.finetune, pruned, baseline.checkpoint)
-    folder = pipeline.train(f'finetune{suffix}', args.finetune, options)
+    cfg = load_config(args.finetune, parse_options(args.cfg_options))
+    options = finetuning_start(cfg, pruned, baseline.checkpoint)
+    folder = pipeline.train('finetune', args.finetune, options)
     return (
         Candidate('pruned', args.finetune, pruned, rebuild),
         Candidate('fine-tuned', args.finetune, last_checkpoint(folder), rebuild),
     )
 
 
-def finetuning_start(config: str, pruned: Any, original: Any) -> list[str]:
+def finetuning_start(cfg: Config, pruned: Any, original: Any) -> list[str]:
     """Return overrides that give fine-tuning its model, and its teacher if any.
 
     Args:
-        config: The config that fine-tunes.
+        cfg: The config that fine-tunes.
         pruned: The checkpoint of the pruned model.
         original: The checkpoint of the original model, from which `model.init` may take
             weights instead, and which teaches it unless another config is named.
     """
-    cfg = load_config(config)
     init = cfg.model.get('init', 'pruned')
     options = [f'load_from={pruned if init == "pruned" else None}']
     options += [f'model.structure={pruned}']
@@ -155,6 +149,21 @@ def finetuning_start(config: str, pruned: Any, original: Any) -> list[str]:
         if is_named(hook.get('type'), 'DistillationHook') and not hook.get('teacher'):
             options.append(f'custom_hooks.{index}.checkpoint={original}')
     return options
+
+
+def deploy(
+    pipeline: Pipeline, tuned: Candidate, shape: Sequence[int], *flags: str
+) -> Candidate:
+    """Deploy the fine-tuned model; return it as it is read from its folder."""
+    name, out = Path(tuned.config).stem, pipeline.work_dir / 'deploy'
+    pipeline.run(
+        'deploy',
+        'deploy_pruned',
+        *(tuned.config, tuned.checkpoint, '--out', str(out), '--name', name),
+        *('--input-shape', *map(str, shape), *flags),
+        options=tuned.options,
+    )
+    return Candidate(tuned.name, str(out / f'{name}.py'), str(out / f'{name}.pth'))
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from mmgfp.apps.latency import RUNTIMES
 from mmgfp.selection.costs import COSTS
+from mmgfp.utils.errors import ConfigError
 
 #: Names of the packages whose versions are reported: both OpenMMLab lines, and torch.
 PREFIXES = ('mm', 'onedl-mm', 'torch')
@@ -41,21 +42,42 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def main_metric(metrics: Mapping[str, float]) -> tuple[str, float]:
+def main_metric(
+    metrics: Mapping[str, float], name: str | None = None
+) -> tuple[str, float]:
     """Pick the headline of a test: COCO's mAP or top-1 accuracy, both in percent.
 
     No metrics at all, as COCO's evaluation returns for a model that detects nothing,
     count as an mAP of 0.
 
+    Args:
+        metrics: All metrics of the test.
+        name: The metric to pick instead.
+
+    Returns:
+        Its name for people and its value; those of COCO in percent.
+
+    Raises:
+        ConfigError: If there is no metric ``name``.
+
     Examples:
         >>> main_metric({'coco/bbox_mAP': 0.375, 'coco/bbox_mAP_50': 0.5})
         ('mAP', 37.5)
+        >>> main_metric({'coco/bbox_mAP': 0.375, 'coco/bbox_mAP_50': 0.5},
+        ...             'coco/bbox_mAP_50')
+        ('bbox_mAP_50', 50.0)
     """
-    if not metrics or 'coco/bbox_mAP' in metrics:
-        return 'mAP', metrics.get('coco/bbox_mAP', 0.0) * 100
-    if 'accuracy/top1' in metrics:
-        return 'top-1', metrics['accuracy/top1']
-    return next(iter(metrics.items()))
+    if name is None:
+        known = ('coco/bbox_mAP', 'accuracy/top1')
+        first = 'coco/bbox_mAP' if not metrics else next(iter(metrics))
+        name = next((key for key in known if key in metrics), first)
+    if name not in metrics and (metrics or not name.startswith('coco/')):
+        known_names = ', '.join(metrics) or 'none'
+        raise ConfigError('metric', f'one of {known_names}', name, 'name one of them')
+    value = metrics.get(name, 0.0)
+    if name.startswith('coco/'):
+        return {'coco/bbox_mAP': 'mAP'}.get(name, name[5:]), value * 100
+    return {'accuracy/top1': 'top-1'}.get(name, name), value
 
 
 def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -63,8 +85,8 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
     Args:
         rows: For each model its name `model`, the dict `metrics` and its costs by
-            their names in `COSTS`; optionally the metrics of further tests by name in
-            `also`, and milliseconds by batch size under the keys of `RUNTIMES`.
+            their names in `COSTS`; optionally milliseconds by batch size under the keys
+            of `RUNTIMES`.
 
     Returns:
         The header, then one list of cells per row.
@@ -78,36 +100,41 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         >>> cells
         ['small', '76.1', '4.000 (100%)', '10.00 (100%)', '2.000 (100%)']
     """
+    metric = main_metric(rows[0]['metrics'])[0]
+    header, sizes = size_cells(rows)
+    cells = [['model', metric, *header]]
+    for row, size in zip(rows, sizes, strict=True):
+        cells.append([row['model'], f'{main_metric(row["metrics"])[1]:.1f}', *size])
+    return cells
+
+
+def size_cells(
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[list[str], list[list[str]]]:
+    """Format costs and times of `table_cells`.
+
+    Returns:
+        The header, and the cells of each row.
+    """
     first = rows[0]
-    metric = main_metric(first['metrics'])[0]
-    tests = list(first.get('also', {}))
     timed = {
         (key, n): f'CPU, {name}{"" if n == "1" else f", batch {n}"} (ms)'
         for key, name in RUNTIMES.items()
         for n in first.get(key, {})
     }
     costs = {name: COSTS[name] for name in COSTS.names() if name in first}
-    cells = [
-        [
-            *('model', metric, *(f'{metric}, {name}' for name in tests)),
-            *(f'{cost.label} ({cost.unit})' for cost in costs.values()),
-            *timed.values(),
-        ]
-    ]
+    header = [f'{cost.label} ({cost.unit})' for cost in costs.values()]
+    cells = []
     for row in rows:
-        metrics = [row['metrics'], *(row['also'][name] for name in tests)]
-        cells.append(
-            [
-                row['model'],
-                *(f'{main_metric(values)[1]:.1f}' for values in metrics),
-                *(
-                    _cost(row[key] / cost.scale, first[key] / cost.scale, '#.4g')
-                    for key, cost in costs.items()
-                ),
-                *(_cost(row[key][n], first[key][n], '.1f') for key, n in timed),
-            ]
-        )
-    return cells
+        sizes = [
+            _cost(row[key] / cost.scale, first[key] / cost.scale, '#.4g')
+            for key, cost in costs.items()
+        ]
+        for key, n in timed:
+            time = row.get(key, {}).get(n)
+            sizes.append('' if time is None else _cost(time, first[key][n], '.1f'))
+        cells.append(sizes)
+    return [*header, *timed.values()], cells
 
 
 def _cost(value: float, first: float, form: str) -> str:
@@ -120,17 +147,16 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
     Args:
         cells: The cells of `table_cells`.
         facts: The facts of `machine_facts`, and `configs`, `input_shape`, `seed` and
-            `seconds` by stage; optionally settings by variant in `variants`.
+            `seconds` by stage; optionally lines on the runs in `notes`.
 
     Returns:
         The text of a section, without a heading.
     """
-    lines = [f'| {" | ".join(row)} |' for row in cells]
-    lines.insert(1, '|---' + '|---:' * (len(cells[0]) - 1) + '|')
     versions = ', '.join(f'{name} {v}' for name, v in facts['versions'].items())
     stages = ', '.join(f'{stage} {s} s' for stage, s in facts['seconds'].items())
     shape = '×'.join(str(size) for size in facts['input_shape'])
-    lines += [
+    lines = [
+        *markdown_table(cells),
         '',
         'MACs count one multiply-add as one; memory is the number of elements that',
         f'all layers output; both for one {shape} image. CPU is the median time of the',
@@ -138,15 +164,23 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
         'two-stage detector onnxruntime runs what comes before the RoIs.',
         '',
         f'- configs: {", ".join(f"`{path}`" for path in facts["configs"])}',
-        *(
-            f'- {name}: `{", ".join(settings)}`'
-            for name, settings in facts.get('variants', {}).items()
-        ),
+        *(f'- {note}' for note in facts.get('notes', ())),
         f'- seed {facts["seed"]}; {facts["cpu"]}, {facts["threads"]} threads',
         f'- Python {facts["python"]}, {versions}',
         f'- wall-clock time: {stages}',
     ]
     return '\n'.join(lines) + '\n'
+
+
+def markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: a header, a rule, and one line a row.
+
+    Examples:
+        >>> markdown_table([['model', 'mAP'], ['small', '37.5']])
+        ['| model | mAP |', '|---|---:|', '| small | 37.5 |']
+    """
+    lines = [f'| {" | ".join(row)} |' for row in cells]
+    return [lines[0], '|---' + '|---:' * (len(cells[0]) - 1) + '|', *lines[1:]]
 
 
 def print_table(cells: Sequence[Sequence[str]]) -> None:
@@ -156,5 +190,6 @@ def print_table(cells: Sequence[Sequence[str]]) -> None:
         table.add_column(name, justify='right', no_wrap=True)
     for row in cells[1:]:
         table.add_row(*row)
-    console = Console()
-    console.print(table, width=max(100, console.width))
+    # As wide as it takes, for terminals scroll or wrap, while columns cut short are lost.
+    widths = (max(map(len, column)) + 3 for column in zip(*cells, strict=True))
+    Console(width=max(Console().width, sum(widths) + 1)).print(table)

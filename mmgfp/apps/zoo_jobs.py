@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 from collections import deque
@@ -11,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from mmgfp.apps.json_lines import append_line, read_lines
 from mmgfp.apps.zoo import examine, next_of
 
 # Forked processes inherit the libraries, which take seconds to import.
@@ -18,28 +18,8 @@ FORK = multiprocessing.get_context('fork')
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the results of finished configs; the last line of a config counts.
-
-    A line that is cut short, as a killed run leaves it, is reported and skipped.
-    """
-    results = {}
-    lines = path.read_text().splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            result = json.loads(line)
-            results[result['config']] = result
-        except ValueError:
-            print(f'{path}:{number} is cut short: its config is examined again')
-    return results
-
-
-def append_result(path: Path, result: dict[str, Any]) -> None:
-    """Append a result on a line of its own, even after one that was cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('a+b') as file:
-        is_complete = file.tell() == 0 or path.read_bytes().endswith(b'\n')
-        file.write(b'' if is_complete else b'\n')
-        file.write(json.dumps(result).encode() + b'\n')
+    """Read the results of finished configs; the last line of a config counts."""
+    return {result['config']: result for result in read_lines(path)}
 
 
 def run_all(
@@ -72,7 +52,7 @@ def run_all(
                 continue
             running.remove((names, job))
             results[job.config] = result
-            append_result(path, result)
+            append_line(path, result)
             outcome = f'{len(waiting)} remaining: {job.config} {result["status"]}'
             print(outcome, result['reason'], flush=True)
             # If the loss did not run, the family's next config gets its turn at once.

@@ -5,37 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
-from support.small_configs import config_of
+from support.small_configs import stages
 
 RATIO = 0.7
-
-
-def stages(folder, kind):
-    """Write the configs of training, pruning and fine-tuning; return their paths."""
-    config = config_of(folder, kind)
-    config.param_scheduler = []
-    config.train_cfg = dict(by_epoch=True, max_epochs=1, val_interval=1)
-    paths = [folder / f'{stage}.py' for stage in ('small', 'prune', 'finetune')]
-    config.dump(paths[0])
-    prune, tune = Config.fromfile(paths[0]), Config.fromfile(paths[0])
-    prune.train_cfg = dict(type='IterBasedTrainLoop', max_iters=200, val_interval=200)
-    prune.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
-    prune.update(val_cfg=None, val_dataloader=None, val_evaluator=None)
-    prune.log_processor = dict(by_epoch=False)
-    prune.default_hooks.checkpoint.by_epoch = False
-    hook = dict(type='FisherPruningHook', interval=2, target=dict(flops=RATIO))
-    hook |= dict(units_per_step=40, input_shape=(3, 64, 64))
-    prune.custom_hooks = [hook]
-    prune.dump(paths[1])
-    tune.model = dict(
-        type='PrunedModel',
-        architecture=config.model,
-        structure='',
-        backbone=dict(init_cfg=None),
-    )
-    tune.dump(paths[2])
-    return paths
 
 
 def succeed(done):

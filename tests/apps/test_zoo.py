@@ -9,6 +9,7 @@ import torch
 from support.tooling import ROOT
 
 from mmgfp.apps import zoo, zoo_jobs
+from mmgfp.apps.json_lines import append_line
 from mmgfp.apps.zoo import (
     CANDIDATES,
     _initialize,
@@ -74,13 +75,13 @@ def test_the_next_config_is_tried_only_where_the_loss_does_not_run(monkeypatch):
 def test_a_line_cut_short_costs_only_its_own_config(tmp_path, capsys):
     path = tmp_path / 'new' / 'zoo.jsonl'
     assert zoo_jobs.read_results(path) == {}
-    zoo_jobs.append_result(path, outcome('a', 'not run'))
+    append_line(path, outcome('a', 'not run'))
     with path.open('a') as file:
         file.write('{"config": "b", "sta')  # killed while it wrote
     assert list(zoo_jobs.read_results(path)) == ['a']
     assert f'{path}:2 is cut short' in capsys.readouterr().out
-    zoo_jobs.append_result(path, outcome('c', 'failed'))
-    zoo_jobs.append_result(path, outcome('a', 'agrees'))
+    append_line(path, outcome('c', 'failed'))
+    append_line(path, outcome('a', 'agrees'))
     assert {c: r['status'] for c, r in zoo_jobs.read_results(path).items()} == {
         'a': 'agrees',
         'c': 'failed',

@@ -1,0 +1,1 @@
+"""Comparisons of many ways to prune one model: settings, runs, results."""

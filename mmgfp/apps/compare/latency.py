@@ -1,0 +1,77 @@
+"""Times of all models of a comparison, which take turns in one process."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmgfp.apps.benchmark import measure_batch, subjects_of
+from mmgfp.apps.cli import write_json
+from mmgfp.apps.subjects import EAGER
+from mmgfp.utils.errors import MMGFPError
+
+#: Keys of reports by runtime.
+KEYS = {EAGER: 'latency_ms', 'onnxruntime': 'onnxruntime_ms'}
+
+
+def measure_all(
+    models: Mapping[str, str],
+    shape: Sequence[int],
+    batches: Sequence[int],
+    rounds: int,
+    path: Path,
+) -> dict[str, Any]:
+    """Time models side by side in PyTorch and in onnxruntime, with one thread.
+
+    Args:
+        models: ``CONFIG:CHECKPOINT`` by name, the baseline first.
+        shape: Size (C, H, W) of an image.
+        batches: Numbers of images.
+        rounds: Timed passes of each; 0 times nothing.
+        path: A file that holds the times of these very models, if they were measured
+            before; it is written.
+
+    Returns:
+        ``times``, median milliseconds by key, batch size and name: those of the
+        baseline times the median ratio to them in the same round, so that what slows a
+        whole round cancels out; and ``notes`` on models that could not be timed.
+    """
+    asked: dict[str, Any] = {'models': dict(models), 'input_shape': list(shape)}
+    asked |= {'batches': list(batches), 'rounds': rounds, 'threads': 1}
+    if not rounds:
+        return {**asked, 'times': {}, 'notes': []}
+    saved = json.loads(path.read_text()) if path.is_file() else {}
+    if all(saved.get(key) == value for key, value in asked.items()):
+        return saved
+    torch.set_num_threads(1)
+    names = {source: name for name, source in models.items()}
+    times: dict[str, dict[str, dict[str, float]]] = {}
+    found, notes = [], []
+    for batch in batches:
+        size = (batch, *shape)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                subjects, lines = subjects_of(
+                    [*names], [*KEYS], size, 'raw', 1, Path(folder)
+                )
+                rows, more = measure_batch(subjects, rounds, memory=False)
+            except (MMGFPError, RuntimeError, ValueError, TypeError) as error:
+                words = ' '.join(str(error).split())[:200]
+                notes.append(f'no times of batches of {batch}: {words}')
+                continue
+        notes += [*lines, *more]
+        found += rows
+        for row in rows:
+            key, name = KEYS[row['runtime']], names[row['model']]
+            bases = [r for r in rows if r['model'] == row['base']]
+            base = next(r for r in bases if r['runtime'] == row['runtime'])
+            value = base['wall_ms']['median'] * row['wall_ratio']['median']
+            times.setdefault(key, {}).setdefault(str(batch), {})[name] = value
+    report = {**asked, 'times': times, 'notes': notes, 'rows': found}
+    write_json(path, report)
+    return report

@@ -1,0 +1,149 @@
+"""A comparison from its settings to its table, its curves and its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmgfp.apps.cli import write_json
+from mmgfp.apps.compare.latency import measure_all
+from mmgfp.apps.compare.results import comparison_cells, curves_of, summarize
+from mmgfp.apps.compare.runs import Result, RunExecutor, run_all, working_alone
+from mmgfp.apps.compare.settings import Comparison, Run
+from mmgfp.apps.plots import plot_curves
+from mmgfp.apps.tables import machine_facts, main_metric, markdown, print_table
+from mmgfp.utils.io import atomic_write
+
+
+def compare(
+    comparison: Comparison, tools: Path, work_dir: Path, jobs: int = 1
+) -> tuple[list[Result], dict[str, str]]:
+    """Run what has not run yet, time all models, and write the results.
+
+    Args:
+        comparison: What is compared.
+        tools: The folder of the tools.
+        work_dir: Gets ``results.md``, ``results.json`` and ``curves.svg``, beside
+            folders of the runs.
+        jobs: How many run at a time, with one thread each if there are several.
+
+    Returns:
+        The results, the baseline's first, and the reasons of runs that have none.
+
+    Raises:
+        MMGFPError: If the settings are wrong, or there is no baseline.
+    """
+    comparison.check_configs()
+    threads = 1 if jobs > 1 else None
+    if threads:
+        torch.set_num_threads(threads)
+    with working_alone(work_dir, threads) as processes:
+        execute = RunExecutor(comparison, tools, work_dir, processes)
+
+        def describe(result: Result) -> str:
+            name, value = main_metric(result['metrics'], comparison.metric)
+            return f'{name} {value:.2f}'
+
+        baseline = execute.baseline()
+        print(f'baseline: {describe(baseline)}', flush=True)
+        runs = comparison.runs()
+        found, failures = run_all(runs, execute, jobs, processes, describe)
+        results = [{**baseline, 'run': 'baseline'}, *found]
+        latency = measure_all(
+            {r['run']: f'{r["config"]}:{r["checkpoint"]}' for r in results},
+            execute.shape,
+            comparison.batches,
+            comparison.latency_rounds,
+            work_dir / 'latency.json',
+        )
+        write_report(comparison, work_dir, results, failures, latency, execute.shape)
+    return results, failures
+
+
+def write_report(
+    comparison: Comparison,
+    work_dir: Path,
+    results: Sequence[Result],
+    failures: Mapping[str, str],
+    latency: Mapping[str, Any],
+    shape: Sequence[int],
+) -> None:
+    """Write the table, the curves and all numbers; print the table.
+
+    Args:
+        comparison: What was compared.
+        work_dir: Where to write.
+        results: Results of runs, the baseline's first.
+        failures: Reasons of runs without a result.
+        latency: What `measure_all` returns.
+        shape: Size (C, H, W) of the image of costs and times.
+    """
+    rows = summarize(results, comparison.metric, latency['times'])
+    runs = comparison.runs()
+    cells = comparison_cells(rows, _planned(runs))
+    seconds: dict[str, int] = {}
+    for result in results:
+        spent = sum(result['seconds'].values()) + result.get('prune_seconds', 0)
+        seconds[result['variant']] = seconds.get(result['variant'], 0) + spent
+    facts = {
+        'configs': [comparison.baseline, comparison.prune, comparison.finetune],
+        'seed': ', '.join(dict.fromkeys(_seed_text(run.seed) for run in runs)),
+        'seconds': seconds,
+        **machine_facts(),
+        'input_shape': list(shape),
+        'notes': _notes(comparison, runs, failures, latency),
+    }
+    text = markdown(cells, facts)
+    report = {'rows': rows, 'runs': list(results), 'failures': dict(failures)}
+    report['latency'] = latency.get('rows', [])
+    write_json(work_dir / 'results.json', {**report, **facts})
+    atomic_write(work_dir / 'results.md', lambda tmp: tmp.write_text(text))
+    metric = rows[0]['metric']['name']
+    plot_curves(curves_of(rows), metric, work_dir / 'curves.svg')
+    print_table(cells)
+    for name, reason in failures.items():
+        print(f'failed: {name}: {reason}')
+
+
+def _planned(runs: Sequence[Run]) -> dict[tuple[str, str], int]:
+    planned: dict[tuple[str, str], int] = {}
+    for run in runs:
+        key = run.variant.name, run.target_text
+        planned[key] = planned.get(key, 0) + 1
+    return planned
+
+
+def _seed_text(seed: int | None) -> str:
+    return 'of the configs' if seed is None else str(seed)
+
+
+def _notes(
+    comparison: Comparison,
+    runs: Sequence[Run],
+    failures: Mapping[str, str],
+    latency: Mapping[str, Any],
+) -> list[str]:
+    """Return lines on variants, spreads, failures and what could not be timed."""
+    notes = []
+    for variant in comparison.variants:
+        options = {
+            name: dict(value)
+            for name in ('pruning', 'prune', 'finetune', 'train')
+            if (value := getattr(variant, name))
+        }
+        pruning = options.pop('pruning', {})
+        settings = [f'{key}={value}' for key, value in pruning.items()]
+        settings += [f'{name}: {value}' for name, value in options.items()]
+        notes.append(f'{variant.name}: `{", ".join(settings) or "as configured"}`')
+    targets = dict.fromkeys(run.target_text for run in runs if run.target_text)
+    notes.append(f'targets: {", ".join(targets) or "none"}')
+    if len({run.seed for run in runs}) > 1:
+        notes.append(
+            'means over seeds ± sample standard deviation; all start from the same '
+            'baseline'
+        )
+    notes += [f'**failed**: {name}: {reason}' for name, reason in failures.items()]
+    return notes + list(latency['notes'])
