@@ -190,6 +190,6 @@ def print_table(cells: Sequence[Sequence[str]]) -> None:
         table.add_column(name, justify='right', no_wrap=True)
     for row in cells[1:]:
         table.add_row(*row)
-    # As wide as it takes, for terminals scroll or wrap, while columns cut short are lost.
+    # As wide as it takes: what a terminal wraps can be read, what is cut off cannot.
     widths = (max(map(len, column)) + 3 for column in zip(*cells, strict=True))
     Console(width=max(Console().width, sum(widths) + 1)).print(table)

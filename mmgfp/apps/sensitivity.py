@@ -1,0 +1,230 @@
+"""What a model loses where a share of one group of channels is pruned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mmgfp.apps.json_lines import append_line, read_lines
+from mmgfp.criteria.base import Criterion, ScoringContext
+from mmgfp.discovery.discover import Discovery
+from mmgfp.engine.batch_calls import BatchCalls
+from mmgfp.selection.greedy import Limits
+from mmgfp.selection.targets import Target
+from mmgfp.units import UnitState
+from mmgfp.utils.errors import ConfigError
+
+#: Loss of the metric by group number and share.
+Losses = Mapping[int, Mapping[float, float]]
+
+
+def score_units(
+    model: nn.Module,
+    discovery: Discovery,
+    criterion: Criterion,
+    batches: Iterable[BatchCalls],
+) -> np.ndarray:
+    """Return the importance of all units by some training batches, (U,).
+
+    Args:
+        model: The model, which computes its loss in training mode and is left as it is.
+        discovery: Its groups.
+        criterion: Scores them.
+        batches: The batches; the optimizer makes no step between them.
+    """
+    grouping = discovery.grouping
+    numbers = np.arange(grouping.units)
+    context = ScoringContext(
+        model, grouping, numbers, grouping.group_of, discovery.rows
+    )
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    criterion.attach(context)
+    try:
+        for batch in batches:
+            criterion.watch(True)
+            model.train()
+            model.zero_grad()
+            batch.loss(model).backward()
+            criterion.update()
+        return criterion.scores().values
+    finally:
+        criterion.detach()
+        model.zero_grad()
+        model.load_state_dict(weights)  # batch norms have seen the batches
+
+
+def lowest_units(
+    scores: np.ndarray, group_of: np.ndarray, group: int, share: float
+) -> np.ndarray | None:
+    """Return the lowest-scored units of a group that make up a share of it, (V,).
+
+    One unit stays in any case. Units without a finite score never go.
+
+    Returns:
+        None if fewer units of the group have a finite score.
+
+    Examples:
+        >>> scores = np.array([0.0, 3, 1, 2, np.nan])
+        >>> group_of = np.array([0, 1, 1, 1, 1])
+        >>> lowest_units(scores, group_of, 1, 0.5)
+        array([2, 3])
+        >>> lowest_units(scores, group_of, 1, 1.0)
+        array([2, 3, 1])
+    """
+    numbers = np.flatnonzero(group_of == group)
+    count = min(removed_by(share, len(numbers)), len(numbers) - 1)
+    known = numbers[np.isfinite(scores[numbers])]
+    if len(known) < count:
+        return None
+    return known[np.argsort(scores[known], kind='stable')][:count]
+
+
+def removed_by(share: float, units: int) -> int:
+    """Return how many units a share of them is, rounded down.
+
+    Examples:
+        >>> removed_by(0.29, 100)  # 0.29 * 100 is 28.999999999999996
+        29
+    """
+    return int(share * units + 1e-9)
+
+
+def scan(
+    units: UnitState,
+    scores: np.ndarray,
+    shares: Sequence[float],
+    evaluate: Callable[[], float],
+    path: Path,
+) -> tuple[float, dict[int, dict[float, float]]]:
+    """Measure a metric with a share of each group masked, one group at a time.
+
+    Args:
+        units: The units of the model, none of them pruned.
+        scores: Their importance, (U,).
+        shares: The shares.
+        evaluate: Measures the metric of the model as it is.
+        path: A file of JSON lines, one for each group and share; what it holds is not
+            measured again.
+
+    Returns:
+        The metric of the model as it is, and what it loses by group number and share;
+        groups whose units have too few scores are left out.
+    """
+    known = {(line['number'], line['share']): line for line in read_lines(path)}
+    groups = units.grouping.groups
+    weights = {n: t.clone() for n, t in units.model.state_dict().items()}
+    began, measured = time.monotonic(), 0
+    full = known[-1, 0.0]['metric'] if (-1, 0.0) in known else None
+    if full is None:
+        full = evaluate()
+        first = dict(number=-1, group=None, share=0.0, units=0, metric=full)
+        append_line(path, first)
+    print(f'as it is: {full:.2f}', flush=True)
+    losses: dict[int, dict[float, float]] = {}
+    pairs = [(g, share) for g in range(len(groups)) for share in shares]
+    todo = len([pair for pair in pairs if pair not in known])
+    for g, share in pairs:
+        if (g, share) in known:
+            losses.setdefault(g, {})[share] = full - known[g, share]['metric']
+            continue
+        gone = lowest_units(scores, units.group_of, g, share)
+        measured += 1
+        if gone is None:
+            print(f'{groups[g].name}: too few units have a score for {share:g}')
+            continue
+        metric = full
+        if len(gone):
+            units.prune(gone)
+            try:
+                metric = evaluate()
+            finally:
+                _restore(units, weights)
+        losses.setdefault(g, {})[share] = full - metric
+        line = dict(number=g, group=groups[g].name, share=share)
+        append_line(path, {**line, 'units': len(gone), 'metric': metric})
+        minutes = (time.monotonic() - began) / measured * (todo - measured) / 60
+        print(
+            f'{measured} of {todo}: {groups[g].name} without {len(gone)} of '
+            f'{groups[g].units}: {metric:.2f} ({metric - full:+.2f}), '
+            f'{minutes:.0f} min left',
+            flush=True,
+        )
+    return full, losses
+
+
+def _restore(units: UnitState, weights: Mapping[str, Any]) -> None:
+    """Give masked units back to the model, with their weights."""
+    units.kept[:] = True
+    for mask in units.masks:
+        mask.update(units.kept)
+    units.model.load_state_dict(weights)
+
+
+def tolerable_shares(losses: Losses, groups: int, tolerance: float) -> np.ndarray:
+    """Return the largest share of each group that costs at most ``tolerance``, (G,).
+
+    Examples:
+        >>> losses = {0: {0.25: 0.1, 0.5: 0.4, 0.75: 5.0}, 2: {0.25: -0.1}}
+        >>> tolerable_shares(losses, 3, 0.4).tolist()
+        [0.5, 0.0, 0.25]
+    """
+    shares = np.zeros(groups)
+    for g, by_share in losses.items():
+        shares[g] = max((s for s, x in by_share.items() if x <= tolerance), default=0.0)
+    return shares
+
+
+def scale_to_target(
+    shares: np.ndarray, units: UnitState, limits: Limits, target: Target
+) -> np.ndarray:
+    """Scale shares by one factor until a target is met, (G,).
+
+    Args:
+        shares: The share of each group that may go, (G,).
+        units: The units of the model, none of them pruned.
+        limits: How far each group may shrink, and at multiples of what.
+        target: The target.
+
+    Returns:
+        Shares that are whole numbers of units, with which each group comes to rest.
+
+    Raises:
+        ConfigError: If the target cannot be met by pruning these groups alone.
+    """
+    sizes, smallest = units.sizes, limits.smallest(units.sizes)
+
+    def removed(scale: float) -> np.ndarray:
+        wanted = sizes - np.floor(shares * scale * sizes + 1e-9)
+        kept = np.ceil(wanted / limits.steps) * limits.steps
+        return sizes - np.clip(kept, smallest, sizes)
+
+    def is_met(scale: float) -> bool:
+        return target.reached(units.costs.totals(removed(scale)), units.full)
+
+    low, high = 0.0, float(1 / shares[shares > 0].min()) if shares.any() else 0.0
+    if not is_met(high):
+        ratio = units.costs.totals(removed(high)).ratio(target.cost, units.full)
+        raise ConfigError(
+            f'--target {target.cost}',
+            f'at least {np.ceil(ratio * 1000) / 1000:g}, which remains when all groups '
+            'that lose at most --tolerance at some share are at their limit',
+            f'{target.ratio:g}',
+            'raise it or --tolerance, or scan smaller --shares',
+        )
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_met(middle) else (middle, high)
+    return removed(high) / sizes
+
+
+def ratios_by_name(shares: np.ndarray, units: UnitState) -> dict[str, float]:
+    """Return the share of each group by its name; the smallest of those of one name."""
+    ratios: dict[str, float] = {}
+    for group, share in zip(units.grouping.groups, shares, strict=True):
+        ratios[group.name] = min(float(share), ratios.get(group.name, 1.0))
+    return ratios
