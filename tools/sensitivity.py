@@ -29,6 +29,7 @@ from mmgfp.apps.cli import (
 from mmgfp.apps.plots import plot_losses
 from mmgfp.apps.run_config import pruning_config
 from mmgfp.apps.sensitivity import (
+    Scan,
     ratios_by_name,
     scale_to_target,
     scan,
@@ -158,41 +159,40 @@ def main() -> None:
     units, scores = prepared(args, cfg, options, validation.model)
     lines = args.work_dir / 'scan.jsonl'
     shares = sorted(set(args.shares))
-    full, losses = scan(units, scores, shares, validation, lines)
-    ratios = tolerable_shares(losses, len(units.sizes), args.tolerance)
+    found = scan(units, scores, shares, validation, lines)
+    ratios = tolerable_shares(found.losses, len(units.sizes), args.tolerance)
     if target is not None:
         limits = units.limits(options, ())
         ratios = scale_to_target(ratios, units, limits, target)
-    write(args, units, (full, losses), ratios, validation.name)
+    write(args, units, found, ratios)
 
 
 def write(
-    args: argparse.Namespace,
-    units: UnitState,
-    found: tuple[float, dict[int, dict[float, float]]],
-    ratios: np.ndarray,
-    metric: str,
+    args: argparse.Namespace, units: UnitState, found: Scan, ratios: np.ndarray
 ) -> None:
     """Write the table, the map and the ratios."""
-    full, losses = found
     shares = sorted(set(args.shares))
     names = [group.name for group in units.grouping.groups]
-    table = [[losses.get(g, {}).get(s) for s in shares] for g in range(len(names))]
+    table = [
+        [found.losses.get(g, {}).get(s) for s in shares] for g in range(len(names))
+    ]
     cells = report_lines(names, units.sizes.tolist(), table, shares, ratios.tolist())
     removed = np.floor(ratios * units.sizes + 1e-9)
     macs = units.costs.totals(removed).ratio('macs', units.full)
+    target = target_of(args)
+    scaled = f', scaled to {target.cost}={target.ratio:g}' if target else ''
     text = [
         *markdown_table(cells),
         '',
-        f'Points of {metric} that the model loses, {full:.2f} as it is, where a share',
-        'of one group is masked without any training; the ratio is what may go of it',
-        f'at a tolerance of {args.tolerance:g}'
-        + (f', scaled to {args.target}.' if args.target else '.'),
+        f'Points of {found.metric} that the model loses, {found.full:.2f} as it is, '
+        'where a share of',
+        'one group is masked without any training; the ratio is what may go of it at a',
+        f'tolerance of {args.tolerance:g}{scaled}.',
         f'With all ratios together {macs:.1%} of the MACs remain.',
     ]
     note = '\n'.join(text) + '\n'
     atomic_write(args.work_dir / 'results.md', lambda tmp: tmp.write_text(note))
-    plot_losses(table, names, shares, metric, args.work_dir / 'sensitivity.svg')
+    plot_losses(table, names, shares, found.metric, args.work_dir / 'sensitivity.svg')
     out = args.out or args.work_dir / 'ratios.json'
     write_json(out, {'ratios': ratios_by_name(ratios, units)})
     print_table(cells)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,22 @@ from mmgfp.units import UnitState
 from mmgfp.utils.errors import ConfigError
 
 #: Loss of the metric by group number and share.
-Losses = Mapping[int, Mapping[float, float]]
+Losses = dict[int, dict[float, float]]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a model loses where a share of one group is masked.
+
+    Attributes:
+        metric: The metric's name.
+        full: Its value for the model as it is.
+        losses: What it loses, by group number and share.
+    """
+
+    metric: str
+    full: float
+    losses: Losses
 
 
 def score_units(
@@ -98,34 +114,34 @@ def scan(
     units: UnitState,
     scores: np.ndarray,
     shares: Sequence[float],
-    evaluate: Callable[[], float],
+    evaluate: Callable[[], tuple[str, float]],
     path: Path,
-) -> tuple[float, dict[int, dict[float, float]]]:
+) -> Scan:
     """Measure a metric with a share of each group masked, one group at a time.
 
     Args:
         units: The units of the model, none of them pruned.
         scores: Their importance, (U,).
         shares: The shares.
-        evaluate: Measures the metric of the model as it is.
+        evaluate: Returns the metric's name and its value for the model as it is.
         path: A file of JSON lines, one for each group and share; what it holds is not
             measured again.
 
     Returns:
-        The metric of the model as it is, and what it loses by group number and share;
-        groups whose units have too few scores are left out.
+        What was found; groups whose units have too few scores are left out.
     """
     known = {(line['number'], line['share']): line for line in read_lines(path)}
     groups = units.grouping.groups
     weights = {n: t.clone() for n, t in units.model.state_dict().items()}
     began, measured = time.monotonic(), 0
-    full = known[-1, 0.0]['metric'] if (-1, 0.0) in known else None
-    if full is None:
-        full = evaluate()
-        first = dict(number=-1, group=None, share=0.0, units=0, metric=full)
+    first = known.get((-1, 0.0))
+    if first is None:
+        name, full = evaluate()
+        first = dict(number=-1, group=name, share=0.0, units=0, metric=full)
         append_line(path, first)
-    print(f'as it is: {full:.2f}', flush=True)
-    losses: dict[int, dict[float, float]] = {}
+    name, full = first['group'], first['metric']
+    print(f'{name} of the model as it is: {full:.2f}', flush=True)
+    losses: Losses = {}
     pairs = [(g, share) for g in range(len(groups)) for share in shares]
     todo = len([pair for pair in pairs if pair not in known])
     for g, share in pairs:
@@ -141,7 +157,7 @@ def scan(
         if len(gone):
             units.prune(gone)
             try:
-                metric = evaluate()
+                metric = evaluate()[1]
             finally:
                 _restore(units, weights)
         losses.setdefault(g, {})[share] = full - metric
@@ -154,7 +170,7 @@ def scan(
             f'{minutes:.0f} min left',
             flush=True,
         )
-    return full, losses
+    return Scan(name, full, losses)
 
 
 def _restore(units: UnitState, weights: Mapping[str, Any]) -> None:
@@ -214,7 +230,8 @@ def scale_to_target(
             f'at least {np.ceil(ratio * 1000) / 1000:g}, which remains when all groups '
             'that lose at most --tolerance at some share are at their limit',
             f'{target.ratio:g}',
-            'raise it or --tolerance, or scan smaller --shares',
+            "raise it or --tolerance, scan smaller --shares, or lower the hook's "
+            'divisor',
         )
     for _ in range(50):
         middle = (low + high) / 2

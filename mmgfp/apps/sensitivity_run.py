@@ -82,7 +82,6 @@ class Validation:
 
     Attributes:
         model: The model.
-        name: The metric's name for people, once it was measured.
 
     Raises:
         ConfigError: If something cannot be built.
@@ -91,7 +90,6 @@ class Validation:
 
     def __init__(self, cfg: Config, checkpoint: str, metric: str | None) -> None:
         self._metric = metric
-        self.name = metric or ''
         self._runner = runner_to_test(cfg)
         self.model: Any = self._runner.model
         if '://' not in checkpoint:
@@ -113,10 +111,9 @@ class Validation:
                 infos = map(dataset.get_data_info, range(len(dataset)))
                 metric.img_ids = [info['img_id'] for info in infos]
 
-    def __call__(self) -> float:
-        """Measure."""
-        self.name, value = main_metric(self._runner.test(), self._metric)
-        return value
+    def __call__(self) -> tuple[str, float]:
+        """Return the metric's name for people and its value."""
+        return main_metric(self._runner.test(), self._metric)
 
 
 def training_batches(cfg: Config, model: Any, count: int) -> Iterator[BatchCalls]:

@@ -1,0 +1,363 @@
+"""Comparisons: their settings, statistics, failures, and runs that are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import pytest
+import torch
+from mmengine.config import Config
+from support.small_configs import stages
+from support.tooling import ROOT
+
+from mmgfp.apps.cli import load_config
+from mmgfp.apps.compare.results import comparison_cells, curves_of, summarize
+from mmgfp.apps.compare.runs import RunExecutor, RunFailed, run_all, write_config
+from mmgfp.apps.compare.settings import Comparison, Variant, read_comparison
+from mmgfp.apps.pipeline import Processes
+from mmgfp.apps.plots import plot_curves, plot_losses
+from mmgfp.utils.errors import ConfigError
+
+DEMO = [
+    str(ROOT / f'configs/demo/retinanet_r18_fpn_digits{stage}.py')
+    for stage in ('', '_prune', '_finetune')
+]
+NAMES = ('baseline', 'prune', 'finetune')
+
+
+def comparison_of(*variants, **fields):
+    configs = dict(zip(NAMES, DEMO, strict=True))
+    variants = tuple(Variant(**v) for v in variants or [dict(name='M')])
+    return Comparison(**configs, variants=variants, **fields)
+
+
+def hook_of(config):
+    (hook,) = config.custom_hooks
+    return hook
+
+
+# --- settings
+
+
+def test_runs_are_variants_times_targets_times_seeds():
+    comparison = comparison_of(
+        dict(name='a b', pruning=dict(normalize='none')),
+        dict(name='c', targets=[dict(memory=0.5)]),
+        dict(name='narrow', train={}),
+        targets=[dict(flops=0.5), [dict(flops=0.7), dict(flops=0.25)]],
+        seeds=[0, 7],
+    )
+    runs = comparison.runs()
+    assert [str(run.folder) for run in runs[:4]] == [
+        'a_b/flops50/seed0',
+        'a_b/flops70_flops25/seed0',
+        'c/memory50/seed0',
+        'narrow/unpruned/seed0',
+    ]
+    assert [run.name for run in runs[4:]] == [
+        'a b, flops=0.5, seed 7',
+        'a b, flops=0.25, seed 7',
+        'c, memory=0.5, seed 7',
+        'narrow, seed 7',
+    ]
+
+
+def test_targets_and_seeds_are_the_configs_unless_told():
+    (run,) = comparison_of().runs()
+    assert (run.name, str(run.folder)) == ('M, flops=0.5', 'M/flops50/seed')
+    config = comparison_of().prune_config(run, 'a.pth')
+    assert config.randomness.seed == 0 and config.load_from == 'a.pth'
+
+
+def test_settings_reach_the_hook_of_the_config():
+    pruning = dict(iterations=900, units_per_step=None, criterion=dict(type='fisher'))
+    variant = dict(name='x', pruning=pruning, prune=dict(max_iters=5))
+    comparison = comparison_of(variant, targets=[dict(memory=0.7)], seeds=[3])
+    config = comparison.prune_config(comparison.runs()[0], 'a.pth')
+    hook = hook_of(config)
+    assert hook.type == 'ChannelPruningHook'  # since a criterion is named
+    assert hook.target == dict(memory=0.7) and hook.iterations == 900
+    assert 'units_per_step' not in hook and hook.interval == 10
+    assert config.randomness.seed == 3 and config.max_iters == 5
+
+
+def test_dotted_settings_change_what_is_there():
+    variant = dict(name='x', pruning={'schedule.iterations': 7})
+    comparison = comparison_of(variant)
+    base = load_config(DEMO[1])
+    base.custom_hooks[0].schedule = dict(type='cubic', iterations=5)
+    comparison = comparison_of(
+        variant,
+        options={'custom_hooks.0.schedule': dict(type='cubic', iterations=5)},
+    )
+    hook = hook_of(comparison.prune_config(comparison.runs()[0], 'a.pth'))
+    assert hook.schedule == dict(type='cubic', iterations=7)
+
+
+def test_fine_tuning_gets_its_files_and_overrides():
+    teacher = dict(config='{baseline_config}', weights='at {baseline_checkpoint}')
+    finetune = {'model.init': 'scratch', 'custom_hooks': [dict(teacher=teacher)]}
+    comparison = comparison_of(dict(name='x', finetune=finetune), seeds=[3])
+    files = dict(
+        baseline_config='b.py', baseline_checkpoint='b.pth', pruned_checkpoint='p.pth'
+    )
+    config = comparison.finetune_config(comparison.runs()[0], files)
+    assert config.model.structure == config.load_from == 'p.pth'
+    assert config.model.init == 'scratch' and config.randomness.seed == 3
+    teacher = config.custom_hooks[0].teacher
+    assert teacher == dict(config='b.py', weights='at b.pth')
+
+
+def test_unpruned_variants_are_trained_from_scratch():
+    train = {'model.backbone.base_channels': 24}
+    comparison = comparison_of(dict(name='narrow', train=train), seeds=[4])
+    config = comparison.train_config(comparison.runs()[0])
+    assert config.model.backbone.base_channels == 24
+    assert config.load_from is None and config.randomness.seed == 4
+
+
+HEAD = 'baseline, prune, finetune = {}\n'.format(', '.join(map(repr, DEMO)))
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        ('seed = [0]', r"seed must be one of its options.*did you mean 'seeds'"),
+        ("variants = [dict(name='a', prunning={})]", "did you mean 'pruning'"),
+        ('variants = [dict(pruning={})]', 'a dict with a name'),
+        ('variants = []', 'none for variants'),
+        ("variants = [dict(name='a b'), dict(name='a_b')]", 'of their own'),
+        ("variants = [dict(name='a', train={}, pruning=dict(a=1))]", 'got both'),
+        ("variants = [dict(name='a', pruning=3)]", 'pruning must be a dict'),
+        ('targets = [dict(flops=2)]', 'target.flops must be a ratio'),
+        ('targets = [dict(flops=0.5), dict(flops=0.5)]', 'a list of different ones'),
+        ('seeds = []', 'seeds must be a list of at least one'),
+        ("variants = [dict(name='a', pruning=dict(intervall=3))]", "variant 'a'.*did"),
+        ("variants = [dict(name='a', pruning=dict(interval=0))]", "variant 'a'.*inter"),
+        ("variants = [dict(name='a', prune={'custom_hooks.3.x': 1})]", 'in lists'),
+        ("prune = 'none.py'", 'got none.py'),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(tmp_path, text, words):
+    path = tmp_path / 'compare.py'
+    path.write_text(f"{HEAD}variants = [dict(name='M')]\n{text}\n")
+    with pytest.raises(ConfigError, match=words):
+        read_comparison(str(path)).check_configs()
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs/compare').glob('*.py')))
+def test_comparisons_we_ship_can_be_run(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    comparison = read_comparison(str(path), ['data_root=elsewhere/'])
+    comparison.check_configs()
+    assert len(comparison.seeds) == 3
+    config = comparison.prune_config(comparison.runs()[0], 'a.pth')
+    assert config.train_dataloader.dataset.data_root == 'elsewhere/'
+
+
+# --- statistics
+
+
+def result(variant, seed, top1, macs, target='flops=0.5', **more):
+    costs = dict(macs=macs, memory=macs / 10, params=macs / 100)
+    run = f'{variant} {seed}'
+    facts = dict(variant=variant, seed=seed, target=target, run=run, costs=costs)
+    return facts | dict(metrics={'accuracy/top1': top1}, **more)
+
+
+RESULTS = [
+    result('baseline', None, 95.0, 4e9, target=''),
+    *(result('M', s, x, m) for s, x, m in [(0, 90.0, 2e9), (1, 92, 1e9), (2, 94, 3e9)]),
+    result('U', 0, 80.0, 2e9),
+]
+TIMES = {'latency_ms': {'1': {'baseline None': 8.0, 'M 0': 4, 'M 1': 5, 'M 2': 6}}}
+
+
+def test_means_and_spreads_by_hand():
+    baseline, m, u = summarize(RESULTS, times=TIMES)
+    # deviations of -2, 0 and 2: a sum of squares of 8, over n - 1 = 2
+    assert m['metric'] == dict(name='top-1', mean=92, std=2, values=[90, 92, 94])
+    assert u['metric']['std'] is None
+    assert m['seeds'] == [0, 1, 2] and m['macs'] == 2e9
+    assert m['latency_ms'] == {'1': 5} and 'latency_ms' not in u
+    planned = {('M', 'flops=0.5'): 3, ('U', 'flops=0.5'): 3, ('I', 'flops=0.5'): 3}
+    cells = comparison_cells([baseline, m, u], planned)
+    assert cells[0] == [
+        *('model', 'top-1', 'MACs (G)', 'memory (M)', 'params (M)'),
+        *('CPU, PyTorch (ms)', 'runs'),
+    ]
+    sizes = ['2.000 (50%)', '200.0 (50%)', '20.00 (50%)']
+    assert cells[2] == ['M', '92.00 ± 2.00', *sizes, '5.0 (62%)', '3 of 3']
+    assert cells[3] == ['U', '80.00', *sizes, '', '1 of 3']
+    assert cells[4] == ['I', *[''] * 5, '0 of 3, failed']
+
+
+def test_one_run_each_needs_no_column_of_runs_but_several_targets_one():
+    rows = summarize([RESULTS[0], RESULTS[1], result('M', 0, 70.0, 1e9, 'flops=0.25')])
+    planned = {('M', 'flops=0.5'): 1, ('M', 'flops=0.25'): 1}
+    header, _, first, second = comparison_cells(rows, planned)
+    assert header[:3] == ['model', 'target', 'top-1'] and 'runs' not in header
+    assert first[:3] == ['M', 'flops=0.5', '90.00']
+    assert second[:3] == ['M', 'flops=0.25', '70.00']
+
+
+def test_further_tests_and_other_metrics_have_columns():
+    also = dict(also={'hard': {'accuracy/top1': 50.0, 'f1': 2.5}})
+    runs = [result('baseline', None, 95.0, 4e9, '', **also)]
+    assert comparison_cells(summarize(runs), {})[0][1:3] == ['top-1', 'top-1, hard']
+    runs[0]['metrics']['f1'] = 3.5
+    cells = comparison_cells(summarize(runs, 'f1'), {})
+    assert cells[0][1:3] == ['f1', 'f1, hard'] and cells[1][1:3] == ['3.50', '2.50']
+    with pytest.raises(ConfigError, match='metric must be one of accuracy/top1, f1'):
+        summarize(runs, 'recall')
+
+
+def test_curves_are_shares_of_the_baseline(tmp_path):
+    more = result('M', 3, 70.0, 1e9, 'flops=0.25')
+    curves = curves_of(summarize([*RESULTS, more], times=TIMES))
+    assert curves['MACs'] == {
+        'baseline': [(100, 95, 0)],
+        'M': [(25, 70, 0), (50, 92, 2)],
+        'U': [(50, 80, 0)],
+    }
+    assert curves['time in PyTorch']['M'] == [(62.5, 92, 2)]
+    for name in ('curves', 'losses'):
+        path = tmp_path / f'{name}.png'
+        if name == 'curves':
+            plot_curves(curves, 'top-1', path)
+        else:
+            plot_losses([[0.1, None], [2, 3]], ['a', 'b'], [0.25, 0.5], 'mAP', path)
+        image = cv2.imread(str(path))
+        assert image.shape[1] > image.shape[0] > 200 and image.std() > 5
+
+
+# --- runs
+
+
+def test_a_failure_has_its_reason_and_stops_no_other(capsys):
+    runs = comparison_of(targets=[dict(flops=x) for x in (0.5, 0.6, 0.7)]).runs()
+
+    def execute(run):
+        if run is runs[0]:
+            raise OSError('disk full')
+        if run is runs[1]:
+            raise RunFailed('no room')
+        return {'of': run.name}
+
+    found, failures = run_all(runs, execute, 2, Processes(), lambda r: 'well')
+    assert found == [{'of': runs[2].name}]
+    assert failures == {
+        runs[0].name: 'OSError: disk full',
+        runs[1].name: 'no room',
+    }
+    assert f'{runs[2].name}: well' in capsys.readouterr().out
+
+
+def test_a_run_is_not_continued_with_other_settings(tmp_path):
+    path = tmp_path / 'run/prune.py'
+    for _ in range(2):
+        assert write_config(Config(dict(a=1)), path) == str(path)
+    with pytest.raises(RunFailed, match=f'delete {path.parent} to make it anew'):
+        write_config(Config(dict(a=2)), path)
+    assert Config.fromfile(path).a == 1
+
+
+def test_variants_that_differ_in_fine_tuning_alone_prune_once(tmp_path):
+    comparison = comparison_of(
+        dict(name='M', pruning=dict(normalize='memory')),
+        dict(name='U', pruning=dict(normalize='none')),
+        dict(name='long', pruning=dict(normalize='memory'), finetune=dict(a=1)),
+        seeds=[0, 1],
+    )
+    execute = RunExecutor(comparison, ROOT / 'tools', tmp_path, Processes())
+    firsts = [execute._prunes_first(run).name for run in comparison.runs()]
+    shared = [name.replace('long', 'M') for name in (r.name for r in comparison.runs())]
+    assert firsts == shared
+
+
+# --- the tool
+
+COMPARISON = """
+baseline, prune, finetune = {configs}
+variants = [
+    dict(name='M', pruning=dict(normalize='memory')),
+    dict(name='U', pruning=dict(normalize='none')),
+    dict(name='same', train={{}}),
+    dict(name='slow', prune={{'train_cfg.max_iters': 1}}),
+]
+targets = [dict(flops=0.8)]
+seeds = [0]
+latency_rounds = 1
+"""
+
+
+def start(folder, work, *flags):
+    tool = [sys.executable, '-W', 'ignore', str(ROOT / 'tools/compare.py')]
+    command = [*tool, 'compare.py', '--work-dir', str(work), *flags]
+    log = (folder / 'log.txt').open('a')
+    return subprocess.Popen(
+        command, cwd=folder, stdout=log, stderr=log, start_new_session=True
+    )
+
+
+def wait_for(path, process, seconds=400):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, path
+        time.sleep(0.05)
+
+
+def table_of(work):
+    results = json.loads((work / 'results.json').read_text())
+    rows = [
+        {k: v for k, v in row.items() if not k.startswith(('latency', 'onnxruntime'))}
+        for row in results['rows']
+    ]
+    return rows, results['failures']
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize('kind', ['classifier', 'retinanet'])
+def test_a_comparison_that_is_killed_twice_ends_in_the_same_table(kind, tmp_path):
+    configs = [str(path) for path in stages(tmp_path, kind)]
+    (tmp_path / 'compare.py').write_text(COMPARISON.format(configs=configs))
+    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+    assert start(tmp_path, whole).wait(900) == 1  # as one variant fails
+    rows, failures = table_of(whole)
+    assert [row['model'] for row in rows] == ['baseline', 'M', 'U', 'same']
+    assert list(failures) == ['slow, flops=0.8, seed 0']
+    assert 'checkpoint of the reached target' in failures['slow, flops=0.8, seed 0']
+    for row in rows[1:3]:
+        assert row['macs'] <= 0.8 * rows[0]['macs']
+    assert rows[3]['macs'] == rows[0]['macs']
+    text = (whole / 'results.md').read_text()
+    assert '**failed**: slow, flops=0.8' in text and '| 0 of 1, failed |' in text
+    assert (whole / 'curves.svg').stat().st_size > 0
+
+    # The process alone, whose tool goes on; then all of it, asked to end.
+    process = start(tmp_path, cut)
+    wait_for(cut / 'pruned/M/flops80/seed0/logs/prune.log', process)
+    process.kill()
+    process.wait()
+    process = start(tmp_path, cut, '-j', '2')
+    wait_for(cut / 'runs/M/flops80/seed0/logs/deploy.log', process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(120) == 143
+    assert not (cut / 'results.json').exists()
+    assert start(tmp_path, cut, '-j', '2').wait(900) == 1
+    assert table_of(cut) == (rows, failures_at(cut, whole, failures))
+    deployed = 'runs/M/flops80/seed0/deploy/finetune.pth'
+    one, two = (
+        torch.load(work / deployed, weights_only=True)['state_dict']
+        for work in (whole, cut)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def failures_at(work, other, failures):
+    return {n: text.replace(str(other), str(work)) for n, text in failures.items()}
