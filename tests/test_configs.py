@@ -11,7 +11,9 @@ from support.tooling import ROOT
 from mmgfp import DistillationHook, FisherPruningHook
 
 CONFIGS = ROOT / 'configs'
-LEAVES = sorted(path for path in CONFIGS.glob('*/*.py') if path.parent.name != '_base_')
+#: Lists of runs; tests/apps/test_compare.py reads them.
+NO_RUNS = ('_base_', 'compare')
+LEAVES = sorted(p for p in CONFIGS.glob('*/*.py') if p.parent.name not in NO_RUNS)
 PARTS = {'neck', 'head', 'bbox_head', 'rpn_head', 'roi_head'}
 BCCD = 'bccd/retinanet_mobilenetv2_fpn_bccd.py'
 BASELINES = {

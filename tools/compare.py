@@ -56,7 +56,7 @@ def main() -> None:
     given = {} if args.checkpoint is None else {'checkpoint': args.checkpoint}
     comparison = read_comparison(args.comparison, args.cfg_options, **given)
     if args.list:
-        print(*(run.name for run in comparison.runs()), sep='\n')
+        print(*(run.name for run in comparison.runs), sep='\n')
         return
     _, failures = compare(comparison, TOOLS, args.work_dir, args.jobs)
     print(f'in {args.work_dir}: results.md, results.json, curves.svg')

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from mmgfp.utils.errors import ConfigError
 
 #: Loss of the metric by group number and share.
 Losses = dict[int, dict[float, float]]
+#: Number and share of the line about the model as it is.
+AS_IT_IS = (-1, 0.0)
 
 
 @dataclass(frozen=True)
@@ -121,64 +124,60 @@ def scan(
 
     Args:
         units: The units of the model, none of them pruned.
-        scores: Their importance, (U,).
+        scores: Their importance, (U,); groups with too few scores are left out.
         shares: The shares.
         evaluate: Returns the metric's name and its value for the model as it is.
-        path: A file of JSON lines, one for each group and share; what it holds is not
-            measured again.
-
-    Returns:
-        What was found; groups whose units have too few scores are left out.
+        path: A file with a line for each group and share; what it holds is not measured
+            again.
     """
     known = {(line['number'], line['share']): line for line in read_lines(path)}
-    groups = units.grouping.groups
-    weights = {n: t.clone() for n, t in units.model.state_dict().items()}
-    began, measured = time.monotonic(), 0
-    first = known.get((-1, 0.0))
-    if first is None:
-        name, full = evaluate()
-        first = dict(number=-1, group=name, share=0.0, units=0, metric=full)
-        append_line(path, first)
-    name, full = first['group'], first['metric']
+    if AS_IT_IS not in known:
+        name, metric = evaluate()
+        line = dict(number=-1, group=name, share=0.0, units=0, metric=metric)
+        append_line(path, line)
+        known[AS_IT_IS] = line
+    name, full = known[AS_IT_IS]['group'], known[AS_IT_IS]['metric']
     print(f'{name} of the model as it is: {full:.2f}', flush=True)
-    losses: Losses = {}
+    groups = units.grouping.groups
     pairs = [(g, share) for g in range(len(groups)) for share in shares]
-    todo = len([pair for pair in pairs if pair not in known])
-    for g, share in pairs:
-        if (g, share) in known:
-            losses.setdefault(g, {})[share] = full - known[g, share]['metric']
-            continue
+    todo = [pair for pair in pairs if pair not in known]
+    weights = {n: t.clone() for n, t in units.model.state_dict().items()}
+    began = time.monotonic()
+    for number, (g, share) in enumerate(todo, 1):
         gone = lowest_units(scores, units.group_of, g, share)
-        measured += 1
         if gone is None:
             print(f'{groups[g].name}: too few units have a score for {share:g}')
             continue
         metric = full
         if len(gone):
-            units.prune(gone)
-            try:
+            with _masked(units, gone, weights):
                 metric = evaluate()[1]
-            finally:
-                _restore(units, weights)
-        losses.setdefault(g, {})[share] = full - metric
         line = dict(number=g, group=groups[g].name, share=share)
-        append_line(path, {**line, 'units': len(gone), 'metric': metric})
-        minutes = (time.monotonic() - began) / measured * (todo - measured) / 60
-        print(
-            f'{measured} of {todo}: {groups[g].name} without {len(gone)} of '
-            f'{groups[g].units}: {metric:.2f} ({metric - full:+.2f}), '
-            f'{minutes:.0f} min left',
-            flush=True,
-        )
+        known[g, share] = {**line, 'units': len(gone), 'metric': metric}
+        append_line(path, known[g, share])
+        minutes = (time.monotonic() - began) / number * (len(todo) - number) / 60
+        what = f'{groups[g].name} without {len(gone)} of {groups[g].units}'
+        numbers = f'{metric:.2f} ({metric - full:+.2f}), {minutes:.0f} min left'
+        print(f'{number} of {len(todo)}: {what}: {numbers}', flush=True)
+    losses: Losses = {}
+    for g, share in (pair for pair in pairs if pair in known):
+        losses.setdefault(g, {})[share] = full - known[g, share]['metric']
     return Scan(name, full, losses)
 
 
-def _restore(units: UnitState, weights: Mapping[str, Any]) -> None:
-    """Give masked units back to the model, with their weights."""
-    units.kept[:] = True
-    for mask in units.masks:
-        mask.update(units.kept)
-    units.model.load_state_dict(weights)
+@contextmanager
+def _masked(
+    units: UnitState, gone: np.ndarray, weights: Mapping[str, Any]
+) -> Iterator[None]:
+    """Mask units, then give them back to the model, with their weights."""
+    units.prune(gone)
+    try:
+        yield
+    finally:
+        units.kept[:] = True
+        for mask in units.masks:
+            mask.update(units.kept)
+        units.model.load_state_dict(weights)
 
 
 def tolerable_shares(losses: Losses, groups: int, tolerance: float) -> np.ndarray:

@@ -49,15 +49,21 @@ def test_variants_without_a_meaning_are_refused(flags, words):
         ablation.variants_of(parse(*flags))
 
 
-def test_each_variant_changes_the_hook_wherever_it_stands():
+def test_each_variant_changes_the_hook_wherever_it_stands(tmp_path):
     config = Config.fromfile(CIFAR[1])
     config.custom_hooks.insert(0, dict(type='EMAHook'))
     place, hook = find_hook(config)
     assert place == 1 and hook['interval'] == 25
-    for settings in ablation.PAPER.values():
-        config.merge_from_dict(parse_options(ablation.hook_options(place, settings)))
-        assert config.custom_hooks[0] == dict(type='EMAHook')
-        changed = {k: v for k, v in config.custom_hooks[1].items() if k != 'type'}
+    config.dump(tmp_path / 'prune.py')
+    args = parse()
+    args.prune = str(tmp_path / 'prune.py')
+    comparison = ablation.comparison_of(args)
+    comparison.check_configs()
+    assert [run.name for run in comparison.runs] == [f'{n}, flops=0.5' for n in 'MFUI']
+    for run, settings in zip(comparison.runs, ablation.PAPER.values(), strict=True):
+        hooks = comparison.prune_config(run, 'a.pth').custom_hooks
+        assert hooks[0] == dict(type='EMAHook')
+        changed = {k: v for k, v in hooks[1].items() if k != 'type'}
         FisherPruningHook(**changed)  # raises on anything unknown
         expected = parse_options(settings)
         assert {k: changed[k] for k in expected} == expected
@@ -98,13 +104,13 @@ def test_ablation_ends_in_a_table(tmp_path, run_tool):
     for row in variants:
         assert row['macs'] <= baseline['macs'] / 2
         assert row['latency_ms'].keys() == {'1', '2'}
-        assert row['also']['more'].keys() == {'accuracy/top1'}
-    stages = {'prune_M', 'finetune_M', 'prune_I', 'finetune_I'}
-    assert set(results['seconds']) == stages
+        assert row['also']['more']['name'] == 'top-1'
+        assert row['metric']['std'] is None
+    assert set(results['seconds']) == {'baseline', 'M', 'I'}
     text = (tmp_path / 'work/results.md').read_text()
     assert 'top-1, more' in text and '- I: `coupled=False, interval=1' in text
     # What -I leaves alone: the residual stream keeps its width.
-    (path,) = (tmp_path / 'work/prune_I').glob('*_flops50.pth')
+    (path,) = (tmp_path / 'work/pruned/I').rglob('*_flops50.pth')
     weights = torch.load(path, weights_only=True)['state_dict']
     assert weights['backbone.layer3.2.conv2.weight'].shape[0] == 64
     assert weights['backbone.layer3.2.conv1.weight'].shape[0] < 64

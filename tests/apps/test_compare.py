@@ -51,7 +51,7 @@ def test_runs_are_variants_times_targets_times_seeds():
         targets=[dict(flops=0.5), [dict(flops=0.7), dict(flops=0.25)]],
         seeds=[0, 7],
     )
-    runs = comparison.runs()
+    runs = comparison.runs
     assert [str(run.folder) for run in runs[:4]] == [
         'a_b/flops50/seed0',
         'a_b/flops70_flops25/seed0',
@@ -67,7 +67,7 @@ def test_runs_are_variants_times_targets_times_seeds():
 
 
 def test_targets_and_seeds_are_the_configs_unless_told():
-    (run,) = comparison_of().runs()
+    (run,) = comparison_of().runs
     assert (run.name, str(run.folder)) == ('M, flops=0.5', 'M/flops50/seed')
     config = comparison_of().prune_config(run, 'a.pth')
     assert config.randomness.seed == 0 and config.load_from == 'a.pth'
@@ -77,7 +77,7 @@ def test_settings_reach_the_hook_of_the_config():
     pruning = dict(iterations=900, units_per_step=None, criterion=dict(type='fisher'))
     variant = dict(name='x', pruning=pruning, prune=dict(max_iters=5))
     comparison = comparison_of(variant, targets=[dict(memory=0.7)], seeds=[3])
-    config = comparison.prune_config(comparison.runs()[0], 'a.pth')
+    config = comparison.prune_config(comparison.runs[0], 'a.pth')
     hook = hook_of(config)
     assert hook.type == 'ChannelPruningHook'  # since a criterion is named
     assert hook.target == dict(memory=0.7) and hook.iterations == 900
@@ -94,7 +94,7 @@ def test_dotted_settings_change_what_is_there():
         variant,
         options={'custom_hooks.0.schedule': dict(type='cubic', iterations=5)},
     )
-    hook = hook_of(comparison.prune_config(comparison.runs()[0], 'a.pth'))
+    hook = hook_of(comparison.prune_config(comparison.runs[0], 'a.pth'))
     assert hook.schedule == dict(type='cubic', iterations=7)
 
 
@@ -105,17 +105,20 @@ def test_fine_tuning_gets_its_files_and_overrides():
     files = dict(
         baseline_config='b.py', baseline_checkpoint='b.pth', pruned_checkpoint='p.pth'
     )
-    config = comparison.finetune_config(comparison.runs()[0], files)
-    assert config.model.structure == config.load_from == 'p.pth'
+    config = comparison.finetune_config(comparison.runs[0], files)
+    assert config.model.structure == 'p.pth' and config.load_from is None
     assert config.model.init == 'scratch' and config.randomness.seed == 3
     teacher = config.custom_hooks[0].teacher
     assert teacher == dict(config='b.py', weights='at b.pth')
+    (run,) = comparison_of().runs
+    config = comparison_of().finetune_config(run, files)
+    assert config.model.structure == config.load_from == 'p.pth'
 
 
 def test_unpruned_variants_are_trained_from_scratch():
     train = {'model.backbone.base_channels': 24}
     comparison = comparison_of(dict(name='narrow', train=train), seeds=[4])
-    config = comparison.train_config(comparison.runs()[0])
+    config = comparison.train_config(comparison.runs[0])
     assert config.model.backbone.base_channels == 24
     assert config.load_from is None and config.randomness.seed == 4
 
@@ -155,7 +158,7 @@ def test_comparisons_we_ship_can_be_run(path, monkeypatch):
     comparison = read_comparison(str(path), ['data_root=elsewhere/'])
     comparison.check_configs()
     assert len(comparison.seeds) == 3
-    config = comparison.prune_config(comparison.runs()[0], 'a.pth')
+    config = comparison.prune_config(comparison.runs[0], 'a.pth')
     assert config.train_dataloader.dataset.data_root == 'elsewhere/'
 
 
@@ -239,7 +242,7 @@ def test_curves_are_shares_of_the_baseline(tmp_path):
 
 
 def test_a_failure_has_its_reason_and_stops_no_other(capsys):
-    runs = comparison_of(targets=[dict(flops=x) for x in (0.5, 0.6, 0.7)]).runs()
+    runs = comparison_of(targets=[dict(flops=x) for x in (0.5, 0.6, 0.7)]).runs
 
     def execute(run):
         if run is runs[0]:
@@ -274,8 +277,8 @@ def test_variants_that_differ_in_fine_tuning_alone_prune_once(tmp_path):
         seeds=[0, 1],
     )
     execute = RunExecutor(comparison, ROOT / 'tools', tmp_path, Processes())
-    firsts = [execute._prunes_first(run).name for run in comparison.runs()]
-    shared = [name.replace('long', 'M') for name in (r.name for r in comparison.runs())]
+    firsts = [execute._prunes_first(run).name for run in comparison.runs]
+    shared = [name.replace('long', 'M') for name in (r.name for r in comparison.runs)]
     assert firsts == shared
 
 

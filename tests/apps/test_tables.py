@@ -5,8 +5,9 @@ import json
 import pytest
 
 from mmgfp.apps.tables import machine_facts, main_metric, markdown, table_cells
+from mmgfp.utils.errors import ConfigError
 
-HIDDEN = ('latency_ms', 'onnxruntime_ms', 'also')
+HIDDEN = ('latency_ms', 'onnxruntime_ms')
 ROWS = [
     {
         'model': 'baseline',
@@ -16,7 +17,6 @@ ROWS = [
         'params': 2_500_000,
         'latency_ms': {'1': 40.0, '64': 2000.0},
         'onnxruntime_ms': {'1': 20.0},
-        'also': {'exact': {'coco/bbox_mAP': 0.6}},
     },
     {
         'model': 'pruned',
@@ -26,7 +26,6 @@ ROWS = [
         'params': 1_000_000,
         'latency_ms': {'1': 30.0, '64': 1000.0},
         'onnxruntime_ms': {'1': 5.0},
-        'also': {'exact': {}},
     },
 ]
 
@@ -34,13 +33,13 @@ ROWS = [
 def test_table_cells():
     header, first, second = table_cells(ROWS)
     assert header == [
-        *('model', 'mAP', 'mAP, exact', 'MACs (G)', 'memory (M)', 'params (M)'),
+        *('model', 'mAP', 'MACs (G)', 'memory (M)', 'params (M)'),
         *('CPU, PyTorch (ms)', 'CPU, PyTorch, batch 64 (ms)'),
         'CPU, onnxruntime (ms)',
     ]
-    assert first[:4] == ['baseline', '50.0', '60.0', '4.000 (100%)']
+    assert first[:3] == ['baseline', '50.0', '4.000 (100%)']
     assert second == [
-        *('pruned', '45.7', '0.0', '2.000 (50%)', '6.000 (60%)', '1.000 (40%)'),
+        *('pruned', '45.7', '2.000 (50%)', '6.000 (60%)', '1.000 (40%)'),
         *('30.0 (75%)', '1000.0 (50%)', '5.0 (25%)'),
     ]
 
@@ -53,16 +52,25 @@ def test_table_cells_of_models_that_were_not_timed():
 
 
 @pytest.mark.parametrize(
-    ('metrics', 'expected'),
+    ('metrics', 'name', 'expected'),
     [
-        ({'coco/bbox_mAP': 0.365, 'x': 1}, ('mAP', 36.5)),
-        ({'accuracy/top1': 76.8}, ('top-1', 76.8)),
-        ({'f1': 3.0, 'x': 1}, ('f1', 3.0)),
-        ({}, ('mAP', 0.0)),
+        ({'coco/bbox_mAP': 0.365, 'x': 1}, None, ('mAP', 36.5)),
+        ({'accuracy/top1': 76.8}, None, ('top-1', 76.8)),
+        ({'f1': 3.0, 'x': 1}, None, ('f1', 3.0)),
+        ({}, None, ('mAP', 0.0)),
+        ({'coco/bbox_mAP': 0.365, 'x': 1}, 'x', ('x', 1)),
+        ({'coco/bbox_mAP': 0.365, 'coco/a': 0.5}, 'coco/a', ('a', 50.0)),
+        ({}, 'coco/bbox_mAP_50', ('bbox_mAP_50', 0.0)),
     ],
 )
-def test_main_metric(metrics, expected):
-    assert main_metric(metrics) == expected
+def test_main_metric(metrics, name, expected):
+    assert main_metric(metrics, name) == expected
+
+
+@pytest.mark.parametrize('metrics', [{'accuracy/top1': 76.8}, {}])
+def test_metrics_that_a_test_does_not_have_are_refused(metrics):
+    with pytest.raises(ConfigError, match='metric must be one of'):
+        main_metric(metrics, 'accuracy/top5')
 
 
 def test_markdown_tells_how_the_numbers_came_about():
@@ -72,12 +80,12 @@ def test_markdown_tells_how_the_numbers_came_about():
         'seed': 7,
         'seconds': {'baseline': 12},
         'input_shape': [3, 128, 160],
-        'variants': {'U': ['normalize=none', 'interval=5']},
+        'notes': ['U: `normalize=none`'],
     }
     text = markdown(table_cells(ROWS), facts)
-    assert text.splitlines()[1] == '|---' + '|---:' * 8 + '|'
+    assert text.splitlines()[1] == '|---' + '|---:' * 7 + '|'
     for part in ('| 45.7 |', '3×128×160', '`a.py`, `b.py`', 'seed 7', 'baseline 12 s'):
         assert part in text
-    assert '- U: `normalize=none, interval=5`' in text
+    assert '- U: `normalize=none`' in text
     assert 'torch ' in text
     json.dumps(facts)

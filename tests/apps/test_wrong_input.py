@@ -14,7 +14,10 @@ PRUNE = DEMO.replace('.py', '_prune.py')
 TUNE = DEMO.replace('.py', '_finetune.py')
 TOOLS = {
     name: load_tool(name)
-    for name in ('train', 'test', 'analyze', 'deploy_pruned', 'pipeline', 'ablation')
+    for name in (
+        *('train', 'test', 'analyze', 'deploy_pruned', 'pipeline', 'ablation'),
+        *('compare', 'sensitivity'),
+    )
 }
 ALL = [DEMO, PRUNE, TUNE, '--work-dir', '{tmp}/work']
 NOWHERE = 'a folder to write to'
@@ -132,6 +135,19 @@ def folder(tmp_path, monkeypatch):
         ('pipeline', [*ALL[:3], '--work-dir', '{tmp}/plain.pth'], NOWHERE),
         ('ablation', [*ALL[:3], '--work-dir', '{tmp}/plain.pth/x'], NOWHERE),
         ('analyze', [DEMO, '--json', '{tmp}/plain.pth/r.json'], NOWHERE),
+        ('compare', ['{tmp}/empty.py', '--work-dir', 'w'], 'with baseline, prune'),
+        ('compare', [DEMO, '--work-dir', 'w'], 'must be one of its options'),
+        *[
+            ('sensitivity', [PRUNE, *args], words)
+            for args, words in [
+                (['{tmp}/no.pth', '--work-dir', 'w'], 'must be a checkpoint file'),
+                (['{tmp}/plain.pth', '--work-dir', '{tmp}/plain.pth'], NOWHERE),
+                (
+                    ['{tmp}/plain.pth', '--work-dir', 'w', '--target', 'flops=2'],
+                    'target.flops must be a ratio',
+                ),
+            ]
+        ],
         ('test', [DEMO, '{tmp}/plain.pth', '--json', '{tmp}/plain.pth/r'], NOWHERE),
     ],
 )
@@ -155,6 +171,8 @@ def test_it_is_said_in_one_line(tool, args, words, folder, monkeypatch, capsys):
         ('deploy_pruned', [DEMO, 'x.pth', '--out', 'o', '--rounds', '-1']),
         ('pipeline', [*ALL, '--latency-rounds', '-1']),
         ('ablation', [*ALL, '--batches', '0']),
+        ('compare', [DEMO, '--work-dir', 'w', '-j', '0']),
+        ('sensitivity', [PRUNE, 'a.pth', '--work-dir', 'w', '--batches', '0']),
         ('ablation', [*ALL, '--batches', 'many']),
     ],
 )

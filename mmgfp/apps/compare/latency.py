@@ -49,29 +49,39 @@ def measure_all(
     if all(saved.get(key) == value for key, value in asked.items()):
         return saved
     torch.set_num_threads(1)
+    rows, notes = [], []
+    for batch in batches:
+        measured, lines = _measure_batch([*models.values()], (batch, *shape), rounds)
+        rows += measured
+        notes += lines
     names = {source: name for name, source in models.items()}
     times: dict[str, dict[str, dict[str, float]]] = {}
-    found, notes = [], []
-    for batch in batches:
-        size = (batch, *shape)
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                subjects, lines = subjects_of(
-                    [*names], [*KEYS], size, 'raw', 1, Path(folder)
-                )
-                rows, more = measure_batch(subjects, rounds, memory=False)
-            except (MMGFPError, RuntimeError, ValueError, TypeError) as error:
-                words = ' '.join(str(error).split())[:200]
-                notes.append(f'no times of batches of {batch}: {words}')
-                continue
-        notes += [*lines, *more]
-        found += rows
-        for row in rows:
-            key, name = KEYS[row['runtime']], names[row['model']]
-            bases = [r for r in rows if r['model'] == row['base']]
-            base = next(r for r in bases if r['runtime'] == row['runtime'])
-            value = base['wall_ms']['median'] * row['wall_ratio']['median']
-            times.setdefault(key, {}).setdefault(str(batch), {})[name] = value
-    report = {**asked, 'times': times, 'notes': notes, 'rows': found}
+    base: dict[tuple[str, int], float] = {}
+    for row in rows:  # the first one of each runtime and batch is what ratios are to
+        value = base.setdefault(
+            (row['runtime'], row['batch']), row['wall_ms']['median']
+        )
+        by_batch = times.setdefault(KEYS[row['runtime']], {})
+        by_name = by_batch.setdefault(str(row['batch']), {})
+        by_name[names[row['model']]] = value * row['wall_ratio']['median']
+    report = {**asked, 'times': times, 'notes': notes, 'rows': rows}
     write_json(path, report)
     return report
+
+
+def _measure_batch(
+    sources: Sequence[str], size: Sequence[int], rounds: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Time models on batches of one size, (N, C, H, W).
+
+    Returns:
+        The rows of `measure_batch`, and a line for each that could not be timed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            prepared = subjects_of(sources, [*KEYS], size, 'raw', 1, Path(folder))
+            rows, notes = measure_batch(prepared[0], rounds, memory=False)
+        except (MMGFPError, RuntimeError, ValueError, TypeError) as error:
+            words = ' '.join(str(error).split())[:200]
+            return [], [f'no times of batches of {size[0]}: {words}']
+    return rows, prepared[1] + notes

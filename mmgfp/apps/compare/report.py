@@ -49,7 +49,7 @@ def compare(
 
         baseline = execute.baseline()
         print(f'baseline: {describe(baseline)}', flush=True)
-        runs = comparison.runs()
+        runs = comparison.runs
         found, failures = run_all(runs, execute, jobs, processes, describe)
         results = [{**baseline, 'run': 'baseline'}, *found]
         latency = measure_all(
@@ -82,7 +82,7 @@ def write_report(
         shape: Size (C, H, W) of the image of costs and times.
     """
     rows = summarize(results, comparison.metric, latency['times'])
-    runs = comparison.runs()
+    runs = comparison.runs
     cells = comparison_cells(rows, _planned(runs))
     seconds: dict[str, int] = {}
     for result in results:

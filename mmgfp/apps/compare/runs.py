@@ -136,7 +136,7 @@ class RunExecutor:
             options = dict(variant.pruning), dict(variant.prune)
             return (*options, other.targets, other.seed, variant.is_pruned)
 
-        same = (r for r in self.comparison.runs() if pruning(r) == pruning(run))
+        same = (r for r in self.comparison.runs if pruning(r) == pruning(run))
         return next(same)
 
     def _made_with(self) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -158,16 +159,13 @@ class Comparison:
             value = getattr(self, name)
             is_list = value is None or (isinstance(value, list | tuple) and value)
             check(name, bool(is_list), 'a list of at least one, or None', value)
-        runs = [run.folder for run in self.runs()]
+        runs = [run.folder for run in self.runs]
         twice = [str(folder) for folder in runs if runs.count(folder) > 1]
         check('targets and seeds', not twice, 'a list of different ones', twice[:1])
 
+    @cached_property
     def runs(self) -> list[Run]:
-        """Return all runs; all variants come before the second seed.
-
-        Raises:
-            ConfigError: If a target is not valid.
-        """
+        """All runs; all variants come before the second seed."""
         return [
             Run(variant, targets, seed)
             for seed in self.seeds or [None]
@@ -192,7 +190,9 @@ class Comparison:
         """
         names = {n: f'{n}.pth' for n in PLACEHOLDERS}
         load_config(self.baseline, dict(self.options))
-        for run in self.runs():
+        for run in self.runs:
+            if run.seed != self.runs[0].seed:
+                continue  # the same configs but for the seed
             try:
                 if run.variant.is_pruned:
                     cfg = self.prune_config(run, names['baseline_checkpoint'])
@@ -238,8 +238,12 @@ class Comparison:
         """
         cfg = load_config(self.finetune, dict(self.options))
         pruned = files['pruned_checkpoint']
-        override(cfg, {'model.structure': pruned, 'load_from': pruned})
+        override(cfg, {'model.structure': pruned})
         override(cfg, filled(run.variant.finetune, files))
+        if 'load_from' not in run.variant.finetune:
+            # A model that begins with other weights is not to be given these.
+            is_pruned = cfg.model.get('init', 'pruned') == 'pruned'
+            override(cfg, {'load_from': pruned if is_pruned else None})
         return _seeded(cfg, run.seed)
 
     def train_config(self, run: Run) -> Config:
