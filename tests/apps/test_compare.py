@@ -15,6 +15,7 @@ from support.small_configs import stages
 from support.tooling import ROOT
 
 from mmgfp.apps.cli import load_config
+from mmgfp.apps.compare import latency
 from mmgfp.apps.compare.results import comparison_cells, curves_of, summarize
 from mmgfp.apps.compare.runs import RunExecutor, RunFailed, run_all, write_config
 from mmgfp.apps.compare.settings import Comparison, Variant, read_comparison
@@ -236,6 +237,40 @@ def test_curves_are_shares_of_the_baseline(tmp_path):
             plot_losses([[0.1, None], [2, 3]], ['a', 'b'], [0.25, 0.5], 'mAP', path)
         image = cv2.imread(str(path))
         assert image.shape[1] > image.shape[0] > 200 and image.std() > 5
+
+
+def test_times_are_the_baselines_times_the_ratios_in_its_rounds(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(sources, size, rounds):
+        asked.append((tuple(sources), size, rounds))
+        rows = [
+            dict(model=source, runtime=runtime, batch=size[0], wall_ms=dict(median=ms))
+            | dict(wall_ratio=dict(median=ratio))
+            for runtime, ms in [('torch', 10.0), ('onnxruntime', 4.0)]
+            for source, ms, ratio in [('b.py:b', ms, 1.0), ('m.py:m', 99.0, 0.5)]
+        ]
+        return rows[:3] if size[0] == 2 else rows, [f'note {size[0]}']
+
+    monkeypatch.setattr(latency, '_measure_batch', measured)
+    models = {'baseline': 'b.py:b', 'M': 'm.py:m'}
+    path = tmp_path / 'latency.json'
+    report = latency.measure_all(models, (3, 8, 8), [1, 2], 5, path)
+    assert report['times'] == {
+        'latency_ms': {
+            '1': {'baseline': 10.0, 'M': 5.0},
+            '2': {'baseline': 10.0, 'M': 5.0},
+        },
+        'onnxruntime_ms': {'1': {'baseline': 4.0, 'M': 2.0}, '2': {'baseline': 4.0}},
+    }
+    assert report['notes'] == ['note 1', 'note 2']
+    # The same models are not timed again, others are.
+    assert latency.measure_all(models, (3, 8, 8), [1, 2], 5, path) == report
+    assert [size for _, size, _ in asked] == [(1, 3, 8, 8), (2, 3, 8, 8)]
+    latency.measure_all(models, (3, 8, 8), [1], 5, path)
+    assert len(asked) == 3
+    nothing = latency.measure_all(models, (3, 8, 8), [1], 0, path)
+    assert nothing['times'] == {} and len(asked) == 3
 
 
 # --- runs

@@ -93,6 +93,7 @@ def write_report(
         'seed': ', '.join(dict.fromkeys(_seed_text(run.seed) for run in runs)),
         'seconds': seconds,
         **machine_facts(),
+        'threads': latency['threads'],
         'input_shape': list(shape),
         'notes': _notes(comparison, runs, failures, latency),
     }
