@@ -9,7 +9,13 @@ variants = [
     dict(name='fisher -F', pruning=dict(normalize='flops')),
     dict(name='fisher -U', pruning=dict(normalize='none')),
     dict(name='l1', pruning=dict(criterion='l1', normalize='memory')),
-    dict(name='random', pruning=dict(criterion='random', normalize='none')),
+    dict(
+        name='random',
+        pruning=dict(
+            criterion=dict(type='random', seed='{seed}'),  # another order for each seed
+            normalize='none',
+        ),
+    ),
 ]
 targets = [dict(flops=0.5)]
 seeds = [0, 1, 2]

@@ -7,7 +7,13 @@ finetune = 'configs/demo/retinanet_r18_fpn_digits_finetune.py'
 variants = [
     dict(name='fisher -M', pruning=dict(normalize='memory')),
     dict(name='fisher -U', pruning=dict(normalize='none')),
-    dict(name='random', pruning=dict(criterion='random', normalize='none')),
+    dict(
+        name='random',
+        pruning=dict(
+            criterion=dict(type='random', seed='{seed}'),  # another order for each seed
+            normalize='none',
+        ),
+    ),
     dict(
         name='narrow, from scratch',
         train={

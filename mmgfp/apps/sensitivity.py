@@ -57,10 +57,9 @@ def score_units(
         batches: The batches; the optimizer makes no step between them.
     """
     grouping = discovery.grouping
-    numbers = np.arange(grouping.units)
-    context = ScoringContext(
-        model, grouping, numbers, grouping.group_of, discovery.rows
-    )
+    everything = np.ones(grouping.units, dtype=bool)
+    units = (np.flatnonzero(everything), grouping.group_of)
+    context = ScoringContext(model, grouping, *units, discovery.rows, everything)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     criterion.attach(context)
     try:

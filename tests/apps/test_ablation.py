@@ -60,8 +60,9 @@ def test_each_variant_changes_the_hook_wherever_it_stands(tmp_path):
     comparison = ablation.comparison_of(args)
     comparison.check_configs()
     assert [run.name for run in comparison.runs] == [f'{n}, flops=0.5' for n in 'MFUI']
+    files = dict(baseline_checkpoint='a.pth')
     for run, settings in zip(comparison.runs, ablation.PAPER.values(), strict=True):
-        hooks = comparison.prune_config(run, 'a.pth').custom_hooks
+        hooks = comparison.prune_config(run, files).custom_hooks
         assert hooks[0] == dict(type='EMAHook')
         changed = {k: v for k, v in hooks[1].items() if k != 'type'}
         FisherPruningHook(**changed)  # raises on anything unknown

@@ -28,6 +28,9 @@ DEMO = [
     for stage in ('', '_prune', '_finetune')
 ]
 NAMES = ('baseline', 'prune', 'finetune')
+FILES = dict(
+    baseline_config='b.py', baseline_checkpoint='b.pth', pruned_checkpoint='p.pth'
+)
 
 
 def comparison_of(*variants, **fields):
@@ -70,17 +73,19 @@ def test_runs_are_variants_times_targets_times_seeds():
 def test_targets_and_seeds_are_the_configs_unless_told():
     (run,) = comparison_of().runs
     assert (run.name, str(run.folder)) == ('M, flops=0.5', 'M/flops50/seed')
-    config = comparison_of().prune_config(run, 'a.pth')
-    assert config.randomness.seed == 0 and config.load_from == 'a.pth'
+    config = comparison_of().prune_config(run, FILES)
+    assert config.randomness.seed == 0 and config.load_from == 'b.pth'
 
 
 def test_settings_reach_the_hook_of_the_config():
-    pruning = dict(iterations=900, units_per_step=None, criterion=dict(type='fisher'))
+    criterion = dict(type='random', seed='{seed}')
+    pruning = dict(iterations=900, units_per_step=None, criterion=criterion)
     variant = dict(name='x', pruning=pruning, prune=dict(max_iters=5))
     comparison = comparison_of(variant, targets=[dict(memory=0.7)], seeds=[3])
-    config = comparison.prune_config(comparison.runs[0], 'a.pth')
+    config = comparison.prune_config(comparison.runs[0], FILES)
     hook = hook_of(config)
     assert hook.type == 'ChannelPruningHook'  # since a criterion is named
+    assert hook.criterion == dict(type='random', seed=3)
     assert hook.target == dict(memory=0.7) and hook.iterations == 900
     assert 'units_per_step' not in hook and hook.interval == 10
     assert config.randomness.seed == 3 and config.max_iters == 5
@@ -95,7 +100,7 @@ def test_dotted_settings_change_what_is_there():
         variant,
         options={'custom_hooks.0.schedule': dict(type='cubic', iterations=5)},
     )
-    hook = hook_of(comparison.prune_config(comparison.runs[0], 'a.pth'))
+    hook = hook_of(comparison.prune_config(comparison.runs[0], FILES))
     assert hook.schedule == dict(type='cubic', iterations=7)
 
 
@@ -103,23 +108,20 @@ def test_fine_tuning_gets_its_files_and_overrides():
     teacher = dict(config='{baseline_config}', weights='at {baseline_checkpoint}')
     finetune = {'model.init': 'scratch', 'custom_hooks': [dict(teacher=teacher)]}
     comparison = comparison_of(dict(name='x', finetune=finetune), seeds=[3])
-    files = dict(
-        baseline_config='b.py', baseline_checkpoint='b.pth', pruned_checkpoint='p.pth'
-    )
-    config = comparison.finetune_config(comparison.runs[0], files)
+    config = comparison.finetune_config(comparison.runs[0], FILES)
     assert config.model.structure == 'p.pth' and config.load_from is None
     assert config.model.init == 'scratch' and config.randomness.seed == 3
     teacher = config.custom_hooks[0].teacher
     assert teacher == dict(config='b.py', weights='at b.pth')
     (run,) = comparison_of().runs
-    config = comparison_of().finetune_config(run, files)
+    config = comparison_of().finetune_config(run, FILES)
     assert config.model.structure == config.load_from == 'p.pth'
 
 
 def test_unpruned_variants_are_trained_from_scratch():
     train = {'model.backbone.base_channels': 24}
     comparison = comparison_of(dict(name='narrow', train=train), seeds=[4])
-    config = comparison.train_config(comparison.runs[0])
+    config = comparison.train_config(comparison.runs[0], FILES)
     assert config.model.backbone.base_channels == 24
     assert config.load_from is None and config.randomness.seed == 4
 
@@ -159,7 +161,7 @@ def test_comparisons_we_ship_can_be_run(path, monkeypatch):
     comparison = read_comparison(str(path), ['data_root=elsewhere/'])
     comparison.check_configs()
     assert len(comparison.seeds) == 3
-    config = comparison.prune_config(comparison.runs[0], 'a.pth')
+    config = comparison.prune_config(comparison.runs[0], FILES)
     assert config.train_dataloader.dataset.data_root == 'elsewhere/'
 
 

@@ -17,7 +17,7 @@ from mmgfp.apps.sensitivity import (
     score_units,
     tolerable_shares,
 )
-from mmgfp.criteria.fisher import Fisher
+from mmgfp.criteria.base import CRITERIA
 from mmgfp.discovery.discover import discover
 from mmgfp.engine.model_building import build_model
 from mmgfp.selection.greedy import Limits
@@ -135,11 +135,13 @@ class Batch:
         return toy_loss(model)
 
 
-def test_scoring_leaves_the_model_as_it_is():
+@pytest.mark.parametrize('name', ['fisher', 'taylor', 'l1', 'bn_scale', 'activation'])
+def test_scoring_by_any_criterion_leaves_the_model_as_it_is(name):
     model = ConvPair().train()
     found = discover(model, toy_loss, lambda m: m(images(2)), 2)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    scores = score_units(model, found, Fisher(), [Batch(), Batch()])
+    criterion = CRITERIA.build(name)
+    scores = score_units(model, found, criterion, [Batch(), Batch()])
     assert scores.shape == (6,) and (scores > 0).all()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name

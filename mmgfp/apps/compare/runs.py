@@ -88,16 +88,12 @@ class RunExecutor:
         pipeline = self._pipeline(folder, run.name)
         if run.variant.is_pruned:
             facts |= self._pruned(run)
-            files = {
-                'baseline_config': self.original.config,
-                'baseline_checkpoint': self.original.checkpoint,
-                'pruned_checkpoint': facts['pruned'],
-            }
+            files = {**self._files, 'pruned_checkpoint': facts['pruned']}
             cfg = self.comparison.finetune_config(run, files)
             config = write_config(cfg, folder / 'finetune.py')
         else:
             config = write_config(
-                self.comparison.train_config(run), folder / 'train.py'
+                self.comparison.train_config(run, self._files), folder / 'train.py'
             )
         if (saved := self._saved(folder)) is not None:
             return saved
@@ -109,10 +105,11 @@ class RunExecutor:
         return self._measured(pipeline, candidate, facts)
 
     @property
-    def original(self) -> Candidate:
-        """The original model; `baseline` makes it."""
+    def _files(self) -> dict[str, str]:
+        """Files of the original model, which `baseline` makes."""
         assert self._baseline is not None
-        return self._baseline
+        config, checkpoint = self._baseline.config, self._baseline.checkpoint
+        return {'baseline_config': config, 'baseline_checkpoint': checkpoint}
 
     def _pipeline(self, folder: Path, label: str) -> Pipeline:
         return Pipeline(self.tools, folder, label=label, processes=self.processes)
@@ -123,7 +120,7 @@ class RunExecutor:
         folder = self.work_dir / 'pruned' / first.folder
         with self._pruning[folder]:
             pipeline = self._pipeline(folder, first.name)
-            cfg = self.comparison.prune_config(first, self.original.checkpoint)
+            cfg = self.comparison.prune_config(first, self._files)
             config = write_config(cfg, folder / 'prune.py')
             checkpoint = pruned_checkpoint(pipeline.train('prune', config), config)
             return {'pruned': checkpoint, 'prune_seconds': pipeline.seconds()['prune']}

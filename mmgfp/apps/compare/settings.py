@@ -32,13 +32,13 @@ class Variant:
         pruning: Settings of the pruning hook that replace those of the config; None
             drops one.
         prune: Entries of the pruning config to override, before those of the hook.
-        finetune: Entries of the fine-tuning config to override. In their texts
-            ``{baseline_config}``, ``{baseline_checkpoint}`` and ``{pruned_checkpoint}``
-            stand for files of this run.
+        finetune: Entries of the fine-tuning config to override.
         train: Entries of the baseline's config to override: the variant is not pruned
             but trained from scratch, once for each seed.
         config: The config to train it by; the baseline's by default.
         targets: Targets of this variant; those of the comparison by default.
+
+    The texts of all these entries may name `PLACEHOLDERS` in braces.
     """
 
     name: str
@@ -188,21 +188,21 @@ class Comparison:
         Raises:
             ConfigError: If a config cannot be read, or settings of the hook are wrong.
         """
-        names = {n: f'{n}.pth' for n in PLACEHOLDERS}
+        files = {name: f'{name}.pth' for name in PLACEHOLDERS}
         load_config(self.baseline, dict(self.options))
         for run in self.runs:
             if run.seed != self.runs[0].seed:
                 continue  # the same configs but for the seed
             try:
                 if run.variant.is_pruned:
-                    cfg = self.prune_config(run, names['baseline_checkpoint'])
+                    cfg = self.prune_config(run, files)
                     _, hook = find_hook(cfg)
                     left_out = ('type', 'priority')
                     settings = {k: v for k, v in hook.items() if k not in left_out}
                     PruningConfig.for_runner(**settings)
-                    self.finetune_config(run, names)
+                    self.finetune_config(run, files)
                 else:
-                    self.train_config(run)
+                    self.train_config(run, files)
             except ConfigError as error:
                 raise ConfigError(f'variant {run.variant.name!r}: {error}') from None
 
@@ -210,12 +210,13 @@ class Comparison:
         """Return the config that trains the original model."""
         return load_config(self.baseline, dict(self.options))
 
-    def prune_config(self, run: Run, checkpoint: str) -> Config:
-        """Return the config that prunes the weights in ``checkpoint``."""
+    def prune_config(self, run: Run, files: Mapping[str, str]) -> Config:
+        """Return the config that prunes the original model."""
         cfg = load_config(self.prune, dict(self.options))
-        override(cfg, {'load_from': checkpoint, **run.variant.prune})
+        override(cfg, {'load_from': files['baseline_checkpoint']})
+        override(cfg, filled(run.variant.prune, run, files))
         index, hook = find_hook(cfg)
-        settings = dict(run.variant.pruning)
+        settings = filled(run.variant.pruning, run, files)
         if 'criterion' in settings and is_named(hook['type'], 'FisherPruningHook'):
             settings.setdefault('type', 'ChannelPruningHook')  # takes any criterion
         targets = [{target.cost: target.ratio} for target in run.targets]
@@ -234,40 +235,45 @@ class Comparison:
 
         Args:
             run: The run.
-            files: The files that `PLACEHOLDERS` stand for.
+            files: The files of the run by their names in `PLACEHOLDERS`.
         """
         cfg = load_config(self.finetune, dict(self.options))
         pruned = files['pruned_checkpoint']
         override(cfg, {'model.structure': pruned})
-        override(cfg, filled(run.variant.finetune, files))
+        override(cfg, filled(run.variant.finetune, run, files))
         if 'load_from' not in run.variant.finetune:
             # A model that begins with other weights is not to be given these.
             is_pruned = cfg.model.get('init', 'pruned') == 'pruned'
             override(cfg, {'load_from': pruned if is_pruned else None})
         return _seeded(cfg, run.seed)
 
-    def train_config(self, run: Run) -> Config:
+    def train_config(self, run: Run, files: Mapping[str, str]) -> Config:
         """Return the config that trains an unpruned variant from scratch."""
         cfg = load_config(run.variant.config or self.baseline, dict(self.options))
-        override(cfg, {'load_from': None, **(run.variant.train or {})})
+        override(cfg, {'load_from': None})
+        override(cfg, filled(run.variant.train or {}, run, files))
         return _seeded(cfg, run.seed)
 
 
-#: What texts of a variant's fine-tuning may refer to, in braces.
+#: Files of a run that texts of a variant may name in braces; ``{seed}`` is its seed.
 PLACEHOLDERS = ('baseline_config', 'baseline_checkpoint', 'pruned_checkpoint')
 
 
-def filled(node: Any, files: Mapping[str, str]) -> Any:
-    """Return nested options with the names of files in place of `PLACEHOLDERS`.
+def filled(node: Any, run: Run, files: Mapping[str, str]) -> Any:
+    """Return nested options with what `PLACEHOLDERS` and ``{seed}`` stand for.
 
     Examples:
-        >>> filled(dict(hooks=['{pruned_checkpoint}', 3]), dict(pruned_checkpoint='a'))
-        {'hooks': ['a', 3]}
+        >>> run = Run(Variant('random'), (), 2)
+        >>> filled(dict(seed='{seed}', hooks=['{pruned_checkpoint}', 3]), run,
+        ...        dict(pruned_checkpoint='a.pth'))
+        {'seed': 2, 'hooks': ['a.pth', 3]}
     """
     if isinstance(node, Mapping):
-        return {key: filled(value, files) for key, value in node.items()}
+        return {key: filled(value, run, files) for key, value in node.items()}
     if isinstance(node, list | tuple):
-        return type(node)(filled(value, files) for value in node)
+        return type(node)(filled(value, run, files) for value in node)
+    if node == '{seed}':
+        return run.seed or 0
     if isinstance(node, str):
         for name, path in files.items():
             node = node.replace(f'{{{name}}}', path)
