@@ -172,6 +172,14 @@ def test_tool_writes_ratios_and_resumes(kind, run_tool, tmp_path):
     assert table.count('\n| ') == len(ratios)
     assert (work / 'sensitivity.svg').stat().st_size > 0
 
+    options = [f'load_from={tmp_path}/start.pth', 'custom_hooks.0.divisor=4']
+    options += [f'custom_hooks.0.ratios={work}/ratios.json']
+    options += ['custom_hooks.0.scope=local']  # the target of the config is 0.7
+    where = ('--work-dir', tmp_path / 'local', '--cfg-options')
+    pruned = run_tool('train.py', config, *where, *options)
+    assert pruned.returncode == 0, pruned.stdout[-2000:] + pruned.stderr[-2000:]
+    assert (tmp_path / 'local/prune_flops70.pth').is_file()
+
     kept = (work / 'scan.jsonl').read_text().splitlines(keepends=True)[:-2]
     (work / 'scan.jsonl').write_text(''.join(kept))
     again = run_tool(*command)
