@@ -106,11 +106,13 @@ def test_dotted_settings_change_what_is_there():
 
 def test_fine_tuning_gets_its_files_and_overrides():
     teacher = dict(config='{baseline_config}', weights='at {baseline_checkpoint}')
-    finetune = {'model.init': 'scratch', 'custom_hooks': [dict(teacher=teacher)]}
+    hooks = [dict(type='Other', teacher=teacher), dict(type='DistillationHook')]
+    finetune = {'model.init': 'original', 'custom_hooks': hooks}
     comparison = comparison_of(dict(name='x', finetune=finetune), seeds=[3])
     config = comparison.finetune_config(comparison.runs[0], FILES)
     assert config.model.structure == 'p.pth' and config.load_from is None
-    assert config.model.init == 'scratch' and config.randomness.seed == 3
+    assert config.model.original == 'b.pth' and config.randomness.seed == 3
+    assert config.custom_hooks[1].checkpoint == 'b.pth'
     teacher = config.custom_hooks[0].teacher
     assert teacher == dict(config='b.py', weights='at b.pth')
     (run,) = comparison_of().runs

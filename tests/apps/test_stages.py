@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.tooling import ROOT
 
+from mmgfp.apps.cli import load_config
 from mmgfp.apps.pipeline import Pipeline, StageError
 from mmgfp.apps.stages import (
     finetuning_start,
@@ -85,7 +86,8 @@ def test_finetuning_starts_from_what_its_config_asks_for(tmp_path, entries, opti
     base = DEMO / 'retinanet_r18_fpn_digits_finetune.py'
     config = tmp_path / 'finetune.py'
     config.write_text(f"_base_ = ['{base}']\n{entries}\n")
-    load_from, structure, *others = finetuning_start(str(config), 'p.pth', 'o.pth')
+    cfg = load_config(str(config))
+    load_from, structure, *others = finetuning_start(cfg, 'p.pth', 'o.pth')
     assert structure == 'model.structure=p.pth'
     assert [load_from, *others] == options
     assert parse_options(['load_from=None']) == {'load_from': None}

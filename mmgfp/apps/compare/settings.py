@@ -12,7 +12,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmgfp.apps.cli import load_config, override
-from mmgfp.apps.stages import find_hook, parse_options
+from mmgfp.apps.stages import find_hook, finetuning_start, parse_options
 from mmgfp.config import PruningConfig
 from mmgfp.engine.registry import is_named
 from mmgfp.selection.targets import Target, parse_targets
@@ -238,13 +238,11 @@ class Comparison:
             files: The files of the run by their names in `PLACEHOLDERS`.
         """
         cfg = load_config(self.finetune, dict(self.options))
-        pruned = files['pruned_checkpoint']
-        override(cfg, {'model.structure': pruned})
-        override(cfg, filled(run.variant.finetune, run, files))
-        if 'load_from' not in run.variant.finetune:
-            # A model that begins with other weights is not to be given these.
-            is_pruned = cfg.model.get('init', 'pruned') == 'pruned'
-            override(cfg, {'load_from': pruned if is_pruned else None})
+        entries = filled(run.variant.finetune, run, files)
+        override(cfg, entries)
+        checkpoints = files['pruned_checkpoint'], files['baseline_checkpoint']
+        start = parse_options(finetuning_start(cfg, *checkpoints))
+        override(cfg, {k: v for k, v in start.items() if k not in entries})
         return _seeded(cfg, run.seed)
 
     def train_config(self, run: Run, files: Mapping[str, str]) -> Config:
