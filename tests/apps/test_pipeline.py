@@ -45,6 +45,7 @@ custom_hooks = [
         interval=2,
         target=dict(flops=0.5),
         units_per_step=40,
+        divisor=1,
         input_shape=(3, 64, 64),
     )
 ]

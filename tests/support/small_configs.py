@@ -111,7 +111,8 @@ def stages(folder, kind, ratio=0.7):
     prune.log_processor = dict(by_epoch=False)
     prune.default_hooks.checkpoint.by_epoch = False
     hook = dict(type='FisherPruningHook', interval=2, target=dict(flops=ratio))
-    hook |= dict(units_per_step=40, input_shape=(3, 64, 64))
+    # The models are too narrow for the divisor that runs begin with.
+    hook |= dict(units_per_step=40, divisor=1, input_shape=(3, 64, 64))
     prune.custom_hooks = [hook]
     prune.dump(paths[1])
     tune.model = dict(
