@@ -75,7 +75,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         >>> norm.running_mean
         tensor([0., 0.])
     """
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     buffers = [
         (module, key, buffer, buffer.clone())
         for module in model.modules()
@@ -84,7 +83,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     ]
     modes = [(m, m.training) for m in model.modules()]
     try:
-        with _cpu_random_states(), torch.random.fork_rng(devices):
+        with random_states_restored(model):
             yield
     finally:
         with torch.no_grad():
@@ -100,11 +99,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _cpu_random_states() -> Iterator[None]:
-    """Restore the random states of NumPy and Python."""
+def random_states_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the random states of torch, on the model's devices, NumPy and Python."""
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
-        yield
+        with torch.random.fork_rng(devices):
+            yield
     finally:
         np.random.set_state(numpy_state)
         random.setstate(python_state)

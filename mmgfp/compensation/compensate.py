@@ -1,0 +1,337 @@
+"""Making up for removed channels: what reads them is refitted to give what it gave.
+
+When channels go, the layers that read them can take from others what they have lost.
+Each is refitted by least squares, so that on real images it gives the outputs of the
+original model: ThiNet (Luo et al., 2017, arXiv 1707.06342), channel pruning by
+reconstruction (He et al., 2017, arXiv 1707.06168) and optimal brain compression
+(Frantar et al., 2022, arXiv 2208.11580) do so. The error at each position is weighted
+by the squared gradient of the loss there. As in K-FAC (Martens and Grosse, 2015, arXiv
+1503.05671, section 3), inputs and gradients are taken as independent within an output:
+the loss then rises by half of sum f |x W' - y|^2, in the sense in which the paper's
+importance is half a squared gradient (arXiv 2108.00708, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmgfp.compensation.inputs import LinearSystem
+from mmgfp.compensation.norms import renew_norms
+from mmgfp.compensation.options import CompensationConfig
+from mmgfp.compensation.recording import Call, evaluating, run_until
+from mmgfp.compensation.refit import Moments, refit
+from mmgfp.compensation.survey import Layer, Survey, survey
+from mmgfp.compensation.teacher import Target, Teacher
+from mmgfp.groups import Grouping
+from mmgfp.surgery.compact import compact
+from mmgfp.surgery.structure import PruneStructure, shapes_of
+from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.trial_runs import all_parameters_require_grad, without_checkpointing
+
+UNPAIRED = 'it works on other rows in the compact model than in the original'
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of a layer that the removed channels reach.
+
+    Attributes:
+        layer: Name of the layer's weight.
+        before: Error of its outputs on held-out images as cut, as a share of their
+            energy, both weighted; None if it was not measured.
+        after: Error with the weights that it has now.
+        ridge: The ridge that was chosen; None if the weights are those of the cut.
+        reason: Why they are, else None.
+    """
+
+    layer: str
+    before: float | None = None
+    after: float | None = None
+    ridge: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """A compact model, and how it was made up for what it lost.
+
+    Attributes:
+        model: The model, of the class of the original.
+        layers: What became of each layer that the removed channels reach, in forward
+            order.
+        norms: Batch norms whose statistics were taken anew.
+    """
+
+    model: nn.Module
+    layers: tuple[LayerReport, ...]
+    norms: tuple[str, ...]
+
+    @property
+    def refitted(self) -> tuple[LayerReport, ...]:
+        """The layers that have new weights."""
+        return tuple(r for r in self.layers if r.reason is None)
+
+
+def compensate(
+    model: nn.Module,
+    grouping: Grouping,
+    kept: np.ndarray,
+    calls: Sequence[Call],
+    config: CompensationConfig | None = None,
+) -> Compensated:
+    """Return a compact model that is refitted to give what the original gives.
+
+    Args:
+        model: The original model; it is left as it is.
+        grouping: Its groups.
+        kept: Which units remain, (U,).
+        calls: Run a model on one batch each, the same one every time. For
+            ``'fisher'`` each returns the loss, a scalar; for other methods anything.
+        config: The options; the defaults if None.
+
+    Raises:
+        ConfigError: If there are fewer than two batches, or ``kept`` is not of the
+            groups.
+    """
+    config = config or CompensationConfig()
+    _check(grouping, kept, calls)
+    structure = PruneStructure.of(grouping.groups, kept, shapes_of(model))
+    small = compact(model, structure)
+    with (
+        evaluating(model),
+        evaluating(small),
+        without_checkpointing(),
+        all_parameters_require_grad(model),
+    ):  # else frozen stages cut the graph
+        found = survey(
+            model,
+            small,
+            grouping,
+            kept,
+            structure,
+            calls[0],
+            config.method == 'fisher',
+        )
+        reports = _Compensation(model, small, calls, found, config).run()
+    norms = [n for level in found.norms.values() for n in level]
+    return Compensated(small, tuple(reports), tuple(norms) if config.norms else ())
+
+
+def _check(grouping: Grouping, kept: np.ndarray, calls: Sequence[Call]) -> None:
+    if np.shape(kept) != (grouping.units,):
+        raise ConfigError(
+            'kept',
+            f'one entry for each of {grouping.units} units',
+            str(np.shape(kept)),
+            'give it for the same grouping',
+        )
+    if len(calls) < 2:
+        raise ConfigError(
+            'calls',
+            'two batches or more, as some are held out',
+            str(len(calls)),
+            'give smaller batches',
+        )
+
+
+class _Compensation:
+    """One run of `compensate`, in eval mode."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        small: nn.Module,
+        calls: Sequence[Call],
+        found: Survey,
+        config: CompensationConfig,
+    ) -> None:
+        self.model, self.small, self.calls = model, small, calls
+        self.found, self.config = found, config
+        self.held_out = held_out(len(calls), config.held_out)
+        self.reports = {
+            layer.weight: LayerReport(layer.weight, reason=self._reason(layer))
+            for layer in found.layers
+        }
+
+    def _reason(self, layer: Layer) -> str | None:
+        if layer.reason is not None:
+            return layer.reason
+        if self.config.method == 'bn':
+            return "the method is 'bn'"
+        inputs = layer.system.inputs
+        if inputs > self.config.max_inputs:
+            return f'it has {inputs} inputs, more than max_inputs'
+        if self.config.one_pass and not layer.loses_inputs:
+            return 'it reads no removed channel itself, and one_pass is set'
+        return None
+
+    def run(self) -> list[LayerReport]:
+        """Refit, take norms anew, and report."""
+        config, found = self.config, self.found
+        layers = [x for x in found.layers if self.reports[x.weight].reason is None]
+        teacher = Teacher(self.model, self.calls, layers, config)
+        if config.method == 'bn' or config.one_pass:
+            for part in self._parts(layers):
+                self._refit(teacher, part)
+            norms = {n: m for level in found.norms.values() for n, m in level.items()}
+            self._renew(norms)
+        else:
+            for level in sorted({x.level for x in found.layers} | found.norms.keys()):
+                for part in self._parts([x for x in layers if x.level == level]):
+                    self._refit(teacher, part)
+                self._renew(found.norms.get(level, {}))
+        others = [LayerReport(n, reason=r) for n, r in found.others.items()]
+        return [*self.reports.values(), *others]
+
+    def _parts(self, layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+        """Yield layers that share a pass, as their moments fit into memory together."""
+        part: list[Layer] = []
+        size = 0
+        for layer in layers:
+            own = _moments_of(layer, 'meta').nbytes * 2
+            if part and size + own > self.config.memory:
+                yield part
+                part, size = [], 0
+            part.append(layer)
+            size += own
+        if part:
+            yield part
+
+    def _refit(self, teacher: Teacher, layers: Sequence[Layer]) -> None:
+        """Refit layers of which none reads what another one writes."""
+        moments = {
+            x.weight: [_moments_of(x, x.system.matrix().device) for _ in range(2)]
+            for x in layers
+        }
+        for batch in range(len(self.calls)):
+            self._add(teacher, batch, layers, moments)
+        for layer in layers:
+            if self.reports[layer.weight].reason is not None:  # its rows did not fit
+                continue
+            system = layer.system
+            fit, held = moments[layer.weight]
+            result = refit(fit, held, system.matrix(), self.config.ridges)
+            if result.weight is not None:
+                system.write(result.weight)
+            self.reports[layer.weight] = LayerReport(
+                layer.weight, result.before, result.after, result.ridge, result.reason
+            )
+        teacher.forget(layers)
+
+    def _add(
+        self,
+        teacher: Teacher,
+        batch: int,
+        layers: Sequence[Layer],
+        moments: dict[str, list[Moments]],
+    ) -> None:
+        """Add a batch to the moments of some layers."""
+        one_pass = self.config.one_pass
+        targets = teacher.targets(batch, layers, with_inputs=one_pass)
+        missing = {weight: iter(calls) for weight, calls in targets.items()}
+
+        def add(weight: str, x: Tensor, target: Target | None) -> None:
+            system = LinearSystem(modules[weight])
+            rows = x.new_zeros(0) if target is None else target.y
+            if target is None or rows.shape[1] != system.count(x):
+                self.reports[weight] = LayerReport(weight, reason=UNPAIRED)
+            else:
+                sums = moments[weight][self.held_out[batch]]
+                add_call(sums, system, x, target, self.config.rows, batch)
+
+        modules = {x.weight: x.small for x in layers}
+        if one_pass:
+            for weight, calls in targets.items():
+                for target in calls:
+                    assert target.x is not None
+                    add(weight, target.x, target)
+            return
+        counts = {x.weight: x.calls for x in layers}
+
+        def seen(weight: str, x: Tensor, y: Tensor) -> None:
+            add(weight, x, next(missing[weight], None))
+
+        run_until(self.small, self.calls[batch], modules, counts, seen)
+
+    def _renew(self, norms: Mapping[str, nn.Module]) -> None:
+        if self.config.norms:
+            renew_norms(self.small, self.calls, norms, self.found.norm_calls)
+
+
+def add_call(
+    moments: Moments,
+    system: LinearSystem,
+    x: Tensor,
+    target: Target,
+    rows: int,
+    seed: int,
+) -> None:
+    """Add a call of a layer to its moments: all positions, or a sample by weight.
+
+    Args:
+        moments: Moments to add to.
+        system: The layer.
+        x: Its input.
+        target: What it should give.
+        rows: Positions that are taken at most.
+        seed: Number from which random numbers start.
+    """
+    f, count = target.f, target.f.shape[1]
+    index = torch.arange(count, device=x.device)
+    if count > rows:
+        index, share = sample(f.mean(0), rows, seed)
+        f = f[:, index] / share
+    start = 0
+    importance = target.importance
+    for inputs in system.rows(x, index):  # (G, P, n)
+        part = slice(start, start + inputs.shape[1])
+        start = part.stop
+        moments.add(inputs, target.y[:, index[part]], f[:, part], importance)
+        importance = torch.zeros_like(importance)  # of the whole call
+
+
+def sample(weights: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw positions in proportion to their weights, one from each equal share.
+
+    Args:
+        weights: Weights of all positions, (P,).
+        size: How many to draw; some may come twice.
+        seed: Number from which random numbers start.
+
+    Returns:
+        Positions, and how often each was to be expected, (size,) each: sums of values
+        divided by these are sums over all positions, but for chance.
+    """
+    ends = weights.double().cumsum(0)
+    generator = torch.Generator().manual_seed(seed)
+    within = torch.rand(size, generator=generator, dtype=torch.double).to(ends)
+    points = (torch.arange(size, device=ends.device) + within) / size * ends[-1]
+    index = torch.searchsorted(ends, points, right=True).clamp(max=len(ends) - 1)
+    return index, weights.double()[index] * (size / ends[-1])
+
+
+def held_out(batches: int, share: float) -> list[bool]:
+    """Return which batches are held out, evenly spread, one or more but not all.
+
+    Examples:
+        >>> held_out(8, 0.25)
+        [False, False, False, True, False, False, False, True]
+        >>> held_out(3, 0.25)
+        [False, False, True]
+    """
+    chosen = np.diff(np.floor(np.arange(batches + 1) * share + 1e-9)) > 0
+    if not chosen.any():
+        chosen[-1] = True
+    if chosen.all():
+        chosen[0] = False
+    return chosen.tolist()
+
+
+def _moments_of(layer: Layer, device: torch.device | str) -> Moments:
+    system = layer.system
+    return Moments(system.groups, system.inputs, system.outputs, device)

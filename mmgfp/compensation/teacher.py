@@ -1,0 +1,148 @@
+"""What the layers of a compact model should give: the outputs of the original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmgfp.compensation.options import CompensationConfig
+from mmgfp.compensation.recording import Call, watch
+from mmgfp.compensation.survey import Layer
+from mmgfp.utils.trial_runs import undisturbed
+
+
+@dataclass
+class Target:
+    """One call of a layer of the original model.
+
+    Attributes:
+        y: Its outputs, as far as the compact model has them, by position, (G, P, o).
+        f: Weights of the positions, (G, P).
+        importance: Sum over positions of the squared gradients, (G, o).
+        x: Its input, as far as the compact model has it; None if not asked for.
+    """
+
+    y: Tensor
+    f: Tensor
+    importance: Tensor
+    x: Tensor | None = None
+
+
+@dataclass
+class _Call:
+    x: Tensor | None
+    y: Tensor
+    edge: torch.autograd.graph.GradientEdge | None = None
+
+
+class Teacher:
+    """Runs the original model, and keeps what it gives as far as memory allows.
+
+    Args:
+        model: The original model, in eval mode, with parameters that require gradients.
+        calls: Run a model on one batch each.
+        layers: The layers to be refitted.
+        config: The options.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calls: Sequence[Call],
+        layers: Sequence[Layer],
+        config: CompensationConfig,
+    ) -> None:
+        self.model, self.calls, self.config = model, calls, config
+        self.layers = {layer.weight: layer for layer in layers}
+        numbers = sum(
+            layer.positions * layer.system.groups * (layer.system.outputs + 1)
+            for layer in layers
+        )
+        size = next(model.parameters()).element_size()
+        self._keeps = numbers * len(calls) * size <= config.memory
+        self._kept: dict[int, dict[str, list[Target]]] = {}
+
+    def targets(
+        self, batch: int, layers: Sequence[Layer], with_inputs: bool = False
+    ) -> dict[str, list[Target]]:
+        """Return the calls of some layers on a batch, by the name of the weight."""
+        if with_inputs or not self._keeps:
+            return self._run(batch, layers, with_inputs)
+        if batch not in self._kept:
+            self._kept[batch] = self._run(batch, [*self.layers.values()], False)
+        return {layer.weight: self._kept[batch][layer.weight] for layer in layers}
+
+    def forget(self, layers: Sequence[Layer]) -> None:
+        """Drop what is kept of layers that are done."""
+        for targets in self._kept.values():
+            for layer in layers:
+                targets.pop(layer.weight, None)
+
+    def _run(
+        self, batch: int, layers: Sequence[Layer], with_inputs: bool
+    ) -> dict[str, list[Target]]:
+        seen: dict[str, list[_Call]] = {layer.weight: [] for layer in layers}
+        is_weighted = self.config.method == 'fisher'
+
+        def note(name: str, x: Tensor, y: Tensor) -> None:
+            # Copies, since what comes next may change both in place.
+            layer = self.layers[name]
+            kept = _select_inputs(layer, x.detach()) if with_inputs else None
+            edge = None
+            if is_weighted and y.requires_grad:
+                edge = torch.autograd.graph.get_gradient_edge(y)
+            seen[name].append(_Call(kept, _select_outputs(layer, y.detach()), edge))
+
+        watched = {layer.weight: layer.original for layer in layers}
+        gradients = torch.set_grad_enabled(is_weighted)
+        with undisturbed(self.model), gradients, watch(watched, note):
+            loss = self.calls[batch](self.model)
+            edges = [c.edge for calls in seen.values() for c in calls if c.edge]
+            # Before buffers that the graph holds are restored.
+            grads = torch.autograd.grad(loss, edges, allow_unused=True) if edges else ()
+        by_call = iter(grads)
+        return {
+            name: [
+                self._target(self.layers[name], c, next(by_call) if c.edge else None)
+                for c in calls
+            ]
+            for name, calls in seen.items()
+        }
+
+    def _target(self, layer: Layer, call: _Call, grad: Tensor | None) -> Target:
+        system = layer.system
+        y = system.targets(call.y)
+        f, importance = y.new_ones(y.shape[:2]), y.new_ones(y.shape[0], y.shape[2])
+        if self.config.method == 'fisher':
+            importance = torch.zeros_like(importance)
+            f = torch.full_like(f, self.config.uniform)
+            if grad is not None and layer.scale > 0:
+                grad = system.by_position(_select_outputs(layer, grad))
+                squares = grad.double().square() / layer.scale
+                importance = squares.sum(1)
+                f = f + (1 - self.config.uniform) * squares.mean(2)
+        return Target(y, f, importance, call.x)
+
+
+def _select_outputs(layer: Layer, y: Tensor) -> Tensor:
+    """Return a copy of the outputs, or their gradients, that the compact model has."""
+    return _select(layer, y, layer.kept_outputs)
+
+
+def _select_inputs(layer: Layer, x: Tensor) -> Tensor:
+    """Return a copy of the inputs that the compact model has."""
+    return _select(layer, x, layer.kept_inputs)
+
+
+def _select(layer: Layer, x: Tensor, kept: Tensor | None) -> Tensor:
+    if kept is None:
+        return x.clone()
+    original: Any = layer.original
+    # Convolutions may be given one image without a dimension for it.
+    is_linear = isinstance(original, nn.Linear)
+    dim = x.dim() - 1 - (0 if is_linear else len(original.kernel_size))
+    return x.index_select(dim, kept.to(x.device))
