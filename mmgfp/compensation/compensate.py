@@ -116,6 +116,7 @@ def compensate(
             structure,
             calls[0],
             config.method == 'fisher',
+            config.norms,
         )
         reports = _Compensation(model, small, calls, found, config).run()
     norms = [n for level in found.norms.values() for n in level]
@@ -215,7 +216,8 @@ class _Compensation:
                 continue
             system = layer.system
             fit, held = moments[layer.weight]
-            result = refit(fit, held, system.matrix(), self.config.ridges)
+            options = (self.config.ridges, system.free_bias)
+            result = refit(fit, held, system.matrix(), *options)
             if result.weight is not None:
                 system.write(result.weight)
             self.reports[layer.weight] = LayerReport(
@@ -236,7 +238,7 @@ class _Compensation:
         missing = {weight: iter(calls) for weight, calls in targets.items()}
 
         def add(weight: str, x: Tensor, target: Target | None) -> None:
-            system = LinearSystem(modules[weight])
+            system = systems[weight]
             rows = x.new_zeros(0) if target is None else target.y
             if target is None or rows.shape[1] != system.count(x):
                 self.reports[weight] = LayerReport(weight, reason=UNPAIRED)
@@ -244,13 +246,14 @@ class _Compensation:
                 sums = moments[weight][self.held_out[batch]]
                 add_call(sums, system, x, target, self.config.rows, batch)
 
-        modules = {x.weight: x.small for x in layers}
+        systems = {x.weight: x.system for x in layers}
         if one_pass:
             for weight, calls in targets.items():
                 for target in calls:
                     assert target.x is not None
                     add(weight, target.x, target)
             return
+        modules = {x.weight: x.small for x in layers}
         counts = {x.weight: x.calls for x in layers}
 
         def seen(weight: str, x: Tensor, y: Tensor) -> None:

@@ -38,12 +38,15 @@ class LinearSystem:
 
     Args:
         module: A linear layer or a convolution that `unsupported` accepts.
+        free_bias: Whether outputs may be shifted, as by the norm that reads them; only
+            without a bias.
 
     Attributes:
         groups: Groups G of a convolution, else 1.
-        inputs: Inputs n of a group: channels by taps, and 1 for a bias.
+        inputs: Inputs n of a group: channels by taps, and a last one that is always 1
+            for a bias, be it free or of the layer.
         outputs: Outputs o of a group.
-        has_bias: Whether a bias takes part.
+        free_bias: Whether the bias is free, and left to the norm.
 
     Examples:
         >>> system = LinearSystem(nn.Conv2d(4, 6, 3, groups=2))
@@ -53,37 +56,43 @@ class LinearSystem:
         torch.Size([2, 180, 19])
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, free_bias: bool = False) -> None:
         self.module = module
         weight = module.weight
         self.groups: int = getattr(module, 'groups', 1)
         self.is_transposed = isinstance(module, TRANSPOSED)
         # A transposed convolution has one bias for all outputs that a position makes.
-        self.has_bias = module.bias is not None and not self.is_transposed
+        self._has_bias = module.bias is not None and not self.is_transposed
+        self.free_bias = free_bias and not self._has_bias
+        self._has_ones = self._has_bias or self.free_bias
         if self.is_transposed:
             inputs = weight.shape[0] // self.groups
         else:
             inputs = weight[0].numel()
-        self.inputs: int = inputs + self.has_bias
+        self.inputs: int = inputs + self._has_ones
         self.outputs: int = weight.numel() // (inputs * self.groups)
 
     def matrix(self) -> Tensor:
         """Return weights and, as the last row, biases, (G, n, o)."""
         weight = self.module.weight.detach()
         if self.is_transposed:
-            return weight.reshape(self.groups, -1, self.outputs)
-        matrix = weight.reshape(self.groups, self.outputs, -1).transpose(1, 2)
-        if not self.has_bias:
+            matrix = weight.reshape(self.groups, -1, self.outputs)
+        else:
+            matrix = weight.reshape(self.groups, self.outputs, -1).transpose(1, 2)
+        if not self._has_ones:
             return matrix
-        bias = self.module.bias.detach().reshape(self.groups, 1, self.outputs)
+        bias = matrix.new_zeros(self.groups, 1, self.outputs)
+        if self._has_bias:
+            bias = self.module.bias.detach().reshape(bias.shape)
         return torch.cat([matrix, bias], 1)
 
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:
-        """Set weights and biases from what `matrix` gives."""
+        """Set weights and biases from a matrix as `matrix` gives it."""
         weight, bias = self.module.weight, self.module.bias
-        if self.has_bias:
+        if self._has_bias:
             bias.copy_(matrix[:, -1].reshape(bias.shape))
+        if self._has_ones:
             matrix = matrix[:, :-1]
         if not self.is_transposed:
             matrix = matrix.transpose(1, 2)
@@ -122,7 +131,7 @@ class LinearSystem:
         for chunk in index.split(step):
             rows = parts[torch.unravel_index(chunk, positions)]
             rows = rows.reshape(len(chunk), self.groups, -1).movedim(1, 0)
-            if self.has_bias:
+            if self._has_ones:
                 rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
             yield rows
 

@@ -14,7 +14,7 @@ RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 LEAST_GAIN = 1e-6
 
 NOT_FINITE = 'its inputs, outputs or gradients are not finite'
-NO_ROWS = 'it reads nothing in the images at hand'
+NO_ROWS = 'nothing of it reaches the loss in the images at hand'
 NO_GAIN = 'no other weights come closer to the outputs on held-out images'
 
 
@@ -86,6 +86,14 @@ class Moments:
         """Return one number for errors by output, (G, o), as they matter."""
         return float((errors * self.importance).sum())
 
+    def plus(self, other: Moments) -> Moments:
+        """Return the moments of the positions of both."""
+        groups, inputs, outputs = self.xy.shape
+        both = Moments(groups, inputs, outputs, self.xx.device)
+        for name, value in vars(both).items():
+            value += getattr(self, name) + getattr(other, name)
+        return both
+
     @property
     def nbytes(self) -> int:
         """Memory that the sums take."""
@@ -123,6 +131,7 @@ def refit(
     held_out: Moments,
     old: Tensor,
     ridges: Sequence[float] = RIDGES,
+    free_bias: bool = False,
 ) -> Refit:
     """Return weights that give the outputs best, W' = argmin sum f |x W' - y|^2 + r.
 
@@ -140,34 +149,50 @@ def refit(
         held_out: Moments of other images, to choose by.
         old: Old weights, (G, n, o).
         ridges: Candidates, as shares of the mean squared input of a group.
+        free_bias: Whether the last input is 1 and its weights, for a start those that
+            suit the others best, are not held on to.
     """
     if not (moments.is_finite and held_out.is_finite and old.isfinite().all()):
         return Refit(None, float('nan'), float('nan'), reason=NOT_FINITE)
-    old = old.double()
+    old = _with_best_bias(moments, old.double()) if free_bias else old.double()
     energy = held_out.weigh(held_out.yy)
     if energy == 0 or not moments.yy.any():
         return Refit(None, 0.0, 0.0, reason=NO_ROWS)
     before = best = held_out.weigh(held_out.error(old)) / energy
-    chosen: tuple[Tensor, float] | None = None
+    chosen = None
     missing = moments.xy - moments.xx @ old  # (G, n, o)
     for ridge in ridges:
-        new = old + _solve(moments.xx, missing, ridge)
+        new = old + _solve(moments.xx, missing, ridge, free_bias)
         error = held_out.weigh(held_out.error(new)) / energy
         if error < min(best, before - LEAST_GAIN):  # not so if NaN
-            best, chosen = error, (new, ridge)
+            best, chosen = error, ridge
     if chosen is None:
         return Refit(None, before, before, reason=NO_GAIN)
-    return Refit(chosen[0], before, best, chosen[1])
+    # Once the ridge is chosen, the images that it was chosen by are of use as well.
+    everything = moments.plus(held_out)
+    missing = everything.xy - everything.xx @ old
+    new = old + _solve(everything.xx, missing, chosen, free_bias)
+    return Refit(new, before, best, chosen)
 
 
-def _solve(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
+def _with_best_bias(moments: Moments, weight: Tensor) -> Tensor:
+    """Return weights (G, n, o) with the last row that suits the others best."""
+    total = moments.xx[:, -1:, -1:].clamp(min=torch.finfo(torch.double).tiny)
+    rest = moments.xy[:, -1:] - moments.xx[:, -1:, :-1] @ weight[:, :-1]
+    return torch.cat([weight[:, :-1], rest / total], 1)
+
+
+def _solve(matrix: Tensor, right: Tensor, ridge: float, free_bias: bool) -> Tensor:
     """Solve (matrix + ridge * its mean diagonal * I) z = right, (G, n, n), (G, n, o).
 
-    A group that has no solution, as one that reads zeros alone, gets zeros.
+    The ridge leaves out the last input where ``free_bias`` says so. A group
+    that has no solution, as one that reads zeros alone, gets zeros.
     """
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     damped = matrix.clone()
-    damped.diagonal(dim1=1, dim2=2).add_(ridge * diagonal.mean(1, keepdim=True))
+    held = slice(0, -1) if free_bias else slice(None)
+    added = ridge * diagonal[:, held].mean(1, keepdim=True)
+    damped.diagonal(dim1=1, dim2=2)[:, held].add_(added)
     factor, failed = torch.linalg.cholesky_ex(damped)
     solved = torch.cholesky_solve(right, factor)
     usable = (failed == 0) & solved.flatten(1).isfinite().all(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,8 @@ class Layer:
         scale: Mean squared gradient of the loss by its outputs.
         loses_inputs: Whether it reads removed channels itself, not just what layers
             that do have written.
+        free_bias: Whether only batch norms read its outputs, so that these may be
+            shifted once the norms have new statistics.
         reason: Why it is left alone, else None.
     """
 
@@ -60,12 +63,13 @@ class Layer:
     positions: int = 0
     scale: float = 0.0
     loses_inputs: bool = True
+    free_bias: bool = False
     reason: str | None = None
 
     @property
     def system(self) -> LinearSystem:
         """The layer in the compact model, as a linear system."""
-        return LinearSystem(self.small)
+        return LinearSystem(self.small, self.free_bias)
 
     @property
     def name(self) -> str:
@@ -131,6 +135,7 @@ def survey(
     structure: PruneStructure,
     call: Call,
     with_gradients: bool,
+    with_norms: bool,
 ) -> Survey:
     """Run the original once and say what the removed channels reach.
 
@@ -142,6 +147,7 @@ def survey(
         structure: What it has of each tensor.
         call: Runs a model on a batch.
         with_gradients: Whether the call returns a loss whose gradients are needed.
+        with_norms: Whether statistics of batch norms are going to be taken anew.
     """
     owners, norms = _candidates(model)
     seen: dict[str, _Seen] = {}
@@ -176,10 +182,12 @@ def survey(
         )
         entry = seen.get(weight, _Seen())
         layer.calls, layer.positions = len(entry.nodes), entry.positions
+        read = [n for name in norms.keys() & seen.keys() for n in seen[name].nodes]
+        layer.free_bias = with_norms and graph.read_only_by(read, entry)
         layer.reason = _reason(layer, len(owners[weight]), entry, graph, above)
         layers.append(layer)
     norm_levels: dict[int, dict[str, nn.Module]] = {}
-    for name in norms.keys() & changed:
+    for name in [n for n in norms if n in changed]:
         norm_levels.setdefault(levels[name] - 1, {})[name] = small_modules[name]
     calls = {n: len(seen[n].nodes) for level in norm_levels.values() for n in level}
     return Survey(layers, norm_levels, calls, others)
@@ -296,6 +304,7 @@ class _Graph:
         self._names = [n for n, _ in model.named_parameters()]
         number = {id(p): i for i, p in enumerate(model.parameters())}
         self.readers = dict.fromkeys(self._names, 0)
+        self._uses: Counter[Any] = Counter()
         #: By node, a number with one bit for each parameter above it.
         self._bits: dict[Any, int] = {None: 0}
         ends = [t.grad_fn for t in tree_tensors(outputs)]
@@ -314,12 +323,26 @@ class _Graph:
                 continue
             i = number.get(id(getattr(node, 'variable', None)))
             bits = 0 if i is None else 1 << i
+            self._uses.update(operands)
             for operand in operands:
                 bits |= self._bits[operand]
                 j = number.get(id(getattr(operand, 'variable', None)))
                 if j is not None:
                     self.readers[self._names[j]] += 1
             self._bits[node] = bits
+
+    def read_only_by(self, norms: Iterable[Any], entry: _Seen) -> bool:
+        """Return whether all outputs of a layer are inputs of norms, and nothing else.
+
+        Args:
+            norms: Nodes that made the inputs of norms.
+            entry: The calls of the layer.
+        """
+        nodes = [edge.node for edge in entry.outputs]
+        inputs = Counter(norms)
+        return len(nodes) == len(entry.nodes) and all(
+            inputs[n] == self._uses[n] == 1 for n in nodes
+        )
 
     def above(self, entry: _Seen) -> set[str]:
         """Return the parameters that the inputs of a module depend on."""
