@@ -46,6 +46,7 @@ class LayerReport:
             energy, both weighted; None if it was not measured.
         after: Error with the weights that it has now.
         ridge: The ridge that was chosen; None if the weights are those of the cut.
+        uniform: The share in which all positions count alike.
         reason: Why they are, else None.
     """
 
@@ -53,6 +54,7 @@ class LayerReport:
     before: float | None = None
     after: float | None = None
     ridge: float | None = None
+    uniform: float | None = None
     reason: str | None = None
 
 
@@ -194,7 +196,7 @@ class _Compensation:
         part: list[Layer] = []
         size = 0
         for layer in layers:
-            own = _moments_of(layer, 'meta').nbytes * 2
+            own = sum(m.nbytes for m in self._moments_of(layer, 'meta')) * 2
             if part and size + own > self.config.memory:
                 yield part
                 part, size = [], 0
@@ -203,10 +205,16 @@ class _Compensation:
         if part:
             yield part
 
+    def _moments_of(self, layer: Layer, device: torch.device | str) -> list[Moments]:
+        """Return empty moments for each way to weigh positions."""
+        system = layer.system
+        sizes = (system.groups, system.inputs, system.outputs, device)
+        return [Moments(*sizes) for _ in self.config.shares[0]]
+
     def _refit(self, teacher: Teacher, layers: Sequence[Layer]) -> None:
         """Refit layers of which none reads what another one writes."""
         moments = {
-            x.weight: [_moments_of(x, x.system.matrix().device) for _ in range(2)]
+            x.weight: [self._moments_of(x, x.system.matrix().device) for _ in range(2)]
             for x in layers
         }
         for batch in range(len(self.calls)):
@@ -216,12 +224,17 @@ class _Compensation:
                 continue
             system = layer.system
             fit, held = moments[layer.weight]
-            options = (self.config.ridges, system.free_bias)
+            options = (self.config.ridges, self.config.shares, system.free_bias)
             result = refit(fit, held, system.matrix(), *options)
             if result.weight is not None:
                 system.write(result.weight)
             self.reports[layer.weight] = LayerReport(
-                layer.weight, result.before, result.after, result.ridge, result.reason
+                layer.weight,
+                result.before,
+                result.after,
+                result.ridge,
+                result.shares[-1] if result.shares else None,
+                result.reason,
             )
         teacher.forget(layers)
 
@@ -230,7 +243,7 @@ class _Compensation:
         teacher: Teacher,
         batch: int,
         layers: Sequence[Layer],
-        moments: dict[str, list[Moments]],
+        moments: Mapping[str, Sequence[Sequence[Moments]]],
     ) -> None:
         """Add a batch to the moments of some layers."""
         one_pass = self.config.one_pass
@@ -267,7 +280,7 @@ class _Compensation:
 
 
 def add_call(
-    moments: Moments,
+    moments: Sequence[Moments],
     system: LinearSystem,
     x: Tensor,
     target: Target,
@@ -277,24 +290,28 @@ def add_call(
     """Add a call of a layer to its moments: all positions, or a sample by weight.
 
     Args:
-        moments: Moments to add to.
+        moments: Moments to add to, one for each way to weigh positions: by squared
+            gradients, if there are any, and all alike.
         system: The layer.
         x: Its input.
         target: What it should give.
         rows: Positions that are taken at most.
         seed: Number from which random numbers start.
     """
-    f, count = target.f, target.f.shape[1]
+    count = target.y.shape[1]
     index = torch.arange(count, device=x.device)
+    alike = torch.ones_like(target.y[:, :, 0])  # (G, P)
+    ways = [alike] if target.squares is None else [target.squares, alike]
     if count > rows:
-        index, share = sample(f.mean(0), rows, seed)
-        f = f[:, index] / share
+        index, share = sample(sum(ways).mean(0), rows, seed)  # type: ignore[union-attr]
+        ways = [f[:, index] / share for f in ways]
     start = 0
     importance = target.importance
     for inputs in system.rows(x, index):  # (G, P, n)
         part = slice(start, start + inputs.shape[1])
         start = part.stop
-        moments.add(inputs, target.y[:, index[part]], f[:, part], importance)
+        for sums, f in zip(moments, ways, strict=True):
+            sums.add(inputs, target.y[:, index[part]], f[:, part], importance)
         importance = torch.zeros_like(importance)  # of the whole call
 
 
@@ -333,8 +350,3 @@ def held_out(batches: int, share: float) -> list[bool]:
     if chosen.all():
         chosen[0] = False
     return chosen.tolist()
-
-
-def _moments_of(layer: Layer, device: torch.device | str) -> Moments:
-    system = layer.system
-    return Moments(system.groups, system.inputs, system.outputs, device)

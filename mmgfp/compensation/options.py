@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mmgfp.compensation.refit import RIDGES
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.validation import check, check_count
 
 METHODS = ('fisher', 'least_squares', 'bn')
 
@@ -21,7 +22,8 @@ class CompensationConfig:
         one_pass: Refit all layers to the moments of the original model, which one pass
             over the batches gives; otherwise one after the other, to what the compact
             model gives them, which is better and takes several passes.
-        uniform: The share of ``'fisher'`` in which all positions count alike.
+        uniform: Candidates for the share in which ``'fisher'`` counts all positions
+            alike; errors on held-out batches are weighed by the first one.
         held_out: The share of batches by which ridges are chosen.
         ridges: Ridges that are tried, as shares of the mean squared input.
         rows: Positions of a batch that a layer is fitted to; where there are more, a
@@ -34,13 +36,15 @@ class CompensationConfig:
         ConfigError: If an option is out of range.
 
     Examples:
-        >>> CompensationConfig(method='least_squares').uniform
-        0.05
+        >>> CompensationConfig(method='least_squares').shares
+        ((1.0,),)
+        >>> CompensationConfig().shares
+        ((0.95, 0.05), (0.7, 0.3), (0.0, 1.0))
     """
 
     method: str = 'fisher'
     one_pass: bool = False
-    uniform: float = 0.05
+    uniform: tuple[float, ...] = (0.05, 0.3, 1.0)
     held_out: float = 0.25
     ridges: tuple[float, ...] = RIDGES
     rows: int = 16384
@@ -53,11 +57,18 @@ class CompensationConfig:
             raise ConfigError(
                 'method', f'one of {METHODS}', repr(self.method), "use 'fisher'"
             )
-        for name in ('uniform', 'held_out'):
-            value = getattr(self, name)
-            if not 0 < value < 1:
-                raise ConfigError(name, 'between 0 and 1', repr(value), 'change it')
+        check('held_out', 0 < self.held_out < 1, 'between 0 and 1', self.held_out)
+        for name in ('uniform', 'ridges'):
+            values = getattr(self, name)
+            most = 1 if name == 'uniform' else float('inf')
+            are_valid = bool(values) and all(0 < v <= most for v in values)
+            check(name, are_valid, f'several numbers in (0, {most}]', values)
         for name in ('rows', 'max_inputs', 'memory'):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(name, 'at least 1', repr(value), 'change it')
+            check_count(name, getattr(self, name))
+
+    @property
+    def shares(self) -> tuple[tuple[float, ...], ...]:
+        """Candidates for the shares of squared gradients, if any, and of all alike."""
+        if self.method == 'fisher':
+            return tuple((1 - share, share) for share in self.uniform)
+        return ((1.0,),)

@@ -86,13 +86,15 @@ class Moments:
         """Return one number for errors by output, (G, o), as they matter."""
         return float((errors * self.importance).sum())
 
-    def plus(self, other: Moments) -> Moments:
-        """Return the moments of the positions of both."""
-        groups, inputs, outputs = self.xy.shape
-        both = Moments(groups, inputs, outputs, self.xx.device)
-        for name, value in vars(both).items():
-            value += getattr(self, name) + getattr(other, name)
-        return both
+    @classmethod
+    def mixed(cls, parts: Sequence[Moments], shares: Sequence[float]) -> Moments:
+        """Return the sum of moments, each times its share."""
+        groups, inputs, outputs = parts[0].xy.shape
+        total = cls(groups, inputs, outputs, parts[0].xx.device)
+        for part, share in zip(parts, shares, strict=True):
+            for name, value in vars(total).items():
+                value += share * getattr(part, name)
+        return total
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +118,7 @@ class Refit:
             energy.
         after: Error of the new ones, or again of the old ones.
         ridge: The ridge that was chosen, as a share of the mean squared input.
+        shares: The shares of weightings that were chosen.
         reason: Why the old weights stay, else None.
     """
 
@@ -123,21 +126,24 @@ class Refit:
     before: float
     after: float
     ridge: float | None = None
+    shares: tuple[float, ...] | None = None
     reason: str | None = None
 
 
 def refit(
-    moments: Moments,
-    held_out: Moments,
+    fit: Sequence[Moments],
+    held_out: Sequence[Moments],
     old: Tensor,
     ridges: Sequence[float] = RIDGES,
+    shares: Sequence[tuple[float, ...]] = ((1.0,),),
     free_bias: bool = False,
 ) -> Refit:
     """Return weights that give the outputs best, W' = argmin sum f |x W' - y|^2 + r.
 
     The ridge r = lambda |W' - W|^2 holds on to the old weights W where the inputs say
-    little. Lambda is the share of trace(sum f x x^T) / n by which held-out images come
-    off best; where the old weights do, they stay.
+    little. Lambda, a share of trace(sum f x x^T) / n, and f, where there are several
+    candidates, are those by which held-out images come off best; where the old weights
+    do, they stay.
 
     Refitting the layer that reads lost channels is due to channel pruning by
     reconstruction (He et al., 2017, arXiv 1707.06168, section 3.2) and ThiNet (Luo et
@@ -145,34 +151,40 @@ def refit(
     optimal brain compression (Frantar et al., 2022, arXiv 2208.11580).
 
     Args:
-        moments: Moments to fit to.
-        held_out: Moments of other images, to choose by.
+        fit: Moments to fit to, one for each way to weigh positions.
+        held_out: Moments of other images, to choose by, in the same order.
         old: Old weights, (G, n, o).
         ridges: Candidates, as shares of the mean squared input of a group.
+        shares: Candidates for f, by the share that each way to weigh has in it.
+            Held-out errors are weighed by the first one.
         free_bias: Whether the last input is 1 and its weights, for a start those that
             suit the others best, are not held on to.
     """
-    if not (moments.is_finite and held_out.is_finite and old.isfinite().all()):
+    is_finite = all(m.is_finite for m in (*fit, *held_out))
+    if not (is_finite and old.isfinite().all()):
         return Refit(None, float('nan'), float('nan'), reason=NOT_FINITE)
-    old = _with_best_bias(moments, old.double()) if free_bias else old.double()
-    energy = held_out.weigh(held_out.yy)
-    if energy == 0 or not moments.yy.any():
+    judge = Moments.mixed(held_out, shares[0])
+    energy = judge.weigh(judge.yy)
+    if energy == 0 or not any(m.yy.any() for m in fit):
         return Refit(None, 0.0, 0.0, reason=NO_ROWS)
-    before = best = held_out.weigh(held_out.error(old)) / energy
+    old = old.double()
+    start = _with_best_bias(Moments.mixed(fit, shares[0]), old) if free_bias else old
+    before = best = judge.weigh(judge.error(start)) / energy
     chosen = None
-    missing = moments.xy - moments.xx @ old  # (G, n, o)
-    for ridge in ridges:
-        new = old + _solve(moments.xx, missing, ridge, free_bias)
-        error = held_out.weigh(held_out.error(new)) / energy
-        if error < min(best, before - LEAST_GAIN):  # not so if NaN
-            best, chosen = error, ridge
+    for mix in shares:
+        moments = Moments.mixed(fit, mix)
+        for ridge in ridges:
+            new = _solve(moments, old, ridge, free_bias)
+            error = judge.weigh(judge.error(new)) / energy
+            if error < min(best, before - LEAST_GAIN):  # not so if NaN
+                best, chosen = error, (ridge, mix)
     if chosen is None:
         return Refit(None, before, before, reason=NO_GAIN)
-    # Once the ridge is chosen, the images that it was chosen by are of use as well.
-    everything = moments.plus(held_out)
-    missing = everything.xy - everything.xx @ old
-    new = old + _solve(everything.xx, missing, chosen, free_bias)
-    return Refit(new, before, best, chosen)
+    # Once these are chosen, the images that they were chosen by are of use as well.
+    ridge, mix = chosen
+    everything = Moments.mixed([*fit, *held_out], [*mix, *mix])
+    new = _solve(everything, old, ridge, free_bias)
+    return Refit(new, before, best, ridge, mix)
 
 
 def _with_best_bias(moments: Moments, weight: Tensor) -> Tensor:
@@ -182,18 +194,20 @@ def _with_best_bias(moments: Moments, weight: Tensor) -> Tensor:
     return torch.cat([weight[:, :-1], rest / total], 1)
 
 
-def _solve(matrix: Tensor, right: Tensor, ridge: float, free_bias: bool) -> Tensor:
-    """Solve (matrix + ridge * its mean diagonal * I) z = right, (G, n, n), (G, n, o).
+def _solve(moments: Moments, old: Tensor, ridge: float, free_bias: bool) -> Tensor:
+    """Return the weights for a ridge, as a share of the mean squared input, (G, n, o).
 
-    The ridge leaves out the last input where ``free_bias`` says so. A group
-    that has no solution, as one that reads zeros alone, gets zeros.
+    With a free bias, the ridge leaves out the last input. A group that has no solution,
+    as one that reads zeros alone, keeps its weights.
     """
-    diagonal = matrix.diagonal(dim1=1, dim2=2)
-    damped = matrix.clone()
+    if free_bias:
+        old = _with_best_bias(moments, old)
     held = slice(0, -1) if free_bias else slice(None)
-    added = ridge * diagonal[:, held].mean(1, keepdim=True)
+    diagonal = moments.xx.diagonal(dim1=1, dim2=2)[:, held]
+    damped = moments.xx.clone()
+    added = ridge * diagonal.mean(1, keepdim=True)
     damped.diagonal(dim1=1, dim2=2)[:, held].add_(added)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    solved = torch.cholesky_solve(right, factor)
-    usable = (failed == 0) & solved.flatten(1).isfinite().all(1)
-    return torch.where(usable[:, None, None], solved, 0.0)
+    moved = torch.cholesky_solve(moments.xy - moments.xx @ old, factor)
+    usable = (failed == 0) & moved.flatten(1).isfinite().all(1)
+    return old + torch.where(usable[:, None, None], moved, 0.0)

@@ -21,13 +21,14 @@ class Target:
 
     Attributes:
         y: Its outputs, as far as the compact model has them, by position, (G, P, o).
-        f: Weights of the positions, (G, P).
+        squares: Mean over these outputs of the squared gradients of the loss, (G, P);
+            None if these do not matter.
         importance: Sum over positions of the squared gradients, (G, o).
         x: Its input, as far as the compact model has it; None if not asked for.
     """
 
     y: Tensor
-    f: Tensor
+    squares: Tensor | None
     importance: Tensor
     x: Tensor | None = None
 
@@ -116,16 +117,13 @@ class Teacher:
     def _target(self, layer: Layer, call: _Call, grad: Tensor | None) -> Target:
         system = layer.system
         y = system.targets(call.y)
-        f, importance = y.new_ones(y.shape[:2]), y.new_ones(y.shape[0], y.shape[2])
-        if self.config.method == 'fisher':
-            importance = torch.zeros_like(importance)
-            f = torch.full_like(f, self.config.uniform)
-            if grad is not None and layer.scale > 0:
-                grad = system.by_position(_select_outputs(layer, grad))
-                squares = grad.double().square() / layer.scale
-                importance = squares.sum(1)
-                f = f + (1 - self.config.uniform) * squares.mean(2)
-        return Target(y, f, importance, call.x)
+        if self.config.method != 'fisher':
+            return Target(y, None, y.new_ones(y.shape[0], y.shape[2]), call.x)
+        squares = torch.zeros_like(y)
+        if grad is not None and layer.scale > 0:
+            grad = system.by_position(_select_outputs(layer, grad))
+            squares = grad.square() / layer.scale
+        return Target(y, squares.mean(2), squares.sum(1), call.x)
 
 
 def _select_outputs(layer: Layer, y: Tensor) -> Tensor:
