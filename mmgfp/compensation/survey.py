@@ -216,11 +216,11 @@ def _read_less(grouping: Grouping, kept: np.ndarray) -> set[str]:
 
     A group convolution loses a channel's outputs with it, and so nothing.
     """
-    parts = np.split(kept, np.cumsum([g.units for g in grouping.groups])[:-1])
+    ends = np.cumsum([g.units for g in grouping.groups])
     return {
         member.name
-        for group, part in zip(grouping.groups, parts, strict=True)
-        if not part.all()
+        for group, end in zip(grouping.groups, ends, strict=True)
+        if not kept[end - group.units : end].all()
         for member in group.members
         if member.role == 'in'
     }

@@ -9,7 +9,7 @@ LITTLE = (1e-13,)
 
 
 def problem(rows=200, inputs=5, outputs=3, groups=1, seed=0, noise=0.1):
-    """Inputs, outputs and weights of positions, and weights that nearly explain them."""
+    """Inputs, outputs and weights of positions, and the layer that nearly fits."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -92,7 +92,7 @@ def test_old_weights_stay_where_none_is_better():
 
 
 def test_what_has_no_solution_stays():
-    """A dead input keeps its weights, a dead group all of them; NaN spoils the layer."""
+    """A dead input keeps its weights, a dead group all of them; NaN stops it all."""
     x, y, f, weight = problem(groups=2)
     x[0, :, 1] = 0
     x[0, :, 3] = x[0, :, 2]
