@@ -25,7 +25,7 @@ from mmgfp.compensation.norms import renew_norms
 from mmgfp.compensation.options import CompensationConfig
 from mmgfp.compensation.recording import Call, evaluating, run_until
 from mmgfp.compensation.refit import Moments, refit
-from mmgfp.compensation.survey import Layer, Survey, survey
+from mmgfp.compensation.survey import Layer, Norm, Survey, survey
 from mmgfp.compensation.teacher import Target, Teacher
 from mmgfp.groups import Grouping
 from mmgfp.surgery.compact import compact
@@ -118,11 +118,9 @@ def compensate(
             structure,
             calls[0],
             config.method == 'fisher',
-            config.norms,
         )
-        reports = _Compensation(model, small, calls, found, config).run()
-    norms = [n for level in found.norms.values() for n in level]
-    return Compensated(small, tuple(reports), tuple(norms) if config.norms else ())
+        run = _Compensation(model, small, calls, found, config)
+        return Compensated(small, tuple(run.run()), tuple(run.renewed))
 
 
 def _check(grouping: Grouping, kept: np.ndarray, calls: Sequence[Call]) -> None:
@@ -156,6 +154,9 @@ class _Compensation:
         self.model, self.small, self.calls = model, small, calls
         self.found, self.config = found, config
         self.held_out = held_out(len(calls), config.held_out)
+        self.renewed: list[str] = []
+        for layer in found.layers if config.norms == 'none' else ():
+            layer.norms = ()  # nothing would take a shift back
         self.reports = {
             layer.weight: LayerReport(layer.weight, reason=self._reason(layer))
             for layer in found.layers
@@ -181,13 +182,13 @@ class _Compensation:
         if config.method == 'bn' or config.one_pass:
             for part in self._parts(layers):
                 self._refit(teacher, part)
-            norms = {n: m for level in found.norms.values() for n, m in level.items()}
-            self._renew(norms)
+            self._renew(found.norms)
         else:
-            for level in sorted({x.level for x in found.layers} | found.norms.keys()):
+            levels = {x.level for x in found.layers} | {x.level for x in found.norms}
+            for level in sorted(levels):
                 for part in self._parts([x for x in layers if x.level == level]):
                     self._refit(teacher, part)
-                self._renew(found.norms.get(level, {}))
+                self._renew([norm for norm in found.norms if norm.level == level])
         others = [LayerReport(n, reason=r) for n, r in found.others.items()]
         return [*self.reports.values(), *others]
 
@@ -228,6 +229,7 @@ class _Compensation:
             result = refit(fit, held, system.matrix(), *options)
             if result.weight is not None:
                 system.write(result.weight)
+                self._shift(layer, result.weight)
             self.reports[layer.weight] = LayerReport(
                 layer.weight,
                 result.before,
@@ -274,9 +276,30 @@ class _Compensation:
 
         run_until(self.small, self.calls[batch], modules, counts, seen)
 
-    def _renew(self, norms: Mapping[str, nn.Module]) -> None:
-        if self.config.norms:
-            renew_norms(self.small, self.calls, norms, self.found.norm_calls)
+    @torch.no_grad()
+    def _shift(self, layer: Layer, weight: Tensor) -> None:
+        """Let the norms that read a layer add the bias that it was fitted with.
+
+        They subtract running means from y = x W + b, so from x W those means without b.
+        """
+        modules = {norm.name: norm.small for norm in self.found.norms}
+        for name in layer.norms:
+            modules[name].running_mean -= (
+                weight[:, -1].flatten().to(modules[name].weight)
+            )
+
+    def _renew(self, norms: Sequence[Norm]) -> None:
+        """Take statistics anew, but for norms that suit what refitted layers give."""
+        if self.config.norms == 'none':
+            return
+        if self.config.norms == 'others':
+            refitted = [
+                x for x in self.found.layers if not self.reports[x.weight].reason
+            ]
+            fitting = {name for layer in refitted for name in layer.norms}
+            norms = [norm for norm in norms if norm.name not in fitting]
+        renew_norms(self.small, self.calls, norms)
+        self.renewed += [norm.name for norm in norms]
 
 
 def add_call(

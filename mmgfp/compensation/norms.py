@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from mmgfp.compensation.recording import Call, run_until
+from mmgfp.compensation.survey import Norm
 
 
 def renew_norms(
     model: nn.Module,
     calls: Sequence[Call],
-    norms: Mapping[str, nn.Module],
-    counts: Mapping[str, int],
+    norms: Sequence[Norm],
 ) -> None:
     """Set running statistics of batch norms to their average over some batches.
 
@@ -26,22 +26,22 @@ def renew_norms(
     Args:
         model: The model, in eval mode.
         calls: Run a model on one batch each.
-        norms: The norms, by name.
-        counts: How often each is called in a forward pass.
+        norms: The norms.
     """
     if not norms:
         return
-    calls_of = {name: counts[name] for name in norms}
-    with _averaging(norms):
+    modules = {norm.name: norm.small for norm in norms}
+    counts = {norm.name: norm.calls for norm in norms}
+    with _averaging([norm.small for norm in norms]):
         for call in calls:
-            run_until(model, call, norms, calls_of, lambda name, x, y: None)
+            run_until(model, call, modules, counts, lambda name, x, y: None)
 
 
 @contextmanager
-def _averaging(norms: Mapping[str, Any]) -> Iterator[None]:
+def _averaging(norms: Sequence[Any]) -> Iterator[None]:
     """Let norms average statistics over all batches that they see."""
-    before = [(n, n.momentum, n.training) for n in norms.values()]
-    for norm in norms.values():
+    before = [(n, n.momentum, n.training) for n in norms]
+    for norm in norms:
         norm.reset_running_stats()
         # A cumulative average, so that every batch counts alike.
         norm.momentum, norm.training = None, True

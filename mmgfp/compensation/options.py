@@ -9,6 +9,7 @@ from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.validation import check, check_count
 
 METHODS = ('fisher', 'least_squares', 'bn')
+NORMS = ('all', 'others', 'none')
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class CompensationConfig:
             sample by their weights.
         max_inputs: Layers with more inputs (channels by taps) are left alone.
         memory: Bytes that moments, and outputs of the original model, may take.
-        norms: Whether the statistics of batch norms are taken anew.
+        norms: Whose statistics are taken anew: of ``'all'`` batch norms whose inputs
+            change, of the ``'others'``, which do not read refitted layers alone, or of
+            ``'none'``.
 
     Raises:
         ConfigError: If an option is out of range.
@@ -50,13 +53,14 @@ class CompensationConfig:
     rows: int = 16384
     max_inputs: int = 8192
     memory: int = 2**30
-    norms: bool = True
+    norms: str = 'others'
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(
                 'method', f'one of {METHODS}', repr(self.method), "use 'fisher'"
             )
+        check('norms', self.norms in NORMS, f'one of {NORMS}', self.norms)
         check('held_out', 0 < self.held_out < 1, 'between 0 and 1', self.held_out)
         for name in ('uniform', 'ridges'):
             values = getattr(self, name)

@@ -1,4 +1,10 @@
-"""Least squares with a ridge towards the old weights, from second moments alone."""
+"""Least squares with a ridge towards the old weights, from second moments alone.
+
+Refitting the layer that reads lost channels is due to channel pruning by reconstruction
+(He et al., 2017, arXiv 1707.06168, section 3.1) and ThiNet (Luo et al., 2017, arXiv
+1707.06342, section 3.3); the solution from second moments to optimal brain compression
+(Frantar et al., 2022, arXiv 2208.11580).
+"""
 
 from __future__ import annotations
 
@@ -145,11 +151,6 @@ def refit(
     candidates, are those by which held-out images come off best; where the old weights
     do, they stay.
 
-    Refitting the layer that reads lost channels is due to channel pruning by
-    reconstruction (He et al., 2017, arXiv 1707.06168, section 3.2) and ThiNet (Luo et
-    al., 2017, arXiv 1707.06342, section 3.3); the solution from second moments to
-    optimal brain compression (Frantar et al., 2022, arXiv 2208.11580).
-
     Args:
         fit: Moments to fit to, one for each way to weigh positions.
         held_out: Moments of other images, to choose by, in the same order.
@@ -160,8 +161,7 @@ def refit(
         free_bias: Whether the last input is 1 and its weights, for a start those that
             suit the others best, are not held on to.
     """
-    is_finite = all(m.is_finite for m in (*fit, *held_out))
-    if not (is_finite and old.isfinite().all()):
+    if not all(m.is_finite for m in (*fit, *held_out)) or not old.isfinite().all():
         return Refit(None, float('nan'), float('nan'), reason=NOT_FINITE)
     judge = Moments.mixed(held_out, shares[0])
     energy = judge.weigh(judge.yy)

@@ -48,8 +48,8 @@ class Layer:
         scale: Mean squared gradient of the loss by its outputs.
         loses_inputs: Whether it reads removed channels itself, not just what layers
             that do have written.
-        free_bias: Whether only batch norms read its outputs, so that these may be
-            shifted once the norms have new statistics.
+        norms: Batch norms that read its outputs and nothing else, unless something else
+            reads these: outputs may then be shifted, as the norms can take it back.
         reason: Why it is left alone, else None.
     """
 
@@ -63,18 +63,35 @@ class Layer:
     positions: int = 0
     scale: float = 0.0
     loses_inputs: bool = True
-    free_bias: bool = False
+    norms: tuple[str, ...] = ()
     reason: str | None = None
 
     @property
     def system(self) -> LinearSystem:
         """The layer in the compact model, as a linear system."""
-        return LinearSystem(self.small, self.free_bias)
+        return LinearSystem(self.small, bool(self.norms))
 
     @property
     def name(self) -> str:
         """Name of its module."""
         return module_of(self.weight)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm whose inputs the removed channels change.
+
+    Attributes:
+        name: Its name.
+        small: The module in the compact model.
+        level: The highest level of the layers that it reads from.
+        calls: How often it is called in a forward pass.
+    """
+
+    name: str
+    small: Any
+    level: int
+    calls: int
 
 
 @dataclass
@@ -83,15 +100,12 @@ class Survey:
 
     Attributes:
         layers: Layers whose inputs change, in the order in which they are called.
-        norms: Batch norms of the compact model whose inputs change, by level: those of
-            a level read from layers of this level and those below.
-        norm_calls: How often each of them is called in a forward pass.
+        norms: Batch norms whose inputs change.
         others: Weights that read less but are no layer's, and why they are left alone.
     """
 
     layers: list[Layer]
-    norms: dict[int, dict[str, nn.Module]]
-    norm_calls: dict[str, int]
+    norms: list[Norm]
     others: dict[str, str]
 
 
@@ -135,7 +149,6 @@ def survey(
     structure: PruneStructure,
     call: Call,
     with_gradients: bool,
-    with_norms: bool,
 ) -> Survey:
     """Run the original once and say what the removed channels reach.
 
@@ -147,50 +160,61 @@ def survey(
         structure: What it has of each tensor.
         call: Runs a model on a batch.
         with_gradients: Whether the call returns a loss whose gradients are needed.
-        with_norms: Whether statistics of batch norms are going to be taken anew.
     """
     owners, norms = _candidates(model)
-    seen: dict[str, _Seen] = {}
-
-    def note(name: str, x: Tensor, y: Tensor) -> None:
-        entry = seen.setdefault(name, _Seen())
-        entry.add(x, y, None if name in norms else owners[name][0])
-
-    watched = {weight: modules[0] for weight, modules in owners.items()} | norms
-    with undisturbed(model), torch.enable_grad(), watch(watched, note):
-        loss = call(model)
-        graph = _Graph(model, loss, seen.values())
-        # Before buffers that the graph holds are restored.
-        scales = _scales(loss, seen) if with_gradients else {}
+    layer_modules = {weight: modules[0] for weight, modules in owners.items()}
+    seen, graph, scales = _look(model, call, layer_modules, norms, with_gradients)
     above = {name: graph.above(entry) for name, entry in seen.items()}
     lost = _read_less(grouping, kept)
     changed = lost | {name for name, weights in above.items() if weights & lost}
     levels = _levels(changed, above)
     small_modules = dict(small.named_modules())
-    layers, others = [], dict.fromkeys(lost - owners.keys(), NOT_CALLED)
     in_order = [w for w in owners if w not in seen] + [*seen]
+    layers = []
     for weight in [w for w in in_order if w in owners and w in changed]:
+        module, entry = owners[weight][0], seen.get(weight, _Seen())
         layer = Layer(
             weight,
-            owners[weight][0],
+            module,
             small_modules[module_of(weight)],
             _kept_inputs(grouping.inputs.get(weight), kept),
-            _kept_outputs(weight, owners[weight][0], structure),
+            _kept_outputs(weight, module, structure),
             levels[weight],
-            scale=scales.get(weight, 0.0),
-            loses_inputs=weight in lost,
+            len(entry.nodes),
+            entry.positions,
+            scales.get(weight, 0.0),
+            weight in lost,
+            graph.norms_of(entry, {n: seen[n] for n in norms if n in seen}),
         )
-        entry = seen.get(weight, _Seen())
-        layer.calls, layer.positions = len(entry.nodes), entry.positions
-        read = [n for name in norms.keys() & seen.keys() for n in seen[name].nodes]
-        layer.free_bias = with_norms and graph.read_only_by(read, entry)
         layer.reason = _reason(layer, len(owners[weight]), entry, graph, above)
         layers.append(layer)
-    norm_levels: dict[int, dict[str, nn.Module]] = {}
-    for name in [n for n in norms if n in changed]:
-        norm_levels.setdefault(levels[name] - 1, {})[name] = small_modules[name]
-    calls = {n: len(seen[n].nodes) for level in norm_levels.values() for n in level}
-    return Survey(layers, norm_levels, calls, others)
+    reached = [
+        Norm(n, small_modules[n], levels[n] - 1, len(seen[n].nodes))
+        for n in norms
+        if n in changed
+    ]
+    return Survey(layers, reached, dict.fromkeys(lost - owners.keys(), NOT_CALLED))
+
+
+def _look(
+    model: nn.Module,
+    call: Call,
+    layers: Mapping[str, nn.Module],
+    norms: Mapping[str, nn.Module],
+    with_gradients: bool,
+) -> tuple[dict[str, _Seen], _Graph, dict[str, float]]:
+    """Run the model once, and return calls, the graph, and what `_scales` gives."""
+    seen: dict[str, _Seen] = {}
+
+    def note(name: str, x: Tensor, y: Tensor) -> None:
+        seen.setdefault(name, _Seen()).add(x, y, layers.get(name))
+
+    with undisturbed(model), torch.enable_grad(), watch({**layers, **norms}, note):
+        loss = call(model)
+        graph = _Graph(model, loss, seen.values())
+        # Before buffers that the graph holds are restored.
+        scales = _scales(loss, seen) if with_gradients else {}
+    return seen, graph, scales
 
 
 def _candidates(
@@ -331,18 +355,17 @@ class _Graph:
                     self.readers[self._names[j]] += 1
             self._bits[node] = bits
 
-    def read_only_by(self, norms: Iterable[Any], entry: _Seen) -> bool:
-        """Return whether all outputs of a layer are inputs of norms, and nothing else.
+    def norms_of(self, entry: _Seen, norms: Mapping[str, _Seen]) -> tuple[str, ...]:
+        """Return the norms that read a layer's outputs, and nothing else.
 
-        Args:
-            norms: Nodes that made the inputs of norms.
-            entry: The calls of the layer.
+        There are none if anything but norms reads these outputs.
         """
-        nodes = [edge.node for edge in entry.outputs]
-        inputs = Counter(norms)
-        return len(nodes) == len(entry.nodes) and all(
-            inputs[n] == self._uses[n] == 1 for n in nodes
-        )
+        outputs = Counter(edge.node for edge in entry.outputs)
+        readers = {n: s for n, s in norms.items() if outputs.keys() & set(s.nodes)}
+        read = Counter(node for s in readers.values() for node in s.nodes)
+        is_all = len(entry.outputs) == len(entry.nodes) and read == outputs
+        once = all(self._uses[node] == 1 for node in outputs)
+        return tuple(readers) if is_all and once else ()
 
     def above(self, entry: _Seen) -> set[str]:
         """Return the parameters that the inputs of a module depend on."""

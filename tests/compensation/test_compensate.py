@@ -31,7 +31,7 @@ from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.errors import ConfigError
 
 #: Next to no ridge: plain least squares.
-PLAIN = dict(method='least_squares', ridges=(1e-13,), norms=False)
+PLAIN = dict(method='least_squares', ridges=(1e-13,), norms='none')
 
 
 def batches(count=4, size=8):

@@ -36,7 +36,12 @@ def test_statistics_are_the_average_of_all_batches():
     model[4].weight.requires_grad_(False)  # a frozen norm
     model[4].momentum = 0.3
     before = model.state_dict()
-    for options in (dict(method='bn'), dict(), dict(method='least_squares')):
+    for options in (
+        dict(method='bn'),
+        dict(norms='all'),
+        dict(norms='all', method='least_squares', one_pass=True),
+        dict(method='least_squares', ridges=(1e9,)),  # so that no layer is refitted
+    ):
         result = run(model, **options)
         small = result.model
         assert result.norms == ('4',)
@@ -57,7 +62,7 @@ def test_statistics_are_the_average_of_all_batches():
 
 def test_norms_may_stay():
     model = net()
-    result = run(model, norms=False)
+    result = run(model, norms='none')
     assert result.norms == () and result.refitted
     assert torch.equal(result.model[4].running_var, model[4].running_var)
 
@@ -71,14 +76,38 @@ def test_modes_of_norms_are_those_of_the_original():
     ]
 
 
-def test_a_shift_that_the_norm_takes_back_is_free():
+def test_a_shift_is_free_and_the_norm_takes_it_back():
     """A layer without bias that a norm follows is fitted up to a constant."""
-    model = net()
-    result = run(model, method='least_squares', ridges=(1e-12,))
-    small = result.model.eval()
-    x = torch.cat([small[:3](x.double()).detach() for x in batches()])
-    y = torch.cat([model.eval()[:4](x.double()).detach() for x in batches()])
-    rows = nn.functional.unfold(x, 3, padding=1).movedim(1, -1).flatten(0, 1)
-    rows = torch.cat([rows, torch.ones(len(rows), 1)], 1).double()
-    expected = torch.linalg.lstsq(rows, y.movedim(1, -1).flatten(0, 2)).solution[:-1]
-    torch.testing.assert_close(small[3].weight.flatten(1).T, expected)
+    model = net().eval()
+    x = [x.double() for x in batches()]
+    y = torch.cat([model[:4](x).detach() for x in x]).movedim(1, -1).flatten(0, 2)
+    for norms in ('all', 'others'):
+        options = dict(method='least_squares', ridges=(1e-12,), norms=norms)
+        small = run(model, **options).model
+        read = torch.cat([small[:3](x).detach() for x in x])
+        rows = nn.functional.unfold(read, 3, padding=1).movedim(1, -1).flatten(0, 1)
+        rows = torch.cat([rows, torch.ones(len(rows), 1)], 1).double()
+        expected = torch.linalg.lstsq(rows, y).solution
+        torch.testing.assert_close(small[3].weight.flatten(1).T, expected[:-1])
+    # What the norm makes of the outputs is what it would make of those with the shift.
+    mean = model[4].running_mean - expected[-1]
+    torch.testing.assert_close(small[4].running_mean, mean)
+    assert torch.equal(small[4].running_var, model[4].running_var)
+    assert torch.equal(small[4].num_batches_tracked, model[4].num_batches_tracked)
+
+
+def test_no_shift_where_something_else_reads_the_outputs():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.mid = conv(3, 4), conv(4, 4, bias=False)
+            self.norm, self.head = nn.BatchNorm2d(4), conv(4, 2)
+
+        def forward(self, x):
+            y = self.mid(self.stem(x).relu())
+            return self.head(self.norm(y).relu() + y)
+
+    torch.manual_seed(0)
+    model = Branch().double().eval()
+    result = run(model)
+    assert result.layers[0].layer == 'mid.weight' and result.norms == ('norm',)
