@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from mmgfp.compensation import survey as reasons
-from mmgfp.compensation.compensate import UNPAIRED, compensate, held_out, sample
+from mmgfp.compensation.compensate import UNPAIRED, compensate
 from mmgfp.compensation.options import CompensationConfig
+from mmgfp.compensation.sampling import held_out, sample
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.errors import ConfigError

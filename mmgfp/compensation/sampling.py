@@ -1,0 +1,86 @@
+"""Which batches and positions a layer is fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmgfp.compensation.inputs import LinearSystem
+from mmgfp.compensation.refit import Moments
+from mmgfp.compensation.teacher import Target
+
+
+def add_call(
+    moments: Sequence[Moments],
+    system: LinearSystem,
+    x: Tensor,
+    target: Target,
+    rows: int,
+    seed: int,
+) -> None:
+    """Add a call of a layer to its moments: all positions, or a sample by weight.
+
+    Args:
+        moments: Moments to add to, one for each way to weigh positions: by squared
+            gradients, if there are any, and all alike.
+        system: The layer.
+        x: Its input.
+        target: What it should give.
+        rows: Positions that are taken at most.
+        seed: Number from which random numbers start.
+    """
+    count = target.y.shape[1]
+    index = torch.arange(count, device=x.device)
+    alike = torch.ones_like(target.y[:, :, 0])  # (G, P)
+    ways = [alike] if target.squares is None else [target.squares, alike]
+    if count > rows:
+        index, share = sample(sum(ways).mean(0), rows, seed)  # type: ignore[union-attr]
+        ways = [f[:, index] / share for f in ways]
+    start = 0
+    importance = target.importance
+    for inputs in system.rows(x, index):  # (G, P, n)
+        part = slice(start, start + inputs.shape[1])
+        start = part.stop
+        for sums, f in zip(moments, ways, strict=True):
+            sums.add(inputs, target.y[:, index[part]], f[:, part], importance)
+        importance = torch.zeros_like(importance)  # of the whole call
+
+
+def sample(weights: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw positions in proportion to their weights, one from each equal share.
+
+    Args:
+        weights: Weights of all positions, (P,).
+        size: How many to draw; some may come twice.
+        seed: Number from which random numbers start.
+
+    Returns:
+        Positions, and how often each was to be expected, (size,) each: sums of values
+        divided by these are sums over all positions, but for chance.
+    """
+    ends = weights.double().cumsum(0)
+    generator = torch.Generator().manual_seed(seed)
+    within = torch.rand(size, generator=generator, dtype=torch.double).to(ends)
+    points = (torch.arange(size, device=ends.device) + within) / size * ends[-1]
+    index = torch.searchsorted(ends, points, right=True).clamp(max=len(ends) - 1)
+    return index, weights.double()[index] * (size / ends[-1])
+
+
+def held_out(batches: int, share: float) -> list[bool]:
+    """Return which batches are held out, evenly spread, one or more but not all.
+
+    Examples:
+        >>> held_out(8, 0.25)
+        [False, False, False, True, False, False, False, True]
+        >>> held_out(3, 0.25)
+        [False, False, True]
+    """
+    chosen = np.diff(np.floor(np.arange(batches + 1) * share + 1e-9)) > 0
+    if not chosen.any():
+        chosen[-1] = True
+    if chosen.all():
+        chosen[0] = False
+    return chosen.tolist()
