@@ -73,8 +73,8 @@ class OutputCheck:
     """Compares the outputs of a masked and of a compact copy of a model.
 
     Copies that agree in single precision agree in double, which takes several times as
-    long. It decides where they do not, and from then on alone where the difference was
-    one of rounding.
+    long. It decides where they do not, unless the model runs in single alone, and from
+    then on alone where the difference was one of rounding.
 
     Args:
         forward: Calls a copy of the model and returns all outputs.
@@ -99,42 +99,35 @@ class OutputCheck:
             Exception: If ``forward`` fails for the masked copy, which is no fault of
                 the groups, or memory runs out.
         """
-        if self._single_suffices and self._agree_in_single(masked, small):
-            return None
-        reason = self._disagreement_in_double(masked, small)
-        self._single_suffices &= reason is not None
-        return reason
-
-    @torch.no_grad()
-    def _agree_in_single(self, masked: nn.Module, small: nn.Module) -> bool:
-        pair = masked.float(), small.float()
+        reason = None
+        if self._single_suffices:
+            try:
+                reason = self._compare(masked.float(), small.float(), in_double=False)
+            except Exception as error:  # as of a model that names double precision
+                error_line(error)  # raises it if memory ran out
+            else:
+                if reason is None:
+                    return None
         try:
-            outputs = [run(model, self._forward, in_double=False) for model in pair]
-            return difference(*outputs) <= TOLERANCE
-        except Exception as error:  # double precision shows whether it is a reason
-            error_line(error)  # raises it if memory ran out
-            return False
-
-    @torch.no_grad()
-    def _disagreement_in_double(
-        self, masked: nn.Module, small: nn.Module
-    ) -> str | None:
-        # The masked copy runs first: its errors are those of the model or of the call.
-        try:
-            expected = run(masked.double(), self._forward)
+            found = self._compare(masked.double(), small.double(), in_double=True)
         except Exception as error:
             error_line(error)
-            if self._leaky:
-                return None
+            if reason or self._leaky:
+                return reason
             raise
-        finite = all(x.isfinite().all() for x in tree_tensors(expected))
-        if self._leaky and not finite:
-            return None
-        return self._difference_from(expected, small.double())
+        self._single_suffices &= found is not None
+        return found
 
-    def _difference_from(self, expected: Any, small: nn.Module) -> str | None:
+    @torch.no_grad()
+    def _compare(
+        self, masked: nn.Module, small: nn.Module, in_double: bool
+    ) -> str | None:
+        # The masked copy runs first: its errors are those of the model or of the call.
+        expected = run(masked, self._forward, in_double=in_double)
+        if self._leaky and in_double and not _is_finite(expected):
+            return None
         try:
-            outputs = run(small, self._forward)
+            outputs = run(small, self._forward, in_double=in_double)
         except Exception as error:  # any error here means that the groups are wrong
             return error_line(error)
         try:
@@ -144,3 +137,7 @@ class OutputCheck:
         if worst == float('inf'):
             return 'outputs differ in shape, or are not finite'
         return None if worst <= TOLERANCE else f'outputs differ by {worst:.2g}'
+
+
+def _is_finite(outputs: Any) -> bool:
+    return all(bool(x.isfinite().all()) for x in tree_tensors(outputs))

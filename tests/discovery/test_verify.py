@@ -457,6 +457,18 @@ def test_a_loss_that_cannot_be_computed_in_double_precision_has_to_run():
         assert [d.group.name for d in wrong] == (['a'] if kind else [])
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_models_of_one_precision_are_verified_in_it(dtype):
+    def of_its_own(net):
+        assert next(net.parameters()).dtype == dtype
+        return net(images().to(dtype))
+
+    assert find_disagreements(ConvPair(), grouped(ConvPair()), of_its_own) == []
+    net = fixed_width()
+    wrong = find_disagreements(net, grouped(net), of_its_own)
+    assert [d.group.name for d in wrong] == ['a']
+
+
 def test_a_loss_that_cannot_be_computed_is_no_fault_of_the_groups():
     net = ConvPair()
     assert (
