@@ -29,13 +29,26 @@ SMALL = 1e-3
 LOSS_TOLERANCE = 1e-6
 
 
+def needs_double(model: nn.Module) -> bool:
+    """Return whether any part is in double precision, so that single may lose values.
+
+    Examples:
+        >>> needs_double(nn.Linear(2, 2)), needs_double(nn.Linear(2, 2).double())
+        (False, True)
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    return any(t.dtype == torch.float64 for t in tensors)
+
+
 @torch.no_grad()
 def random_probe(model: nn.Module) -> nn.Module:
-    """Return a copy in single precision and in eval mode that is blind to no channel.
+    """Return a copy in eval mode that is blind to no channel.
 
-    Biases, norms and their statistics, and what starts near zero, are set at random.
+    It is in single precision, or in double where the model `needs_double`. Biases,
+    norms and their statistics, and what starts near zero, are set at random.
     """
-    probe = copy_module(model).float()
+    probe = copy_module(model)
+    probe = probe.double() if needs_double(model) else probe.float()
     probe.eval()  # returns nothing where distillation overrides it
     _randomize_vectors(probe)
     _randomize_small(probe)

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from mmgfp.discovery.comparing import OutputCheck
-from mmgfp.discovery.probing import TrainingCheck, random_probe
+from mmgfp.discovery.probing import TrainingCheck, needs_double, random_probe
 from mmgfp.discovery.unit_sets import small_sets, uneven_set
 from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.surgery.compact import compact
@@ -74,7 +74,7 @@ class _Draw:
     """One random set of units, of which those of any groups can be removed.
 
     Args:
-        probe: The model in single precision, which is not changed.
+        probe: The model as `random_probe` gives it, which is not changed.
         grouping: Its groups.
         drawn: Units to keep, (U,).
         checks: Return why a masked and a compact copy disagree, if they do.
@@ -128,8 +128,8 @@ def find_disagreements(
         return []
     rng = np.random.default_rng(seed)
     training = TrainingCheck(model, loss) if loss else None
-    outputs: list[Check] = [OutputCheck(forward)]
-    probe = random_probe(model)
+    probe, in_double = random_probe(model), needs_double(model)
+    outputs: list[Check] = [OutputCheck(forward, in_double=in_double)]
     # Only a whole model shows whether its loss runs; a small one compares losses.
     checks = [*outputs, *([training.runs] if training else [])]
     draw = _Draw(probe, grouping, uneven_set(groups, rng), checks)
@@ -142,9 +142,11 @@ def find_disagreements(
         candidates, wrong = np.sort(np.concatenate([few, shrunk])), wrong + more
     small = draw.small if len(shrunk) else probe
     left = grouping.remaining(draw.kept(shrunk))
-
-    both: list[Check] = [*outputs, OutputCheck(forward, leaky=True)]
-    checks = [*both, training.agrees] if training else both
+    leaky = OutputCheck(forward, leaky=True, in_double=in_double)
+    both: list[Check] = [*outputs, leaky]
+    # What saturates in single precision, as a sigmoid far out, hides what is before it.
+    checks = [OutputCheck(forward, in_double=True), leaky]
+    checks += [training.agrees] if training else []
     sets = zip(small_sets(left.groups, rng), (checks, both, both), strict=True)
     for kept, chosen in sets:
         draw = _Draw(small, left, kept, chosen)

@@ -469,6 +469,65 @@ def test_models_of_one_precision_are_verified_in_it(dtype):
     assert [d.group.name for d in wrong] == ['a']
 
 
+class Centred(nn.Module):
+    """Adds the mean of all channels to each, which a pruned channel changes.
+
+    Args:
+        ending: What turns its output into that of the net.
+    """
+
+    def __init__(self, ending):
+        super().__init__()
+        self.a, self.b, self.ending = conv(3, 6), conv(6, 4), ending
+
+    def forward(self, x):
+        y = F.relu(self.a(x))
+        y = self.b(y + y.detach().mean(1, keepdim=True))
+        return self.ending(F.dropout(y, 0.1, self.training))
+
+
+def single_only(x):
+    if x.dtype == torch.float64:
+        raise TypeError('single precision only')
+    return x
+
+
+@pytest.mark.parametrize(
+    'ending',
+    [
+        lambda x: 1 - torch.sigmoid(x + 30),  # 0 in single precision
+        lambda x: -torch.log(torch.sigmoid(x + 20)),
+        lambda x: (x + 1e9) - 1e9,
+        lambda x: (x.clamp(min=0) * 1e-3).half() * 1e-5,
+        single_only,
+    ],
+    ids=['saturated', 'log', 'offset', 'half', 'single only'],
+)
+def test_what_single_precision_hides_or_double_refuses_is_found(ending):
+    """The loss is random, so that it tells nothing."""
+    torch.manual_seed(0)
+    net = Centred(ending)
+    grouping = grouped(Centred(nn.Identity()))
+    wrong = find_disagreements(net, grouping, toy_forward, loss=toy_loss)
+    assert [d.group.name for d in wrong] == ['a']
+    assert wrong[0].reason.startswith('outputs differ by')
+
+
+def test_models_in_double_precision_keep_values_that_single_lacks():
+    net = ConvPair()
+    net.register_buffer('eps', torch.tensor(1e-60, dtype=torch.float64))
+
+    def forward(net):
+        return torch.log(F.relu(toy_forward(net)).double() + net.eps)
+
+    assert find_disagreements(net, grouped(ConvPair()), forward) == []
+
+
+def test_differences_of_half_precision_do_not_vanish():
+    zero = torch.zeros(2, dtype=torch.half)
+    assert difference(zero, zero + torch.tensor([0.0, 1.0]).half()) > TOLERANCE
+
+
 def test_a_loss_that_cannot_be_computed_is_no_fault_of_the_groups():
     net = ConvPair()
     assert (
