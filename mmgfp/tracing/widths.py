@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmgfp.tracing.labels import varying
 from mmgfp.tracing.value import Value
 from mmgfp.utils.tree import tree_tensors
+from mmgfp.utils.trial_runs import modules_with_hooks
 
 #: Attributes by name, and whose channels they count: what goes in or what comes out.
 WIDTH_ATTRIBUTES: dict[str, Literal['input', 'output']] = {
@@ -64,7 +65,7 @@ def watch_widths(
         return hook
 
     handles = []
-    for name, module in model.named_modules():
+    for name, module in modules_with_hooks(model):
         sides = [WIDTH_ATTRIBUTES[a] for a in width_attributes(module)]
         if name and sides and not skip(module):
             hook = watch(name, sides)

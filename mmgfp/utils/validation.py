@@ -34,10 +34,11 @@ def check(field: str, is_valid: bool, expected: str, got: object) -> None:
 def check_not_compiled(model: Any) -> None:
     """Refuse a module that torch.compile has wrapped, or torch.jit has compiled.
 
-    Parts that torch.jit has compiled are left alone.
+    Parts that torch.jit has compiled are left alone, but frozen ones are refused: in
+    double precision, in which verification calls them, they may end the process.
 
     Raises:
-        ConfigError: If it is one.
+        ConfigError: If it is one, or has a frozen part.
     """
     if hasattr(model, '_orig_mod') or getattr(model, '_compiled_call_impl', None):
         raise ConfigError(
@@ -54,6 +55,15 @@ def check_not_compiled(model: Any) -> None:
             f'a {type(model).__name__}',
             'prune first; the compact model can be scripted',
         )
+    for name, module in model.named_modules():
+        is_compiled = type(module).__module__.startswith('torch.jit')
+        if is_compiled and not module._c.hasattr('training'):  # freezing takes it away
+            raise ConfigError(
+                'model',
+                'without parts that torch.jit.freeze has frozen',
+                name,
+                'script or trace them without freezing; they keep their channels',
+            )
 
 
 def refuse_copy(self: Any, protocol: object) -> Any:

@@ -146,3 +146,31 @@ def test_compiled_modules_are_refused():
     for kind in ('scripted block', 'traced block'):
         with pytest.raises(ConfigError, match=words):
             GroupFisherPruner(COMPILED[kind](), interval=1)
+
+
+class Swish(nn.Module):
+    """Names its channels, as many modules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_channels = self.out_channels = 4
+
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+def test_compiled_parts_that_name_their_channels_are_passed_over():
+    model, image = net_around(torch.jit.script(Swish())), torch.rand(2, 3, 12, 12)
+    pruner = GroupFisherPruner(model, interval=1)
+    grouping = pruner.prepare(lambda m: m(image).sum(), lambda m: m(image), 2)
+    assert [g.name for g in grouping.groups] == ['0', '4']
+
+
+@pytest.mark.parametrize('compiled', ['scripted conv', 'traced block'])
+@pytest.mark.parametrize('mode', ['eval', 'train'])
+def test_frozen_parts_are_refused(compiled, mode):
+    model = net_around(torch.jit.freeze(COMPILED[compiled]().eval()))
+    getattr(model, mode)()
+    words = r'model must be without parts.*freeze.*got 2'
+    with pytest.raises(ConfigError, match=words):
+        GroupFisherPruner(model, interval=1)
