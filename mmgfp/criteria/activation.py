@@ -37,7 +37,8 @@ class Activation(WatchingCriterion):
     watcher: UnitTaps
 
     def __init__(self, of: str = 'magnitude') -> None:
-        check('of', of in SUMMARIES, f'one of {", ".join(SUMMARIES)}', of)
+        is_known = isinstance(of, str) and of in SUMMARIES
+        check('of', is_known, f'one of {", ".join(SUMMARIES)}', of)
         super().__init__(UnitTaps(SUMMARIES[of]))
         self.of = of
 

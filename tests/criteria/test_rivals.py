@@ -247,6 +247,7 @@ def test_scales_that_belong_to_no_group_are_refused_at_the_first_decision():
     'spec',
     [
         dict(type='taylor', of='masks'),
+        dict(type='activation', of=['apoz']),
         dict(type='activation', of='max'),
         dict(type='bn_scale', sparsity=-1),
         dict(type='random', seed=-1),
