@@ -76,8 +76,8 @@ class OutputCheck:
     """Compares the outputs of a masked and of a compact copy of a model.
 
     Copies that agree in single precision mostly do in double, which takes several times
-    as long. It decides where they do not, unless the model runs in single alone, and from
-    then on alone where the difference was one of rounding.
+    as long. It decides where they do not, unless the model runs in single alone, and
+    from then on by itself where the difference was one of rounding.
 
     Args:
         forward: Calls a copy of the model and returns all outputs.
