@@ -168,9 +168,9 @@ def test_checkpoint_without_a_state_of_pruning_is_refused(whole, tmp_path):
 
 @pytest.fixture
 def small_disk():
-    """No file of this process can grow over 100 kB, for as long as the test runs."""
+    """No file of this process can grow over 20 MB, for as long as the test runs."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -183,7 +183,7 @@ def test_file_that_does_not_fit_leaves_the_previous_one(tmp_path, small_disk):
         r'untouched; make room and run it again, with --resume if it is a training$'
     )
     with pytest.raises(SavingError, match=words) as caught:
-        save_checkpoint({'weights': torch.ones(100_000)}, path)
+        save_checkpoint({'weights': torch.ones(8_000_000)}, path)
     assert '\n' not in str(caught.value)
     assert torch.load(path)['weights'].tolist() == [1, 1, 1]
     assert [p.name for p in tmp_path.iterdir()] == ['model.pth']
