@@ -29,7 +29,7 @@ AS_IT_IS = (-1, 0.0)
 
 @dataclass(frozen=True)
 class Scan:
-    """What a model loses where a share of one group is masked.
+    """Losses of a model where a share of one group is masked.
 
     Attributes:
         metric: The metric's name.

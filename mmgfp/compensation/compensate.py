@@ -38,7 +38,7 @@ UNPAIRED = 'it works on other rows in the compact model than in the original'
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What became of a layer that the removed channels reach.
+    """The outcome for a layer that the removed channels reach.
 
     Attributes:
         layer: Name of the layer's weight.

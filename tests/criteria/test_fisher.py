@@ -18,6 +18,7 @@ from support.toys import (
     Net,
     ResidualPair,
     images,
+    matrix,
     square_loss,
     toy_forward,
     toy_loss,
@@ -35,15 +36,6 @@ from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.model_building import build_model
 from mmgfp.tracing.rows import Rows
 from mmgfp.utils.errors import ConfigError
-
-
-def matrix(rows, **options):
-    """A 1 x 1 convolution with the weights ``rows``, (C_out, C_in / groups)."""
-    weight = torch.tensor(rows)[..., None, None]
-    c_in = weight.shape[1] * options.get('groups', 1)
-    layer = nn.Conv2d(c_in, len(weight), 1, bias=False, **options)
-    layer.weight.data = weight
-    return layer
 
 
 def importance(net, x, loss):

@@ -16,7 +16,15 @@ import numpy as np
 import pytest
 import torch
 from support.pruning import hooks_on, iterate
-from support.toys import Net, ResidualPair, TinyDetector, images, square_loss, toy_loss
+from support.toys import (
+    Net,
+    ResidualPair,
+    TinyDetector,
+    images,
+    matrix,
+    square_loss,
+    toy_loss,
+)
 from torch import nn
 
 from mmgfp import ChannelPruner
@@ -31,15 +39,6 @@ APOZ = dict(type='activation', of='apoz')
 GATHERING = ['taylor', WEIGHTS, 'activation', APOZ]
 WITHOUT = ['l1', 'l2', 'fpgm', 'bn_scale', SLIMMING, 'lamp', 'random']
 SPECS = ['fisher', *GATHERING, *WITHOUT]
-
-
-def matrix(rows, **options):
-    """A 1 x 1 convolution with the weights ``rows``, (C_out, C_in / groups)."""
-    weight = torch.tensor(rows)[..., None, None]
-    c_in = weight.shape[1] * options.get('groups', 1)
-    layer = nn.Conv2d(c_in, len(weight), 1, bias=False, **options)
-    layer.weight.data = weight
-    return layer
 
 
 def norm(*scales):

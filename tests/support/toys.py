@@ -71,6 +71,15 @@ def parameters_in(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def matrix(rows: list[list[float]], **options) -> nn.Conv2d:
+    """A 1 x 1 convolution with the weights ``rows``, (C_out, C_in / groups)."""
+    weight = torch.tensor(rows)[..., None, None]
+    c_in = weight.shape[1] * options.get('groups', 1)
+    layer = nn.Conv2d(c_in, len(weight), 1, bias=False, **options)
+    layer.weight.data = weight
+    return layer
+
+
 def conv(c_in: int, c_out: int, kernel: int = 3, **options) -> nn.Conv2d:
     """A convolution that keeps H and W at stride 1."""
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, **options)

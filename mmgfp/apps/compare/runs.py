@@ -261,7 +261,8 @@ def working_alone(work_dir: Path, threads: int | None) -> Iterator[Processes]:
         try:
             yield processes
         finally:
-            signal.signal(signal.SIGTERM, before)
+            # None is a handler that was not set by Python, which cannot set it again.
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _leave(number: int, frame: Any) -> None:

@@ -73,7 +73,7 @@ class Comparison:
 
 
 class Subject(ABC):
-    """What is compared in one kind of model.
+    """The parts of one kind of model that are compared.
 
     Args:
         student: The model that trains.
