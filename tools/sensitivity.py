@@ -46,6 +46,7 @@ from mmgfp.apps.sensitivity_run import (
 from mmgfp.apps.tables import markdown_table, print_table
 from mmgfp.config import PruningConfig
 from mmgfp.discovery.discover import discover
+from mmgfp.selection.scope import RATIOS_KEY
 from mmgfp.selection.targets import Target, parse_targets
 from mmgfp.units import UnitState
 from mmgfp.utils.errors import ConfigError
@@ -194,7 +195,7 @@ def write(
     atomic_write(args.work_dir / 'results.md', lambda tmp: tmp.write_text(note))
     plot_losses(table, names, shares, found.metric, args.work_dir / 'sensitivity.svg')
     out = args.out or args.work_dir / 'ratios.json'
-    write_json(out, {'ratios': ratios_by_name(ratios, units)})
+    write_json(out, {RATIOS_KEY: ratios_by_name(ratios, units)})
     print_table(cells)
     print(f'{macs:.1%} of the MACs remain with the ratios in {out}')
     print(f'in {args.work_dir}: results.md, sensitivity.svg, scan.jsonl')

@@ -46,16 +46,15 @@ def read_ratios(scope: object, ratios: object) -> dict[str, float] | None:
     field = 'ratios'
     if isinstance(ratios, str | Path):
         field, ratios = f'ratios in {ratios}', _from_file(Path(ratios))
-    is_mapping = isinstance(ratios, Mapping) and bool(ratios)
-    for name, share in ratios.items() if is_mapping else ():  # type: ignore[attr-defined]
+    if not isinstance(ratios, Mapping) or not ratios:
+        expected = 'a dict of shares by names of groups, with some entries'
+        raise ConfigError(field, expected, f'{ratios!r:.60}', REMEDY)
+    for name, share in ratios.items():
         is_share = isinstance(share, int | float) and not isinstance(share, bool)
         if not isinstance(name, str) or not is_share or not 0 <= share <= 1:
             expected = 'shares in [0, 1] by names or patterns of groups'
             raise ConfigError(field, expected, f'{name!r}: {share!r}', REMEDY)
-    if not is_mapping:
-        expected = 'a dict of shares by names of groups, with some entries'
-        raise ConfigError(field, expected, f'{ratios!r:.60}', REMEDY)
-    return {name: float(share) for name, share in ratios.items()}  # type: ignore[attr-defined]
+    return {name: float(share) for name, share in ratios.items()}
 
 
 def _from_file(path: Path) -> Any:
