@@ -48,7 +48,7 @@ def measure_discovery(
                 values.clear()
     with stopwatch(times['all'], device):
         work = calls.profile(model)
-        discover(model, calls.loss, calls.check, calls.images, work)
+        discover(model, calls.loss, calls.forward, calls.images, work)
     return {
         'groups': len(grouping.groups),
         'units': grouping.units,

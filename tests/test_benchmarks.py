@@ -43,10 +43,11 @@ class ToyCalls:
     def loss(self, model):
         return square_loss(model(self.batch))
 
-    check = loss
+    def forward(self, model):
+        return model(self.batch)
 
     def profile(self, model, size=None):
-        return profile_layers(model, self.check, self.images)
+        return profile_layers(model, self.forward, self.images)
 
 
 class ToySubject:
@@ -140,7 +141,7 @@ def test_branches_begin_with_a_scale():
 def test_unverified_groups_are_those_of_discover():
     model, calls = ToySubject().build('cpu')
     found = unverified(model, calls)
-    verified = discover(model, calls.loss, calls.check, calls.images)
+    verified = discover(model, calls.loss, calls.forward, calls.images)
     assert repr(discovery_to_dict(found)) == repr(discovery_to_dict(verified))
 
 

@@ -84,7 +84,7 @@ def analyze(
     profiles = calls.profile(model, shape)
     pruner = ChannelPruner(model, options, strict=strict or options.strict)
     # Not prepared: what can be pruned is of interest even if it's not enough.
-    found = pruner.discover(calls.loss, calls.check, calls.images, profiles)
+    found = pruner.discover(calls.loss, calls.forward, calls.images, profiles)
     facts = (found.grouping, found.profiles)
     units = UnitState(model, *facts, costs=options.costs)
     return report(units, profiles, options.profile)

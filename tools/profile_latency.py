@@ -95,7 +95,7 @@ def profiler_from(args: argparse.Namespace, console: Console) -> LatencyProfiler
     console.print(f'image {tuple(shape)}, {source}')
     profiles = calls.profile(model, shape)
     pruner = ChannelPruner(model, options)
-    found = pruner.discover(calls.loss, calls.check, calls.images, profiles)
+    found = pruner.discover(calls.loss, calls.forward, calls.images, profiles)
     return LatencyProfiler(
         model.eval(),
         found.grouping,

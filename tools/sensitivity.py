@@ -117,7 +117,7 @@ def prepared(
     calls = next(training_batches(cfg, model, 1))
     how = (options.keep, options.coupled, options.strict, criterion.unscorable)
     profiles = calls.profile(model, options.input_shape)
-    batch = (calls.loss, calls.check, calls.images, profiles)
+    batch = (calls.loss, calls.forward, calls.images, profiles)
     discovery = discover(model, *batch, *how)
     groups = [[g.name, g.units] for g in discovery.grouping.groups]
     settings: dict[str, Any] = {'config': args.config, 'checkpoint': args.checkpoint}

@@ -230,7 +230,7 @@ def _prune(model: Any, calls: BatchCalls) -> dict[str, Any]:
     profiles = calls.profile(model)
     start = time.perf_counter()
     # Not prepared, as what can be pruned may not be enough for a target.
-    discovery = pruner.discover(calls.loss, calls.check, calls.images, profiles)
+    discovery = pruner.discover(calls.loss, calls.forward, calls.images, profiles)
     grouping = discovery.grouping
     prepared = time.perf_counter() - start
     kept = random_units(grouping.groups, 0.3, np.random.default_rng(1))

@@ -35,7 +35,6 @@ class BatchCalls:
         self.images = len(views[0])
         self.size = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else None
         self._mode: str | None = None
-        self._loss_infers: bool | None = None
 
     @property
     def without_boxes(self) -> bool:
@@ -64,34 +63,6 @@ class BatchCalls:
         the outputs of the RPN are among those returned.
         """
         return self._outputs(model, self.data)
-
-    def check(self, model: nn.Module) -> Any:
-        """Return all outputs, as `forward` does; the loss must run as well.
-
-        A compact model that cannot compute its loss cannot be trained: a detached
-        target keeps its width, say. The first call, which comes before anything is cut,
-        shows whether the loss runs in eval mode at all.
-        """
-        # The loss is not among the outputs that are compared: where two candidates are
-        # equally good, the last bit decides which of them a loss assigns.
-        outputs = self.forward(model)
-        if self._mode == 'loss':  # it has just run
-            return outputs
-        if self._loss_infers is None:
-            try:
-                self.steady_loss(model)
-            except Exception as error:
-                print_log(
-                    f'the loss of {type(model).__name__} cannot be computed in eval '
-                    f'mode ({type(error).__name__}: {error}): only outputs are checked',
-                    'current',
-                )
-                self._loss_infers = False
-            else:
-                self._loss_infers = True
-        elif self._loss_infers:
-            self.steady_loss(model)
-        return outputs
 
     def profile(
         self, model: nn.Module, shape: Sequence[int] | None = None

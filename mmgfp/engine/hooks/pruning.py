@@ -147,7 +147,7 @@ class ChannelPruningHook(Hook):
 
     def _discover(self, pruner: ChannelPruner, calls: BatchCalls) -> dict[str, Any]:
         profiles = calls.profile(pruner.model, self.config.input_shape)
-        discovery = pruner.discover(calls.loss, calls.check, calls.images, profiles)
+        discovery = pruner.discover(calls.loss, calls.forward, calls.images, profiles)
         return discovery_to_dict(discovery)
 
     def _watch(self, runner: Runner, pruner: ChannelPruner) -> Progress:
