@@ -1,8 +1,10 @@
 """The pruner on plain modules: decisions, masks, state, and what it leaves behind."""
 
 import copy
+import gc
 import logging
 import re
+import weakref
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from support.toys import (
 from torch import nn
 
 from mmgfp import GroupFisherPruner
+from mmgfp.discovery.verify import disagreement
 from mmgfp.selection.costs import RunningCosts
 from mmgfp.selection.targets import Target
 from mmgfp.utils.errors import ConfigError, StatisticsError, TraceError
@@ -502,6 +505,28 @@ def test_compact_is_a_copy_without_hooks():
     after = run.model.state_dict()
     assert all(torch.equal(after[n], t) for n, t in before.items())
     assert len(run.train(1)[0].units) == 1  # the pruner goes on
+
+
+def test_what_nothing_refers_to_any_more_is_freed():
+    run = Run(interval=1)
+    run.train(3)
+    left = [weakref.ref(p) for p in (*run.model.parameters(), run.pruner)]
+    del run
+    gc.collect()
+    assert not any(ref() is not None for ref in left)
+
+
+def test_verification_keeps_no_copies():
+    run = Run(interval=1)
+    run.train(3)
+    before = parameters_alive()
+    assert disagreement(run.model, run.groups, run.units.kept, run.loss) is None
+    assert parameters_alive() == before
+
+
+def parameters_alive():
+    gc.collect()
+    return sum(type(x) is nn.Parameter for x in gc.get_objects())
 
 
 def test_structure_names_what_is_kept():

@@ -100,11 +100,13 @@ class ColumnMask:
         parameter = self._parameters[name]
         self._index[columns] = torch.from_numpy(entries).to(parameter.device)
         if parameter.requires_grad and columns not in self._handles:
+            # Not of `self`, which has the parameter: torch never frees such a cycle.
+            index = self._index
 
             def hook(parameter: Tensor) -> None:
                 # In place, as a copy of the gradient could be the step's peak memory.
                 if parameter.grad is not None:
-                    parameter.grad.index_fill_(dim, self._index[columns], 0)
+                    parameter.grad.index_fill_(dim, index[columns], 0)
 
             handle = parameter.register_post_accumulate_grad_hook(hook)
             self._handles[columns] = handle
