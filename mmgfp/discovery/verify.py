@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,10 @@ class _Draw:
         pair = masked_and_compact(self.probe, groups, self.kept(members))
         self.small = pair[1]
         reasons = (check(*pair) for check in self.checks)
-        return next((reason for reason in reasons if reason), None)
+        reason = next((reason for reason in reasons if reason), None)
+        if reason:
+            gc.collect()  # an error's frames, which hold the copies, form cycles
+        return reason
 
 
 def find_disagreements(
