@@ -24,9 +24,9 @@ from mmgfp.compensation.norms import renew_norms
 from mmgfp.compensation.options import CompensationConfig
 from mmgfp.compensation.recording import Call, evaluating, run_until
 from mmgfp.compensation.refit import Moments, refit
-from mmgfp.compensation.sampling import add_call, held_out
+from mmgfp.compensation.sampling import Target, add_call, held_out
 from mmgfp.compensation.survey import Layer, Norm, Survey, survey
-from mmgfp.compensation.teacher import Target, Teacher
+from mmgfp.compensation.teacher import Teacher
 from mmgfp.groups import Grouping
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.structure import PruneStructure, shapes_of
@@ -254,12 +254,11 @@ class _Compensation:
 
         def add(weight: str, x: Tensor, target: Target | None) -> None:
             system = systems[weight]
-            rows = x.new_zeros(0) if target is None else target.y
-            if target is None or rows.shape[1] != system.count(x):
+            if target is None or target.count != system.count(x):
                 self.reports[weight] = LayerReport(weight, reason=UNPAIRED)
             else:
                 sums = moments[weight][self.held_out[batch]]
-                add_call(sums, system, x, target, self.config.rows, batch)
+                add_call(sums, system, x, target)
 
         systems = {x.weight: x.system for x in layers}
         if one_pass:

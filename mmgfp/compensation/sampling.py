@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,18 +11,56 @@ from torch import Tensor
 
 from mmgfp.compensation.inputs import LinearSystem
 from mmgfp.compensation.refit import Moments
-from mmgfp.compensation.teacher import Target
+
+
+@dataclass
+class Target:
+    """One call of a layer of the original model, at all positions or a sample.
+
+    Attributes:
+        y: Its outputs, as far as the compact model has them, by position, (G, P, o).
+        squares: Mean over these outputs of the squared gradients of the loss, (G, P);
+            None if these do not matter.
+        importance: Sum over all positions of the squared gradients, (G, o).
+        count: Number of all positions.
+        x: Its input, as far as the compact model has it; None if not asked for.
+        index: The positions P of a sample; None if these are all.
+        share: How often each was to be expected in it, (P,).
+    """
+
+    y: Tensor
+    squares: Tensor | None
+    importance: Tensor
+    count: int
+    x: Tensor | None = None
+    index: Tensor | None = None
+    share: Tensor | None = None
+
+    @property
+    def ways(self) -> list[Tensor]:
+        """What positions are weighted by: squared gradients, if any, and alike."""
+        alike = torch.ones_like(self.y[:, :, 0])  # (G, P)
+        return [alike] if self.squares is None else [self.squares, alike]
+
+    def sampled(self, rows: int, seed: int) -> Target:
+        """Return the same at a sample of ``rows`` positions by weight, if it has more.
+
+        Args:
+            rows: Positions that are taken at most.
+            seed: Number from which random numbers start.
+        """
+        if self.count <= rows:
+            return self
+        index, share = sample(sum(self.ways).mean(0), rows, seed)  # type: ignore[union-attr]
+        squares = None if self.squares is None else self.squares[:, index]
+        kept = (self.importance, self.count, self.x, index, share)
+        return Target(self.y[:, index], squares, *kept)
 
 
 def add_call(
-    moments: Sequence[Moments],
-    system: LinearSystem,
-    x: Tensor,
-    target: Target,
-    rows: int,
-    seed: int,
+    moments: Sequence[Moments], system: LinearSystem, x: Tensor, target: Target
 ) -> None:
-    """Add a call of a layer to its moments: all positions, or a sample by weight.
+    """Add a call of a layer to its moments.
 
     Args:
         moments: Moments to add to, one for each way to weigh positions: by squared
@@ -29,23 +68,19 @@ def add_call(
         system: The layer.
         x: Its input.
         target: What it should give.
-        rows: Positions that are taken at most.
-        seed: Number from which random numbers start.
     """
-    count = target.y.shape[1]
-    index = torch.arange(count, device=x.device)
-    alike = torch.ones_like(target.y[:, :, 0])  # (G, P)
-    ways = [alike] if target.squares is None else [target.squares, alike]
-    if count > rows:
-        index, share = sample(sum(ways).mean(0), rows, seed)  # type: ignore[union-attr]
-        ways = [f[:, index] / share for f in ways]
+    index, ways = target.index, target.ways
+    if index is None:
+        index = torch.arange(target.count, device=x.device)
+    if target.share is not None:
+        ways = [f / target.share for f in ways]
     start = 0
     importance = target.importance
     for inputs in system.rows(x, index):  # (G, P, n)
         part = slice(start, start + inputs.shape[1])
         start = part.stop
         for sums, f in zip(moments, ways, strict=True):
-            sums.add(inputs, target.y[:, index[part]], f[:, part], importance)
+            sums.add(inputs, target.y[:, part], f[:, part], importance)
         importance = torch.zeros_like(importance)  # of the whole call
 
 

@@ -11,26 +11,9 @@ from torch import Tensor, nn
 
 from mmgfp.compensation.options import CompensationConfig
 from mmgfp.compensation.recording import Call, watch
+from mmgfp.compensation.sampling import Target
 from mmgfp.compensation.survey import Layer
 from mmgfp.utils.trial_runs import undisturbed
-
-
-@dataclass
-class Target:
-    """One call of a layer of the original model.
-
-    Attributes:
-        y: Its outputs, as far as the compact model has them, by position, (G, P, o).
-        squares: Mean over these outputs of the squared gradients of the loss, (G, P);
-            None if these do not matter.
-        importance: Sum over positions of the squared gradients, (G, o).
-        x: Its input, as far as the compact model has it; None if not asked for.
-    """
-
-    y: Tensor
-    squares: Tensor | None
-    importance: Tensor
-    x: Tensor | None = None
 
 
 @dataclass
@@ -59,26 +42,44 @@ class Teacher:
     ) -> None:
         self.model, self.calls, self.config = model, calls, config
         self.layers = {layer.weight: layer for layer in layers}
-        numbers = sum(
-            layer.positions * layer.system.groups * (layer.system.outputs + 1)
-            for layer in layers
-        )
-        size = next(model.parameters()).element_size()
-        self._keeps = numbers * len(calls) * size <= config.memory
+        self._size = next(model.parameters()).element_size()
         self._kept: dict[int, dict[str, list[Target]]] = {}
+        self._done: set[str] = set()
 
     def targets(
         self, batch: int, layers: Sequence[Layer], with_inputs: bool = False
     ) -> dict[str, list[Target]]:
         """Return the calls of some layers on a batch, by the name of the weight."""
-        if with_inputs or not self._keeps:
+        if with_inputs:
             return self._run(batch, layers, with_inputs)
-        if batch not in self._kept:
-            self._kept[batch] = self._run(batch, [*self.layers.values()], False)
-        return {layer.weight: self._kept[batch][layer.weight] for layer in layers}
+        kept = self._kept.setdefault(batch, {})
+        if any(layer.weight not in kept for layer in layers):
+            self._kept[batch] = kept = self._run(batch, self._next(layers), False)
+        return {layer.weight: kept[layer.weight] for layer in layers}
+
+    def _next(self, layers: Sequence[Layer]) -> list[Layer]:
+        """Return layers, and those whose turn is next as far as memory allows."""
+        chosen = {layer.weight: layer for layer in layers}
+        numbers = sum(self._numbers(layer) for layer in layers)
+        waiting = [x for n, x in self.layers.items() if n not in self._done]
+        for layer in sorted(waiting, key=lambda x: x.level):
+            if layer.weight in chosen:
+                continue
+            numbers += self._numbers(layer)
+            if numbers * len(self.calls) * self._size > self.config.memory:
+                break
+            chosen[layer.weight] = layer
+        return [*chosen.values()]
+
+    def _numbers(self, layer: Layer) -> int:
+        """Return how many numbers are kept of a layer for a batch."""
+        system = layer.system
+        rows = min(layer.positions, layer.calls * self.config.rows)
+        return rows * system.groups * (system.outputs + 1)
 
     def forget(self, layers: Sequence[Layer]) -> None:
         """Drop what is kept of layers that are done."""
+        self._done |= {layer.weight for layer in layers}
         for targets in self._kept.values():
             for layer in layers:
                 targets.pop(layer.weight, None)
@@ -108,7 +109,9 @@ class Teacher:
         by_call = iter(grads)
         return {
             name: [
-                self._target(self.layers[name], c, next(by_call) if c.edge else None)
+                self._target(
+                    self.layers[name], c, next(by_call) if c.edge else None
+                ).sampled(self.config.rows, batch)
                 for c in calls
             ]
             for name, calls in seen.items()
@@ -118,12 +121,13 @@ class Teacher:
         system = layer.system
         y = system.targets(call.y)
         if self.config.method != 'fisher':
-            return Target(y, None, y.new_ones(y.shape[0], y.shape[2]), call.x)
+            importance = y.new_ones(y.shape[0], y.shape[2])
+            return Target(y, None, importance, y.shape[1], call.x)
         squares = torch.zeros_like(y)
         if grad is not None and layer.scale > 0:
             grad = system.by_position(_select_outputs(layer, grad))
             squares = grad.square() / layer.scale
-        return Target(y, squares.mean(2), squares.sum(1), call.x)
+        return Target(y, squares.mean(2), squares.sum(1), y.shape[1], call.x)
 
 
 def _select_outputs(layer: Layer, y: Tensor) -> Tensor:
