@@ -1,0 +1,265 @@
+"""Pruning without training: statistics, a cut, refitting, and again if it is far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmgfp.compensation.compensate import LayerReport, compensate
+from mmgfp.compensation.options import CompensationConfig
+from mmgfp.compensation.recording import evaluating
+from mmgfp.config import PruningConfig
+from mmgfp.pruner import ChannelPruner
+from mmgfp.selection.costs import LayerProfile, Totals
+from mmgfp.selection.targets import Target
+from mmgfp.surgery.compact import compact
+from mmgfp.surgery.structure import PruneStructure
+from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.trial_runs import (
+    Forward,
+    LossFunction,
+    all_parameters_require_grad,
+    copy_module,
+    without_checkpointing,
+)
+
+#: One cut may leave this share of a cost; for less, there are several.
+ONE_CUT = 0.45
+#: The share that each of several cuts leaves, or a little more.
+STEP = 0.75
+
+
+@dataclass(frozen=True)
+class Round:
+    """One cut, and how the model was made up for it.
+
+    Attributes:
+        target: Where the cut ended.
+        totals: Costs that remain.
+        units: Numbers of the units that went.
+        layers: What became of the layers that the cut reaches; empty without
+            compensation.
+        norms: Batch norms whose statistics were taken anew.
+    """
+
+    target: Target
+    totals: Totals
+    units: np.ndarray
+    layers: tuple[LayerReport, ...] = ()
+    norms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model that was pruned without training.
+
+    Attributes:
+        model: The compact model.
+        structure: What it keeps of the original.
+        full: Costs of the original.
+        rounds: All cuts, the last one to the target.
+    """
+
+    model: nn.Module
+    structure: PruneStructure
+    full: Totals
+    rounds: tuple[Round, ...]
+
+    @property
+    def totals(self) -> Totals:
+        """Costs of the compact model."""
+        return self.rounds[-1].totals
+
+
+def stations(ratio: float, rounds: int | Sequence[float] | None = None) -> list[float]:
+    """Return the shares of a cost at which cuts end, falling, down to a target.
+
+    Args:
+        ratio: The target.
+        rounds: The number of cuts, or the shares before the last one; by default one
+            cut down to about half, and for less several of about a quarter each.
+
+    Raises:
+        ConfigError: If shares do not fall from 1 to the target.
+
+    Examples:
+        >>> stations(0.5)
+        [0.5]
+        >>> [round(share, 3) for share in stations(0.35)]
+        [0.769, 0.592, 0.455, 0.35]
+        >>> stations(0.35, [0.7, 0.5])
+        [0.7, 0.5, 0.35]
+    """
+    if rounds is None:
+        rounds = 1
+        if ratio < ONE_CUT:
+            rounds = math.ceil(math.log(ratio) / math.log(STEP))
+    if isinstance(rounds, int):
+        if rounds < 1:
+            expected = 'a whole number of at least 1, or shares'
+            raise ConfigError('rounds', expected, repr(rounds), 'give 1')
+        return [ratio ** (k / rounds) for k in range(1, rounds)] + [ratio]
+    shares = [*rounds, ratio]
+    if not all(a > b for a, b in zip([1.0, *shares], shares, strict=False)):
+        expected = f'shares that fall from below 1 to above {ratio:g}'
+        raise ConfigError('rounds', expected, repr(rounds), 'leave them out')
+    return shares
+
+
+def prune_without_training(
+    model: nn.Module,
+    losses: Sequence[LossFunction],
+    forward: Forward,
+    images: int,
+    config: PruningConfig | Mapping[str, Any] | None = None,
+    compensation: CompensationConfig | None = None,
+    rounds: int | Sequence[float] | None = None,
+    profiles: Mapping[str, LayerProfile] | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Pruned:
+    """Prune a trained model by statistics of some batches, and refit what remains.
+
+    In each round the criterion scores the units by all batches, one decision takes the
+    lowest of them, and the layers that read them are refitted. The next round scores
+    what this one has made: what one cut destroys, several may keep.
+
+    Args:
+        model: The trained model; it is left as it is.
+        losses: Compute the loss of a model on one batch each, a scalar, always the
+            same one. The model is in eval mode.
+        forward: Returns all outputs that the module it is given has at inference.
+        images: Number of images in the batch of ``forward`` and the first loss.
+        config: What may go, by which criterion, to which target (one); its pace does
+            not matter.
+        compensation: How layers are refitted; None leaves the model as cut.
+        rounds: See `stations`.
+        profiles: How often each layer uses its weight for one image; recorded from
+            ``forward`` if not given.
+        report: Called with a line on what begins.
+
+    Raises:
+        ConfigError: If there are several targets, or one that cannot be reached.
+        TraceError: If nothing can be pruned.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> batches = [torch.randn(2, 3, 8, 8) for _ in range(4)]
+        >>> losses = [lambda m, x=x: m(x).square().mean() for x in batches]
+        >>> pruned = prune_without_training(
+        ...     net, losses, lambda m: m(batches[0]), 2, dict(target=dict(flops=0.5)),
+        ...     CompensationConfig())
+        >>> pruned.model[0].out_channels
+        4
+    """
+    target, config = _stations_of(PruningConfig.of(config), rounds, len(losses))
+    work = copy_module(model)  # it is masked, and takes over what is refitted
+    pruner = ChannelPruner(work, config)
+    small = model
+    done: list[Round] = []
+    # Else frozen stages cut the graph.
+    with closing(pruner), evaluating(work), all_parameters_require_grad(work):
+        report('finding coupled channels')
+        pruner.prepare(losses[0], forward, images, profiles)
+        units = pruner.units
+        while not pruner.done:
+            before = units.kept.copy()
+            report(f'scoring units for {pruner.pending[0].label}')
+            step = _decide(pruner, losses)
+            if not step.reached:
+                left = step.totals.ratio(target.cost, units.full)
+                raise ConfigError(
+                    'target',
+                    'one that can be reached with the scores at hand',
+                    f'{left:.3f} of {target.cost}',
+                    'raise it, or give more batches',
+                )
+            layers: tuple[LayerReport, ...] = ()
+            norms: tuple[str, ...] = ()
+            if compensation is None:
+                small = compact(model, units.structure())
+            else:
+                report('refitting')
+                grouping = units.grouping.remaining(before)
+                kept = units.kept[before]
+                result = compensate(small, grouping, kept, losses, compensation)
+                small, layers, norms = result.model, result.layers, result.norms
+                take_over(work, small, units.structure())
+            reached = step.reached[-1]
+            done.append(Round(reached, step.totals, step.units, layers, norms))
+        structure, full = units.structure(), units.full
+    for module, original in zip(small.modules(), model.modules(), strict=True):
+        module.training = original.training
+    return Pruned(small, structure, full, tuple(done))
+
+
+def _stations_of(
+    config: PruningConfig, rounds: int | Sequence[float] | None, batches: int
+) -> tuple[Target, PruningConfig]:
+    """Return the target, and options of a run that ends at it after several cuts."""
+    if not batches:
+        raise ConfigError('losses', 'at least one', 'no losses', 'give some batches')
+    if len(config.targets) != 1:
+        got = str(len(config.targets))
+        raise ConfigError('target', 'one target', got, 'name those before in rounds')
+    (target,) = config.targets
+    shares = stations(target.ratio, rounds)
+    options = dict(units_per_step=1, iterations=None, statistics_interval=1)
+    schedule = dict(type='one_shot', iterations=batches)
+    targets = [{target.cost: share} for share in shares]
+    return target, PruningConfig.of(
+        config,
+        target=targets,
+        schedule=schedule,
+        compact_interval=None,
+        **options,
+    )
+
+
+def _decide(pruner: ChannelPruner, losses: Sequence[LossFunction]) -> Any:
+    """Score units by all batches, without any step, and prune them to the station."""
+    step = None
+    with without_checkpointing():
+        for loss in losses:
+            pruner.model.zero_grad()
+            loss(pruner.model).backward()
+            step = pruner.step()
+    pruner.model.zero_grad()
+    return step
+
+
+@torch.no_grad()
+def take_over(model: nn.Module, small: nn.Module, structure: PruneStructure) -> None:
+    """Write the tensors of a compact model to where they belong in the original.
+
+    Args:
+        model: A model of the original's shape, in place.
+        small: The compact model.
+        structure: What it keeps of each tensor.
+
+    Examples:
+        >>> full, part = nn.Linear(2, 3), nn.Linear(2, 1)
+        >>> kept = {'weight': {0: [2]}, 'bias': {0: [2]}}
+        >>> sizes = {'weight': [3, 2], 'bias': [3]}
+        >>> take_over(full, part, PruneStructure(sizes=sizes, kept=kept))
+        >>> bool((full.weight[2] == part.weight[0]).all())
+        True
+    """
+    tensors = small.state_dict()
+    for name, tensor in model.state_dict().items():
+        kept = structure.kept.get(name)
+        if kept is None:
+            if isinstance(tensor, Tensor):
+                tensor.copy_(tensors[name])
+            continue
+        index = [
+            torch.tensor(kept.get(dim, range(size)), device=tensor.device)
+            for dim, size in enumerate(tensor.shape)
+        ]
+        tensor[torch.meshgrid(*index, indexing='ij')] = tensors[name]

@@ -1,0 +1,144 @@
+"""Pruning without training: what goes, in how many cuts, and what is left."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from support.pruning import hooks_on
+from support.toys import (
+    TOYS,
+    ConvPair,
+    GroupConv,
+    TinyDetector,
+    images,
+    square_loss,
+    toy_forward,
+)
+
+from mmgfp import ChannelPruner
+from mmgfp.compensation.compensate import compensate
+from mmgfp.compensation.options import CompensationConfig
+from mmgfp.surgery.compact import compact
+from mmgfp.utils.errors import ConfigError
+from mmgfp.without_training import prune_without_training, stations
+
+LEAST_SQUARES = CompensationConfig(method='least_squares')
+
+
+def losses(count=4):
+    batches = [images(4, seed=seed) for seed in range(count)]
+    return [lambda m, x=x: square_loss(m(x)) for x in batches]
+
+
+def run(net, target=0.6, compensation=LEAST_SQUARES, **options):
+    config = options.pop('config', {})
+    config = {'target': dict(flops=target), **config}
+    first = (losses(), lambda m: m(images(4)), 4)
+    return prune_without_training(net, *first, config, compensation, **options)
+
+
+def test_one_cut_takes_the_units_that_a_pruner_takes_and_refits():
+    """By the sums of Fisher information over all batches, in eval mode."""
+    torch.manual_seed(0)
+    net = TinyDetector()
+    result = run(net)
+    model = copy.deepcopy(net).eval()
+    pruner = ChannelPruner(
+        model, target=dict(flops=0.6), schedule='one_shot', interval=4
+    )
+    grouping = pruner.prepare(losses()[0], lambda m: m(images(4)), 4)
+    for loss in losses():
+        loss(model).backward()
+        step = pruner.step()
+    assert result.rounds[0].units.tolist() == step.units.tolist()
+    assert result.structure == pruner.units.structure()
+    assert result.totals == step.totals
+    expected = compensate(net, grouping, pruner.units.kept, losses(), LEAST_SQUARES)
+    assert result.rounds[0].layers == expected.layers
+    for name, tensor in expected.model.state_dict().items():
+        assert torch.equal(tensor, result.model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ('toy', 'compensation'),
+    [(TinyDetector, None), *((toy, LEAST_SQUARES) for toy in TOYS)],
+)
+def test_several_cuts_make_one_structure(toy, compensation):
+    """The compact model has it, and what a masked one gives is what it gives."""
+    torch.manual_seed(0)
+    net = toy()
+    net.train()
+    before = copy.deepcopy(net.state_dict())
+    result = run(net, compensation=compensation, rounds=2)
+    assert [r.target.ratio for r in result.rounds] == [pytest.approx(0.6**0.5), 0.6]
+    assert result.totals['flops'] <= 0.6 * result.full['flops']
+    units = np.concatenate([r.units for r in result.rounds])
+    assert len(units) == len(set(units.tolist()))
+    plain = compact(net, result.structure)
+    shapes = {n: t.shape for n, t in plain.state_dict().items()}
+    assert {n: t.shape for n, t in result.model.state_dict().items()} == shapes
+    # Widths that modules repeat in attributes follow, too.
+    assert repr(result.model) == repr(plain)
+    if compensation is None:
+        for name, tensor in plain.state_dict().items():
+            assert torch.equal(tensor, result.model.state_dict()[name])
+    square_loss(toy_forward(result.model)).backward()
+    # The model is as it was.
+    assert net.training and result.model.training
+    assert hooks_on(net) == hooks_on(result.model) == 0
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_the_second_cut_is_scored_on_what_the_first_one_made():
+    torch.manual_seed(0)
+    net = TinyDetector()
+    whole = run(net, rounds=2)
+    first = run(net, target=0.6**0.5)
+    assert whole.rounds[0].units.tolist() == first.rounds[0].units.tolist()
+    second = run(first.model, target=0.6 * first.full['flops'] / first.totals['flops'])
+    assert len(whole.rounds[1].units) == len(second.rounds[0].units)
+    for name, tensor in second.model.state_dict().items():
+        torch.testing.assert_close(tensor, whole.model.state_dict()[name])
+
+
+def test_frozen_stages_can_go_and_stay_frozen():
+    torch.manual_seed(0)
+    net = ConvPair()
+    net.conv1.requires_grad_(False)
+    result = run(net)
+    assert result.model.conv1.out_channels < net.conv1.out_channels
+    assert not result.model.conv1.weight.requires_grad
+    assert result.model.conv2.weight.requires_grad
+
+
+def test_lines_say_what_begins():
+    lines = []
+    run(GroupConv(), report=lines.append, rounds=1)
+    assert lines == [
+        'finding coupled channels',
+        'scoring units for flops60',
+        'refitting',
+    ]
+
+
+def test_where_cuts_end():
+    assert stations(0.45) == [0.45]
+    assert len(stations(0.44)) == 3 and len(stations(0.2)) == 6
+    assert stations(0.25, 2) == [0.5, 0.25]
+    for rounds, words in ((0, 'at least 1'), ([0.2], 'fall'), ([1.0], 'fall')):
+        with pytest.raises(ConfigError, match=words):
+            stations(0.3, rounds)
+
+
+def test_bad_arguments():
+    net = ConvPair()
+    with pytest.raises(ConfigError, match='target must be one target .*got 2'):
+        run(net, config=dict(target=[dict(flops=0.6), dict(flops=0.5)]))
+    with pytest.raises(ConfigError, match='two batches or more'):
+        prune_without_training(
+            net, losses(1), lambda m: m(images(4)), 4, None, LEAST_SQUARES
+        )
+    with pytest.raises(ConfigError, match='no losses'):
+        prune_without_training(net, [], toy_forward, 2)
