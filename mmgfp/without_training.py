@@ -16,7 +16,7 @@ from mmgfp.compensation.compensate import LayerReport, compensate
 from mmgfp.compensation.options import CompensationConfig
 from mmgfp.compensation.recording import evaluating
 from mmgfp.config import PruningConfig
-from mmgfp.pruner import ChannelPruner
+from mmgfp.pruner import ChannelPruner, PruneStep
 from mmgfp.selection.costs import LayerProfile, Totals
 from mmgfp.selection.targets import Target
 from mmgfp.surgery.compact import compact
@@ -127,17 +127,15 @@ def prune_without_training(
     """Prune a trained model by statistics of some batches, and refit what remains.
 
     In each round the criterion scores the units by all batches, one decision takes the
-    lowest of them, and the layers that read them are refitted. The next round scores
-    what this one has made: what one cut destroys, several may keep.
+    lowest, and the layers that read them are refitted; the next one scores the result.
 
     Args:
         model: The trained model; it is left as it is.
-        losses: Compute the loss of a model on one batch each, a scalar, always the
-            same one. The model is in eval mode.
+        losses: Compute the loss of a model in eval mode, a scalar, on one batch each,
+            always the same one.
         forward: Returns all outputs that the module it is given has at inference.
         images: Number of images in the batch of ``forward`` and the first loss.
-        config: What may go, by which criterion, to which target (one); its pace does
-            not matter.
+        config: What may go, by which criterion, to which target; not the pace.
         compensation: How layers are refitted; None leaves the model as cut.
         rounds: See `stations`.
         profiles: How often each layer uses its weight for one image; recorded from
@@ -152,78 +150,77 @@ def prune_without_training(
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> batches = [torch.randn(2, 3, 8, 8) for _ in range(4)]
         >>> losses = [lambda m, x=x: m(x).square().mean() for x in batches]
-        >>> pruned = prune_without_training(
-        ...     net, losses, lambda m: m(batches[0]), 2, dict(target=dict(flops=0.5)),
-        ...     CompensationConfig())
-        >>> pruned.model[0].out_channels
+        >>> result = prune_without_training(net, losses, lambda m: m(batches[0]), 2)
+        >>> result.model[0].out_channels
         4
     """
-    target, config = _stations_of(PruningConfig.of(config), rounds, len(losses))
     work = copy_module(model)  # it is masked, and takes over what is refitted
-    pruner = ChannelPruner(work, config)
-    small = model
-    done: list[Round] = []
+    pruner = ChannelPruner(work, _at_once(PruningConfig.of(config), rounds, losses))
     # Else frozen stages cut the graph.
     with closing(pruner), evaluating(work), all_parameters_require_grad(work):
         report('finding coupled channels')
         pruner.prepare(losses[0], forward, images, profiles)
-        units = pruner.units
-        while not pruner.done:
-            before = units.kept.copy()
-            report(f'scoring units for {pruner.pending[0].label}')
-            step = _decide(pruner, losses)
-            if not step.reached:
-                left = step.totals.ratio(target.cost, units.full)
-                raise ConfigError(
-                    'target',
-                    'one that can be reached with the scores at hand',
-                    f'{left:.3f} of {target.cost}',
-                    'raise it, or give more batches',
-                )
-            layers: tuple[LayerReport, ...] = ()
-            norms: tuple[str, ...] = ()
-            if compensation is None:
-                small = compact(model, units.structure())
-            else:
-                report('refitting')
-                grouping = units.grouping.remaining(before)
-                kept = units.kept[before]
-                result = compensate(small, grouping, kept, losses, compensation)
-                small, layers, norms = result.model, result.layers, result.norms
-                take_over(work, small, units.structure())
-            reached = step.reached[-1]
-            done.append(Round(reached, step.totals, step.units, layers, norms))
-        structure, full = units.structure(), units.full
-    for module, original in zip(small.modules(), model.modules(), strict=True):
-        module.training = original.training
-    return Pruned(small, structure, full, tuple(done))
+        return _all_rounds(model, pruner, losses, compensation, report)
 
 
-def _stations_of(
-    config: PruningConfig, rounds: int | Sequence[float] | None, batches: int
-) -> tuple[Target, PruningConfig]:
-    """Return the target, and options of a run that ends at it after several cuts."""
-    if not batches:
+def _all_rounds(
+    model: nn.Module,
+    pruner: ChannelPruner,
+    losses: Sequence[LossFunction],
+    compensation: CompensationConfig | None,
+    report: Callable[[str], None],
+) -> Pruned:
+    """Prune the model of a pruner to all of its targets, and refit after each."""
+    units, small = pruner.units, model
+    done: list[Round] = []
+    while not pruner.done:
+        before = units.kept.copy()
+        report(f'scoring units for {pruner.pending[0].label}')
+        step = _decide(pruner, losses)
+        facts = (step.reached[-1], step.totals, step.units)
+        if compensation is None:
+            small = compact(model, units.structure())
+            done.append(Round(*facts))
+            continue
+        report('refitting')
+        grouping = units.grouping.remaining(before)
+        kept = units.kept[before]
+        result = compensate(small, grouping, kept, losses, compensation)
+        small = result.model
+        take_over(pruner.model, small, units.structure())
+        done.append(Round(*facts, result.layers, result.norms))
+    return Pruned(small, units.structure(), units.full, tuple(done))
+
+
+def _at_once(
+    config: PruningConfig,
+    rounds: int | Sequence[float] | None,
+    losses: Sequence[LossFunction],
+) -> PruningConfig:
+    """Return options of a run that goes to its target in so many cuts."""
+    if not losses:
         raise ConfigError('losses', 'at least one', 'no losses', 'give some batches')
     if len(config.targets) != 1:
         got = str(len(config.targets))
         raise ConfigError('target', 'one target', got, 'name those before in rounds')
     (target,) = config.targets
-    shares = stations(target.ratio, rounds)
-    options = dict(units_per_step=1, iterations=None, statistics_interval=1)
-    schedule = dict(type='one_shot', iterations=batches)
-    targets = [{target.cost: share} for share in shares]
-    return target, PruningConfig.of(
+    return PruningConfig.of(
         config,
-        target=targets,
-        schedule=schedule,
+        target=[{target.cost: share} for share in stations(target.ratio, rounds)],
+        schedule=dict(type='one_shot', iterations=len(losses)),
+        units_per_step=1,
+        iterations=None,
+        statistics_interval=1,
         compact_interval=None,
-        **options,
     )
 
 
-def _decide(pruner: ChannelPruner, losses: Sequence[LossFunction]) -> Any:
-    """Score units by all batches, without any step, and prune them to the station."""
+def _decide(pruner: ChannelPruner, losses: Sequence[LossFunction]) -> PruneStep:
+    """Score units by all batches, without any step, and prune them to the next target.
+
+    Raises:
+        ConfigError: If there are too few units that may go.
+    """
     step = None
     with without_checkpointing():
         for loss in losses:
@@ -231,6 +228,13 @@ def _decide(pruner: ChannelPruner, losses: Sequence[LossFunction]) -> Any:
             loss(pruner.model).backward()
             step = pruner.step()
     pruner.model.zero_grad()
+    assert step is not None  # all of an interval has gone by
+    if not step.reached:
+        cost = pruner.pending[0].cost
+        left = step.totals.ratio(cost, pruner.units.full)
+        expected = 'one that can be reached with the scores at hand'
+        remedy = 'raise it, or give more batches'
+        raise ConfigError('target', expected, f'{left:.3f} of {cost}', remedy)
     return step
 
 

@@ -111,8 +111,13 @@ class Validation:
                 infos = map(dataset.get_data_info, range(len(dataset)))
                 metric.img_ids = [info['img_id'] for info in infos]
 
-    def __call__(self) -> tuple[str, float]:
-        """Return the metric's name for people and its value."""
+    def __call__(self, model: Any = None) -> tuple[str, float]:
+        """Return the metric's name for people and its value.
+
+        Args:
+            model: A model of the same class instead of the one of the checkpoint.
+        """
+        self._runner.model = self.model if model is None else model
         return main_metric(self._runner.test(), self._metric)
 
 

@@ -104,9 +104,9 @@ def evenly(items: Sequence[Any], count: int) -> list[Any]:
 
 def _dataset(cfg: Config, size: Sequence[int | None]) -> dict[str, Any]:
     """Return the config of a dataset with the pipeline of testing."""
-    found = [_innermost(cfg.get(name)) for name in LOADERS]
+    found = [innermost_dataset(cfg.get(name)) for name in LOADERS]
     datasets = [dataset for dataset in found if dataset is not None]
-    testing = [_innermost(cfg.get(name)) for name in LOADERS[:0:-1]]
+    testing = [innermost_dataset(cfg.get(name)) for name in LOADERS[:0:-1]]
     pipelines = [d['pipeline'] for d in testing if d is not None]
     if not datasets:
         raise ConfigError(
@@ -122,7 +122,7 @@ def _dataset(cfg: Config, size: Sequence[int | None]) -> dict[str, Any]:
     return chosen
 
 
-def _innermost(loader: Any) -> Any:
+def innermost_dataset(loader: Any) -> Any:
     """Return the first dataset of a loader that reads images itself."""
     nodes = list(dicts_in((loader or {}).get('dataset') or {}))
     return next(
