@@ -20,6 +20,7 @@ from mmgfp.utils.errors import ConfigError
 def start(folder, kind):
     """A config that knows nothing of pruning, and a checkpoint."""
     config, path = config_of(folder, kind), folder / 'net.py'
+    config.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
     config.dump(path)
     torch.manual_seed(0)
     weights = build_model(Config.fromfile(path)).state_dict()
