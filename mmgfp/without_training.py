@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,13 @@ from mmgfp.selection.targets import Target
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.tree import tree_tensors
 from mmgfp.utils.trial_runs import (
     Forward,
     LossFunction,
     all_parameters_require_grad,
     copy_module,
+    undisturbed,
     without_checkpointing,
 )
 
@@ -190,6 +193,54 @@ def _all_rounds(
         take_over(pruner.model, small, units.structure())
         done.append(Round(*facts, result.layers, result.norms))
     return Pruned(small, units.structure(), units.full, tuple(done))
+
+
+def output_losses(
+    model: nn.Module, forwards: Sequence[Forward], seed: int = 0
+) -> list[LossFunction]:
+    """Return losses for images without labels: the distance to the model's own outputs.
+
+    A distance has no gradient where it is zero. Instead, each loss is a sum of outputs
+    with random signs: its squared gradient is on average the curvature of the squared
+    distance, each tensor's as a share of its own square (Hutchinson's estimate of a
+    Gauss-Newton diagonal; Martens and Grosse, 2015, arXiv 1503.05671, section 2).
+
+    Args:
+        model: The unpruned model; it is left as it is.
+        forwards: Return all outputs that a model has for one batch each, always the
+            same one. They have the same shapes for the compact model.
+        seed: Number from which signs are drawn.
+
+    Examples:
+        >>> net, x = nn.Linear(3, 2), torch.ones(4, 3)
+        >>> (loss,) = output_losses(net, [lambda m: m(x)])
+        >>> loss(net).shape
+        torch.Size([])
+    """
+    losses: list[LossFunction] = []
+    generator = torch.Generator().manual_seed(seed)
+    for forward in forwards:
+        with undisturbed(model), evaluating(model), torch.no_grad():
+            outputs = _floats(forward(model))
+        weights = []
+        for y in outputs:
+            signs = torch.randint(2, y.shape, generator=generator) * 2 - 1
+            norm = y.norm().clamp(min=torch.finfo(y.dtype).tiny)
+            weights.append(signs.to(y) / norm)
+        losses.append(partial(_weighted_sum, forward, weights))
+    return losses
+
+
+def _weighted_sum(
+    forward: Forward, weights: Sequence[Tensor], model: nn.Module
+) -> Tensor:
+    outputs = _floats(forward(model))
+    sums = [(w * y).sum() for w, y in zip(weights, outputs, strict=True)]
+    return torch.stack(sums).sum()
+
+
+def _floats(outputs: Any) -> list[Tensor]:
+    return [y for y in tree_tensors(outputs) if y.is_floating_point()]
 
 
 def _at_once(

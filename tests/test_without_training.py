@@ -21,7 +21,11 @@ from mmgfp.compensation.compensate import compensate
 from mmgfp.compensation.options import CompensationConfig
 from mmgfp.surgery.compact import compact
 from mmgfp.utils.errors import ConfigError
-from mmgfp.without_training import prune_without_training, stations
+from mmgfp.without_training import (
+    output_losses,
+    prune_without_training,
+    stations,
+)
 
 LEAST_SQUARES = CompensationConfig(method='least_squares')
 
@@ -121,6 +125,31 @@ def test_lines_say_what_begins():
         'scoring units for flops60',
         'refitting',
     ]
+
+
+def test_without_labels_gradients_are_those_of_the_distance_to_the_own_outputs():
+    """On average over signs: sum (d y_i / d b)^2 / |y|^2, which is N / |y|^2."""
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(3, 2), torch.rand(2, 3)
+    forwards = [lambda m: (m(x), torch.ones(2, dtype=torch.int64))] * 4000
+    squares = torch.zeros(2)
+    for loss in output_losses(net, forwards):
+        (grad,) = torch.autograd.grad(loss(net), net.bias)
+        squares += grad.square() / len(forwards)
+    expected = 2 / net(x).detach().square().sum()
+    torch.testing.assert_close(squares, expected.expand(2), rtol=0.1, atol=0)
+
+
+def test_pruning_without_labels():
+    torch.manual_seed(0)
+    net = TinyDetector()
+    forwards = [lambda m, seed=s: m(images(4, seed=seed)) for s in range(4)]
+    config = dict(target=dict(flops=0.6))
+    losses = output_losses(net, forwards)
+    compensation = CompensationConfig()
+    result = prune_without_training(net, losses, forwards[0], 4, config, compensation)
+    assert result.totals['flops'] <= 0.6 * result.full['flops']
+    assert any(layer.reason is None for layer in result.rounds[0].layers)
 
 
 def test_where_cuts_end():
