@@ -124,7 +124,7 @@ def prune(
         pruned = prune_without_training(
             model,
             [_Counted(loss, steps) for loss in recorded_losses(model, batches)],
-            calls.check,
+            calls.forward,
             calls.images,
             options,
             compensation,

@@ -11,6 +11,7 @@ from support.tooling import load_tool
 
 from mmgfp.apps.prune_run import pruning_options
 from mmgfp.apps.refitting_data import refitting_batches
+from mmgfp.apps.tables import main_metric
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.deploy import read_deployable
 from mmgfp.engine.model_building import build_model
@@ -77,6 +78,8 @@ def test_the_tool_prunes_tests_and_deploys(kind, run_tool, tmp_path):
     files = work / f'{name}.py', work / f'{name}.pth'
     done = run_tool('test.py', *files, '--json', metrics)
     assert done.returncode == 0, done.stderr[-2000:]
+    tested = main_metric(json.loads(metrics.read_text()))[1]
+    assert after['metric'] == pytest.approx(tested)
 
 
 def test_what_is_refused(tmp_path):
