@@ -38,6 +38,10 @@ from mmgfp.engine.deploy import check_destination
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import check_folder
 
+#: Positions of a batch that a layer is fitted to. There are many batches, and second
+#: moments of so many positions take most of the time otherwise.
+ROWS = 4096
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
@@ -114,7 +118,7 @@ def main() -> None:
     check_folder(args.work_dir)
     compensation = None
     if args.compensate != 'none':
-        compensation = CompensationConfig(method=args.compensate)
+        compensation = CompensationConfig(method=args.compensate, rows=ROWS)
     testing = (args.metric, args.max_images, args.work_dir / 'logs')
     validation = validation_of(cfg, args.checkpoint, *testing)
     how = (options, compensation, args.rounds, args.images, args.batch_size)
