@@ -26,6 +26,7 @@ from mmgfp.tracing import (
     watch_rows,
     watch_widths,
 )
+from mmgfp.tracing.averaged_copies import watch_updates
 from mmgfp.tracing.batches import watch_entries
 from mmgfp.tracing.graph import read_graph
 from mmgfp.tracing.image_order import tell_images
@@ -105,6 +106,7 @@ def trace_model(
         TraceError: If the loss has no graph, or an op has no rule under ``strict``.
     """
     with (
+        watch_updates(model) as updated,
         _trial(model),
         watch_rows(model) as calls,
         watch_entries(model) as entries,
@@ -113,7 +115,7 @@ def trace_model(
         watch_outputs(model) as outputs,
     ):
         value = loss(model)
-        trace = trace_loss(model, value, strict, widths, outputs)
+        trace = trace_loss(model, value, strict, widths, outputs, updated=updated())
         nodes = {name: seen.nodes for name, seen in calls.items()}
         read = judge_operands(read_graph(value, outputs), model, nodes)
 
@@ -135,12 +137,14 @@ def trace_model(
 def trace_again(model: nn.Module, loss: LossFunction, readings: Readings) -> Trace:
     """Run the loss once more, and read splits of channels as ``readings`` say."""
     with (
+        watch_updates(model) as updated,
         _trial(model),
         watch_widths(model, has_attribute_rule) as widths,
         watch_buffers(model),
         watch_outputs(model) as outputs,
     ):
-        return trace_loss(model, loss(model), False, widths, outputs, readings)
+        value = loss(model)
+        return trace_loss(model, value, False, widths, outputs, readings, updated())
 
 
 @contextmanager

@@ -6,7 +6,9 @@ The copy must therefore keep the original's shapes: it loses the same channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -15,25 +17,90 @@ from torch import Tensor, nn
 from mmgfp.tracing.labels import LabelTable
 
 
-def averaged_copy_tensors(model: nn.Module) -> dict[str, list[str]]:
+@contextmanager
+def watch_updates(model: nn.Module) -> Iterator[Callable[[], dict[str, bool]]]:
+    """Tell which parameters that need no gradient are changed, and change them back.
+
+    Args:
+        model: A model, before anything is set to need gradients for a trial run.
+
+    Examples:
+        >>> net = nn.Linear(2, 1).requires_grad_(False)
+        >>> with watch_updates(net) as changed:
+        ...     net.bias.data = net.bias.data + 1
+        ...     changed()
+        {'weight': False, 'bias': True}
+    """
+    before = [
+        (name, p, p.data, p._version, p.detach().clone())
+        for name, p in model.named_parameters()
+        if not p.requires_grad
+    ]
+
+    def changed() -> dict[str, bool]:
+        return {
+            name: p.data_ptr() != data.data_ptr()  # as `p.data = ...` does
+            or p._version != version  # seen even where a copy equals its original yet
+            or not torch.equal(p, value)
+            for name, p, data, version, value in before
+        }
+
+    try:
+        yield changed
+    finally:
+        is_changed = changed()
+        for name, p, data, _, value in before:
+            if is_changed[name]:
+                p.data = data.copy_(value)
+
+
+def averaged_copy_tensors(
+    model: nn.Module, updated: Mapping[str, bool] = MappingProxyType({})
+) -> dict[str, list[str]]:
     """Return the names of the copies of each parameter and buffer, by its own name.
 
     A copy is known by the interface of `torch.optim.swa_utils.AveragedModel`, which
-    MMEngine's averaged models share; its original, by class and by the names and
-    shapes of its tensors.
+    MMEngine's averaged models share, or by its parameters, which need no gradient and
+    which the model itself updates; its original, by class and by the names and shapes
+    of its tensors.
+
+    Args:
+        model: The model.
+        updated: Whether the parameters that need no gradient change while the loss is
+            computed, as `watch_updates` tells.
     """
     copies: dict[str, list[str]] = {}
-    for path, module in model.named_modules():
-        inner = getattr(module, 'module', None)
-        if not (hasattr(module, 'update_parameters') and isinstance(inner, nn.Module)):
-            continue
-        for part_path, part in _parts(f'{path}.module', inner):
-            original = _original(model, path, part)
+    found = dict(_copies(model, updated))
+    for path, module in found.items():
+        for part_path, part in _parts(path, module):
+            original = _original(model, found, part)
             if original is not None:
                 for name in part.state_dict():
                     names = copies.setdefault(f'{original}.{name}', [])
                     names.append(f'{part_path}.{name}')
     return copies
+
+
+def _copies(
+    model: nn.Module, updated: Mapping[str, bool]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules, by name, that may be copies of others, the outermost ones."""
+    inside: str | None = None
+    for path, module in model.named_modules():
+        if inside is not None and path.startswith(inside):
+            continue
+        inner = getattr(module, 'module', None)
+        names = [f'{path}.{name}' for name, _ in module.named_parameters()]
+        follows = all(name in updated for name in names) and any(
+            updated[name] for name in names
+        )
+        if hasattr(module, 'update_parameters') and isinstance(inner, nn.Module):
+            yield f'{path}.module', inner
+        elif follows and _original(model, [path], module):
+            yield path, module
+        else:
+            continue
+        inside = f'{path}.'
 
 
 def _parts(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -48,15 +115,14 @@ def _parts(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
 
 
-def _original(model: nn.Module, copy: str, part: nn.Module) -> str | None:
-    """Return the name of the module that ``part``, inside of ``copy``, is a copy of."""
+def _original(model: nn.Module, copies: Collection[str], part: nn.Module) -> str | None:
+    """Return the name of the module, in none of ``copies``, that ``part`` copies."""
     shapes = _shapes(part)
     originals = (
         name
         for name, module in model.named_modules()
         if type(module) is type(part)
-        and name != copy
-        and not name.startswith(f'{copy}.')
+        and not any(f'{name}.'.startswith(f'{copy}.') for copy in copies)
         and _shapes(module) == shapes
     )
     return next(originals, None) if shapes else None

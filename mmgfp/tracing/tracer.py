@@ -52,6 +52,7 @@ def trace_loss(
     widths: Mapping[str, Outputs] | None = None,
     unused: Iterable[Tensor] = (),
     readings: Readings = MappingProxyType({}),
+    updated: Mapping[str, bool] = MappingProxyType({}),
 ) -> Trace:
     """Label every parameter dimension that takes part in ``loss``.
 
@@ -64,6 +65,8 @@ def trace_loss(
             labelled as well, since they read channels.
         readings: How to read splits of channels; all others are read so that some of
             their channels may go.
+        updated: Whether the parameters that need no gradient change while the loss is
+            computed, as `watch_updates` tells: those of averaged copies do.
 
     Raises:
         TraceError: If the loss has no graph, or under ``strict`` an op has no rule.
@@ -87,7 +90,8 @@ def trace_loss(
             'compute it with gradients enabled and from parameters that require them',
         )
     graph = read_graph(loss, unused)
-    trace = partial(_trace_graph, model, graph, strict, widths or {})
+    copies = averaged_copy_tensors(model, updated)
+    trace = partial(_trace_graph, model, graph, strict, widths or {}, copies)
     # Labels are on the CPU, whatever the model's device and torch's default one.
     with torch.device('cpu'):
         return with_loose_splits(trace, readings)
@@ -98,14 +102,15 @@ def _trace_graph(
     graph: Graph,
     strict: bool,
     widths: Mapping[str, Outputs],
+    copies: dict[str, list[str]],
     readings: Readings,
 ) -> Trace:
-    trace = _Tracer(model, strict, readings).run(graph, widths)
+    trace = _Tracer(model, strict, readings).run(graph, widths, copies)
     narrowed = _inseparable(trace)
     # Labels are only ever equated, never told apart again: hence a second pass.
     if not narrowed:
         return trace
-    return _Tracer(model, strict, readings, narrowed).run(graph, widths)
+    return _Tracer(model, strict, readings, narrowed).run(graph, widths, copies)
 
 
 def _inseparable(trace: Trace) -> frozenset[str]:
@@ -147,7 +152,12 @@ class _Tracer:
         self.buffers = {b.data_ptr(): n for n, b in model.named_buffers() if b.numel()}
         self.shapes = {n: tuple(t.shape) for n, t in _tensors(model).items()}
 
-    def run(self, graph: Graph, widths: Mapping[str, Outputs]) -> Trace:
+    def run(
+        self,
+        graph: Graph,
+        widths: Mapping[str, Outputs],
+        copies: dict[str, list[str]],
+    ) -> Trace:
         values: dict[Node, list[Value]] = {}
         for node in graph.nodes:
             operands = [
@@ -162,7 +172,7 @@ class _Tracer:
                 shapes = [tuple(m.shape) for m in node._input_metadata]
                 values[node] = [Value(s) for s in shapes]
         self._freeze_recurrent()
-        couple_averaged_copies(self.table, averaged_copy_tensors(self.model))
+        couple_averaged_copies(self.table, copies)
         counted = width_labels(self.model, widths, values)
         return Trace(
             self.table,

@@ -8,6 +8,7 @@ from support.toys import ConvPair, grouped, images, reasons_of, square_loss, toy
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from mmgfp.discovery.discover import discover
 from mmgfp.discovery.unit_sets import random_units
 from mmgfp.discovery.verify import disagreement, masked_and_compact
 from mmgfp.surgery.masking import ColumnMask
@@ -104,3 +105,60 @@ def test_masked_and_compact_stay_alike_while_the_copy_follows(averaged):
             optimizer.step()
         masks.apply()
         assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-9)
+
+
+@torch.no_grad()
+def in_place(mine, other):
+    mine.mul_(0.9).add_(0.1 * other)
+
+
+def behind_autograd(mine, other):
+    mine.data.mul_(0.9).add_(0.1 * other.data)
+
+
+def replaced(mine, other):
+    mine.data = mine.data * 0.9 + other.data * 0.1
+
+
+class Taught(nn.Module):
+    """Learns from a copy that its own code updates, parameter by parameter."""
+
+    def __init__(self, follow):
+        super().__init__()
+        self.net = ConvPair()
+        self.teacher = ConvPair().requires_grad_(False)
+        self.neck = nn.Conv2d(4, 2, 1)
+        self.follow = follow
+
+    def forward(self, x):
+        return self.neck(self.net(x).relu())
+
+    def loss(self):
+        with torch.no_grad():
+            target = self.teacher(images())
+            pairs = zip(self.teacher.parameters(), self.net.parameters(), strict=True)
+            for mine, other in pairs:
+                self.follow(mine, other)
+        outputs = self(images())
+        return (outputs.mean(1) - target.mean(1)).square().sum()
+
+
+@pytest.mark.parametrize('follow', [in_place, behind_autograd, replaced])
+def test_copies_that_the_model_updates_itself(follow):
+    torch.manual_seed(0)
+    model = Taught(follow)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    found = discover(model, Taught.loss, toy_forward, 2).grouping
+    assert [(g.name, g.units) for g in found.groups] == [('net.conv1', 6)]
+    roles = {(m.name, m.dim): m.role for m in found.groups[0].members}
+    assert roles['teacher.conv1.weight', 0] == 'out'
+    assert roles['teacher.conv2.weight', 1] == 'in'
+    assert reasons_of(found)['net.conv2'] == 'an output of an averaged copy'
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_frozen_twin_that_nothing_updates_keeps_its_channels():
+    found = discover(Taught(lambda mine, other: None), Taught.loss, toy_forward, 2)
+    assert [g.name for g in found.grouping.groups] == ['net.conv1', 'net.conv2']
+    members = {m.name for g in found.grouping.groups for m in g.members}
+    assert not any(name.startswith('teacher') for name in members)
