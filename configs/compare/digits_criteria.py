@@ -1,6 +1,7 @@
 # The paper's variants on the demo's detector at two targets, and a detector of its
-# class that is narrow from the start, trained as long.
+# class that has half the MACs from the start, trained as long as the baseline was.
 baseline = 'configs/demo/retinanet_r18_fpn_digits.py'
+checkpoint = 'configs/demo/retinanet_r18_fpn_digits.pth'
 prune = 'configs/demo/retinanet_r18_fpn_digits_prune.py'
 finetune = 'configs/demo/retinanet_r18_fpn_digits_finetune.py'
 
@@ -17,8 +18,11 @@ variants = [
     dict(
         name='narrow, from scratch',
         train={
-            'model.backbone.base_channels': 24,
-            'model.neck.in_channels': [24, 48, 96, 192],
+            'model.backbone.base_channels': 10,
+            'model.neck.in_channels': [10, 20, 40, 80],
+            'model.neck.out_channels': 32,
+            'model.bbox_head.in_channels': 32,
+            'model.bbox_head.feat_channels': 32,
         },
     ),
 ]

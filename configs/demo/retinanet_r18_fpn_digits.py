@@ -7,8 +7,8 @@ _base_ = [
 ]
 custom_imports = dict(imports=['mmgfp', 'mmgfp.demo.digits'])
 
-max_epochs = 6
-train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+max_epochs = 30
+train_cfg = dict(max_epochs=max_epochs, val_interval=5)
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),

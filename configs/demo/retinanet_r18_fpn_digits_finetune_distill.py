@@ -4,6 +4,6 @@ _base_ = ['./retinanet_r18_fpn_digits_finetune.py']
 custom_hooks = [
     dict(
         type='DistillationHook',
-        checkpoint='work_dirs/retinanet_r18_fpn_digits/epoch_6.pth',
+        checkpoint='configs/demo/retinanet_r18_fpn_digits.pth',
     )
 ]

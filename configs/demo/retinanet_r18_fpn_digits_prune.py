@@ -1,7 +1,7 @@
 # Prune the demo's baseline to half its MACs, then stop.
 _base_ = ['./retinanet_r18_fpn_digits.py']
 
-load_from = 'work_dirs/retinanet_r18_fpn_digits/epoch_6.pth'
+load_from = 'configs/demo/retinanet_r18_fpn_digits.pth'
 
 max_iters = 2000  # an upper bound: the hook stops at its target
 train_cfg = dict(
@@ -26,7 +26,8 @@ custom_hooks = [
         interval=10,
         normalize='memory',
         target=dict(flops=0.5),
-        units_per_step=40,
+        units_per_step=12,
+        divisor=4,  # the layers are narrow
         min_channels=4,
         input_shape=(3, 128, 128),
     )

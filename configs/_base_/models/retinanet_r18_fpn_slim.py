@@ -1,4 +1,4 @@
-# RetinaNet on a half-width ResNet-18, slim enough to train from scratch in
+# RetinaNet on a quarter-width ResNet-18, slim enough to train from scratch in
 # minutes on two CPU cores.
 _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py']
 
@@ -9,9 +9,9 @@ model = dict(
         mean=[127.5, 127.5, 127.5], std=[64.0, 64.0, 64.0], bgr_to_rgb=True
     ),
     backbone=dict(
-        depth=18, base_channels=32, frozen_stages=-1, norm_eval=False, init_cfg=None
+        depth=18, base_channels=16, frozen_stages=-1, norm_eval=False, init_cfg=None
     ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=width, num_outs=4),
+    neck=dict(in_channels=[16, 32, 64, 128], out_channels=width, num_outs=4),
     bbox_head=dict(
         num_classes=10,
         in_channels=width,
