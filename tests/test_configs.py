@@ -98,7 +98,7 @@ def test_finetune_starts_from_what_pruning_writes_and_lasts_as_the_training(path
     pruned, rebuilt = Config.fromfile(prune).model, config.model.architecture
     for part in PARTS & set(rebuilt):
         assert pruned[part] == rebuilt[part]
-    if path.parent.name == 'demo':  # starts from converged weights, and shows no more
+    if path.parent.name == 'demo':  # its baseline is in the repository, converged
         return
     original = training_of(path)
     assert config.train_cfg == original.train_cfg
@@ -119,7 +119,7 @@ def test_teacher_is_what_pruning_started_from(path):
 def test_pruning_starts_from_weights_for_its_model(path):
     source = Config.fromfile(path).load_from
     if path.parent.name == 'demo':
-        assert (ROOT / source).is_file()
+        assert (ROOT / source).is_file()  # tests/demo/test_weights.py loads it
         return
     if '://' not in source:
         epochs = training_of(path).train_cfg.max_epochs

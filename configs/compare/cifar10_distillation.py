@@ -1,28 +1,32 @@
-# What a teacher adds to one epoch of fine-tuning on CIFAR-10, with two weights of its
-# term. The variants share their pruning.
+# What a teacher adds to half an epoch of fine-tuning on CIFAR-10. Both variants share
+# their pruning.
 baseline = 'configs/cifar10/resnet20_cifar10.py'
 prune = 'configs/cifar10/resnet20_cifar10_prune.py'
 finetune = 'configs/cifar10/resnet20_cifar10_finetune.py'
 
-_one_epoch = dict(
-    max_epochs=1,
-    train_cfg=dict(max_epochs=1),
-    param_scheduler=dict(T_max=1, end=1),
+_iterations = 390
+_half_an_epoch = dict(
+    train_cfg=dict(_delete_=True, by_epoch=False, max_iters=_iterations),
+    param_scheduler=dict(
+        _delete_=True,
+        type='CosineAnnealingLR',
+        by_epoch=False,
+        T_max=_iterations,
+        end=_iterations,
+    ),
+    train_dataloader=dict(sampler=dict(type='InfiniteSampler')),
+    default_hooks=dict(checkpoint=dict(by_epoch=False, interval=_iterations)),
+    log_processor=dict(by_epoch=False),
 )
-_brisk = dict(interval=10, units_per_step=4)
+_brisk = dict(interval=10)
 variants = [
-    dict(name='labels', pruning=_brisk, finetune=_one_epoch),
+    dict(name='labels', pruning=_brisk, finetune=_half_an_epoch),
     dict(
         name='labels and teacher',
         pruning=_brisk,
-        finetune=dict(custom_hooks=[dict(type='DistillationHook')], **_one_epoch),
-    ),
-    dict(
-        name='labels and teacher, weight 0.3',
-        pruning=_brisk,
         finetune=dict(
-            custom_hooks=[dict(type='DistillationHook', weights=dict(cls=0.3))],
-            **_one_epoch,
+            custom_hooks=[dict(type='DistillationHook')],
+            **_half_an_epoch,
         ),
     ),
 ]

@@ -1,4 +1,4 @@
-# The demo's unpruned baseline: a few minutes on two CPU cores.
+# The demo's unpruned baseline: ten minutes on one CPU core. README.md says more.
 _base_ = [
     '../_base_/models/retinanet_r18_fpn_slim.py',
     '../_base_/datasets/digits.py',
