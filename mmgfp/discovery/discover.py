@@ -26,7 +26,6 @@ from mmgfp.tracing import (
     watch_rows,
     watch_widths,
 )
-from mmgfp.tracing.averaged_copies import watch_updates
 from mmgfp.tracing.batches import watch_entries
 from mmgfp.tracing.graph import read_graph
 from mmgfp.tracing.image_order import tell_images
@@ -36,6 +35,7 @@ from mmgfp.tracing.splits import Readings
 from mmgfp.utils.errors import TraceError
 from mmgfp.utils.trial_runs import (
     Forward,
+    FrozenParameters,
     LossFunction,
     all_parameters_require_grad,
     undisturbed,
@@ -105,8 +105,8 @@ def trace_model(
     Raises:
         TraceError: If the loss has no graph, or an op has no rule under ``strict``.
     """
+    frozen = FrozenParameters(model)
     with (
-        watch_updates(model) as updated,
         _trial(model),
         watch_rows(model) as calls,
         watch_entries(model) as entries,
@@ -115,7 +115,9 @@ def trace_model(
         watch_outputs(model) as outputs,
     ):
         value = loss(model)
-        trace = trace_loss(model, value, strict, widths, outputs, updated=updated())
+        trace = trace_loss(
+            model, value, strict, widths, outputs, updated=frozen.changed()
+        )
         nodes = {name: seen.nodes for name, seen in calls.items()}
         read = judge_operands(read_graph(value, outputs), model, nodes)
 
@@ -136,15 +138,17 @@ def trace_model(
 
 def trace_again(model: nn.Module, loss: LossFunction, readings: Readings) -> Trace:
     """Run the loss once more, and read splits of channels as ``readings`` say."""
+    frozen = FrozenParameters(model)
     with (
-        watch_updates(model) as updated,
         _trial(model),
         watch_widths(model, has_attribute_rule) as widths,
         watch_buffers(model),
         watch_outputs(model) as outputs,
     ):
         value = loss(model)
-        return trace_loss(model, value, False, widths, outputs, readings, updated())
+        return trace_loss(
+            model, value, False, widths, outputs, readings, frozen.changed()
+        )
 
 
 @contextmanager

@@ -6,8 +6,7 @@ The copy must therefore keep the original's shapes: it loses the same channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -15,43 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from mmgfp.tracing.labels import LabelTable
-
-
-@contextmanager
-def watch_updates(model: nn.Module) -> Iterator[Callable[[], dict[str, bool]]]:
-    """Tell which parameters that need no gradient are changed, and change them back.
-
-    Args:
-        model: A model, before anything is set to need gradients for a trial run.
-
-    Examples:
-        >>> net = nn.Linear(2, 1).requires_grad_(False)
-        >>> with watch_updates(net) as changed:
-        ...     net.bias.data = net.bias.data + 1
-        ...     changed()
-        {'weight': False, 'bias': True}
-    """
-    before = [
-        (name, p, p.data, p._version, p.detach().clone())
-        for name, p in model.named_parameters()
-        if not p.requires_grad
-    ]
-
-    def changed() -> dict[str, bool]:
-        return {
-            name: p.data_ptr() != data.data_ptr()  # as `p.data = ...` does
-            or p._version != version  # seen even where a copy equals its original yet
-            or not torch.equal(p, value)
-            for name, p, data, version, value in before
-        }
-
-    try:
-        yield changed
-    finally:
-        is_changed = changed()
-        for name, p, data, _, value in before:
-            if is_changed[name]:
-                p.data = data.copy_(value)
 
 
 def averaged_copy_tensors(
@@ -67,7 +29,7 @@ def averaged_copy_tensors(
     Args:
         model: The model.
         updated: Whether the parameters that need no gradient change while the loss is
-            computed, as `watch_updates` tells.
+            computed, as `FrozenParameters` tells.
     """
     copies: dict[str, list[str]] = {}
     found = dict(_copies(model, updated))

@@ -66,7 +66,7 @@ def trace_loss(
         readings: How to read splits of channels; all others are read so that some of
             their channels may go.
         updated: Whether the parameters that need no gradient change while the loss is
-            computed, as `watch_updates` tells: those of averaged copies do.
+            computed, as `FrozenParameters` tells: those of averaged copies do.
 
     Raises:
         TraceError: If the loss has no graph, or under ``strict`` an op has no rule.

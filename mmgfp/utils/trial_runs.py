@@ -63,9 +63,52 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(w in words for w in OUT_OF_MEMORY)
 
 
+class FrozenParameters:
+    """The parameters of a model that need no gradient, as they were.
+
+    Args:
+        model: The model, which may change them.
+
+    Examples:
+        >>> net = nn.Linear(2, 1).requires_grad_(False)
+        >>> before = FrozenParameters(net)
+        >>> net.bias.data = net.bias.data + 1
+        >>> before.changed()
+        {'weight': False, 'bias': True}
+        >>> before.restore()
+        >>> any(before.changed().values())
+        False
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = [
+            (name, p, p.data, p._version, p.detach().clone())
+            for name, p in model.named_parameters()
+            if not p.requires_grad
+        ]
+
+    def changed(self) -> dict[str, bool]:
+        """Return which of them have been changed since, by name."""
+        return {
+            name: p.data_ptr() != data.data_ptr()  # as `p.data = ...` does
+            or p._version != version  # seen even where a copy equals its original yet
+            or not torch.equal(p, value)
+            for name, p, data, version, value in self._before
+        }
+
+    def restore(self) -> None:
+        """Change them back."""
+        for _, p, data, _, value in self._before:
+            if p.data_ptr() != data.data_ptr() or not torch.equal(p, value):
+                p.data = data.copy_(value)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore buffers, training modes and random states that a trial run changes.
+
+    Parameters that need no gradient are restored as well: a model's own code may update
+    them, as those of a teacher that follows the model.
 
     Examples:
         >>> import torch
@@ -82,10 +125,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     modes = [(m, m.training) for m in model.modules()]
+    frozen = FrozenParameters(model)
     try:
         with random_states_restored(model):
             yield
     finally:
+        frozen.restore()
         with torch.no_grad():
             for module, key, buffer, value in buffers:
                 # A run may resize a buffer, or put another tensor in its place.
