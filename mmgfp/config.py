@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from mmgfp.compensation.in_training import InTraining, read_compensation
 from mmgfp.criteria.base import CRITERIA, Criterion
 from mmgfp.selection.costs import COSTS, Cost
 from mmgfp.selection.greedy import NO_NORMALIZATION
@@ -30,8 +31,8 @@ RUNNER_DIVISOR = 8
 class PruningConfig:
     """Options of a pruning run, checked when they are given.
 
-    The pruner and the hook take them by name or as one object. ``input_shape`` and
-    ``compact_interval`` concern runs of MMEngine's runner alone.
+    The pruner and the hook take them by name or as one object. ``input_shape``,
+    ``compact_interval`` and ``compensate`` concern runs of MMEngine's runner alone.
 
     Attributes:
         target: When to stop, such as ``dict(flops=0.5)``, a share of the unpruned
@@ -73,6 +74,10 @@ class PruningConfig:
         compact_interval: After so many iterations, at the next decision, what was
             pruned is cut out of the model, its optimizer and its averaged copy, so that
             iterations get faster; None only masks it until the end.
+        compensate: How layers that read what a decision takes are refitted right after
+            it: ``'fisher'``, ``'least_squares'``, ``'bn'`` (statistics of batch norms
+            only), ``'none'``, or ``dict(method=..., images=256, ...)`` with options of
+            `CompensationConfig`; it takes its time, for decisions that are few.
         input_shape: (C, H, W) of the image for which costs are counted; by default the
             size of the latency profile, or of the first training batch.
         latency_profile: A file that tools/profile_latency.py wrote for this model; it
@@ -107,6 +112,7 @@ class PruningConfig:
     max_nonfinite: int = 100
     statistics_interval: int = 1
     compact_interval: int | None = None
+    compensate: Spec = 'none'
     input_shape: Sequence[int] | None = None
     latency_profile: str | None = None
     profile: LatencyProfile | None = field(
@@ -165,6 +171,7 @@ class PruningConfig:
         is_list = is_list and all(isinstance(k, str) for k in self.keep)
         check('keep', is_list, 'a list of layer names or patterns', self.keep)
         object.__setattr__(self, 'keep', tuple(self.keep))
+        read_compensation(self.compensate)  # which checks it
         self._check_normalize()
         self._read_profile()
         object.__setattr__(self, 'ratios', read_ratios(self.scope, self.ratios))
@@ -226,6 +233,11 @@ class PruningConfig:
     def targets(self) -> tuple[Target, ...]:
         """The targets, parsed."""
         return parse_targets(self.target)
+
+    @property
+    def compensation(self) -> InTraining | None:
+        """How decisions are made up for, None if they are not."""
+        return read_compensation(self.compensate)
 
     def build_criterion(self) -> Criterion:
         """Return a new criterion."""

@@ -21,6 +21,7 @@ from mmgfp.pruner import ChannelPruner, PruneStep
 from mmgfp.selection.costs import LayerProfile, Totals
 from mmgfp.selection.targets import Target
 from mmgfp.surgery.compact import compact
+from mmgfp.surgery.expand import take_over
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.tree import tree_tensors
@@ -287,34 +288,3 @@ def _decide(pruner: ChannelPruner, losses: Sequence[LossFunction]) -> PruneStep:
         remedy = 'raise it, or give more batches'
         raise ConfigError('target', expected, f'{left:.3f} of {cost}', remedy)
     return step
-
-
-@torch.no_grad()
-def take_over(model: nn.Module, small: nn.Module, structure: PruneStructure) -> None:
-    """Write the tensors of a compact model to where they belong in the original.
-
-    Args:
-        model: A model of the original's shape, in place.
-        small: The compact model.
-        structure: What it keeps of each tensor.
-
-    Examples:
-        >>> full, part = nn.Linear(2, 3), nn.Linear(2, 1)
-        >>> kept = {'weight': {0: [2]}, 'bias': {0: [2]}}
-        >>> sizes = {'weight': [3, 2], 'bias': [3]}
-        >>> take_over(full, part, PruneStructure(sizes=sizes, kept=kept))
-        >>> bool((full.weight[2] == part.weight[0]).all())
-        True
-    """
-    tensors = small.state_dict()
-    for name, tensor in model.state_dict().items():
-        kept = structure.kept.get(name)
-        if kept is None:
-            if isinstance(tensor, Tensor):
-                tensor.copy_(tensors[name])
-            continue
-        index = [
-            torch.tensor(kept.get(dim, range(size)), device=tensor.device)
-            for dim, size in enumerate(tensor.shape)
-        ]
-        tensor[torch.meshgrid(*index, indexing='ij')] = tensors[name]

@@ -15,13 +15,10 @@ from mmgfp.checkpoint import REMEDY, discovery_from_dict, discovery_to_dict
 from mmgfp.config import PruningConfig
 from mmgfp.engine.artifact import circumstances, costs_in_numbers, save_artifact
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.distributed import (
-    broadcast_result,
-    check_agreement,
-    sum_over_processes,
-)
+from mmgfp.engine.distributed import broadcast_result, sum_over_processes
 from mmgfp.engine.hooks.exact_resume import ExactResumeHook
 from mmgfp.engine.progress import Progress
+from mmgfp.engine.refitting import check_refitting, step_and_refit
 from mmgfp.engine.registry import HOOKS
 from mmgfp.engine.runner_access import (
     averaged_models,
@@ -112,6 +109,7 @@ class ChannelPruningHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Go on where an interrupted run was, if this one resumes it."""
+        check_refitting(runner, self.config)
         if self.config.compact_interval is not None:
             check_model_wrapper(runner)
             check_optimizer(optimizer_of(runner.optim_wrapper))
@@ -168,14 +166,13 @@ class ChannelPruningHook(Hook):
         """Add to the statistics; prune, log and save when it is time."""
         if self.pruner is None:
             return
-        step = self.pruner.step(self._loss_scale, sum_over_processes())
+        step = step_and_refit(runner, self.pruner, self._loss_scale)
         if step is not None:
             self._after_decision(runner, self.pruner, step)
 
     def _after_decision(
         self, runner: Runner, pruner: ChannelPruner, step: PruneStep
     ) -> None:
-        check_agreement(pruner.units.kept)
         assert self.progress is not None
         self.progress.log_step(step)
         for target in step.reached:
