@@ -51,16 +51,19 @@ def read_compensation(spec: str | Mapping[str, Any]) -> InTraining | None:
         >>> read_compensation('none') is None
         True
     """
-    options = dict(spec) if isinstance(spec, Mapping) else {'method': spec}
+    options: dict[str, Any] = (
+        dict(spec) if isinstance(spec, Mapping) else {'method': spec}
+    )
     method = options.setdefault('method', METHODS[0])
     if method == NONE:
         return None
     if method not in METHODS:
         expected = f'one of {(NONE, *METHODS)}, or a dict with one as its method'
         raise ConfigError('compensate', expected, repr(spec), "use 'fisher'")
+    known = ['images', *(f.name for f in fields(CompensationConfig))]
+    check_known('compensate', options, known)
     images = options.pop('images', IMAGES)
     check_count('compensate.images', images, 'a whole number of at least 2', least=2)
-    check_known('compensate', options, [f.name for f in fields(CompensationConfig)])
     for name in ('uniform', 'ridges'):  # which configs give as lists
         if isinstance(options.get(name), list):
             options[name] = tuple(options[name])

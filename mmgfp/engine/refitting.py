@@ -187,7 +187,8 @@ def _batches(runner: Runner, pruner: ChannelPruner, images: int) -> list[Any]:
     chosen = rng.permutation(len(dataset))[:images].tolist()
     # MMEngine lets some samplers make whole batches.
     size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
-    size = max(1, min(size, len(chosen) // LEAST_BATCHES))
+    # Batch norm refuses a single image whose map has shrunk to one position.
+    size = min(size, max(2, len(chosen) // LEAST_BATCHES))
     seed = int(rng.integers(2**32))
     random.seed(seed)
     np.random.seed(seed)
