@@ -12,6 +12,7 @@ import copy
 import random
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -78,50 +79,60 @@ def step_and_refit(
     Raises:
         StatisticsError: If processes decided differently.
     """
-    options, units = pruner.config.compensation, pruner.units
     decides = (pruner.iteration + 1) % pruner.config.interval == 0 and not pruner.done
-    kept = units.kept.copy()
-    models = [pruner.model, *(a.module for a in averaged_models(runner))]
-    before: list[nn.Module] = []
-    if options is not None and decides and is_main_process():
-        before = [pruner.compact(model) for model in models]
+    options = pruner.config.compensation if decides else None
+    decision = _Decision.begin(runner, pruner, options) if options else None
     step = pruner.step(loss_scale, sum_over_processes())
     if step is not None:
-        check_agreement(units.kept)
-    if options is not None and step is not None and len(step.units):
-        _refit(runner, pruner, options, models, before, kept)
+        check_agreement(pruner.units.kept)
+        if decision is not None and len(step.units):
+            _refit(decision)
     return step
 
 
-def _refit(
-    runner: Runner,
-    pruner: ChannelPruner,
-    options: InTraining,
-    models: Sequence[nn.Module],
-    before: Sequence[nn.Module],
-    kept: np.ndarray,
-) -> None:
+@dataclass(frozen=True)
+class _Decision:
+    """A decision to be made up for.
+
+    Attributes:
+        runner: The runner.
+        pruner: Its pruner.
+        options: How to make up for it.
+        kept: Units that were kept before it, (U,).
+        models: The model and its averages, which are refitted in place.
+        before: What they were before it, compact; in the main process only.
+    """
+
+    runner: Runner
+    pruner: ChannelPruner
+    options: InTraining
+    kept: np.ndarray
+    models: Sequence[nn.Module]
+    before: Sequence[nn.Module]
+
+    @classmethod
+    def begin(
+        cls, runner: Runner, pruner: ChannelPruner, options: InTraining
+    ) -> _Decision:
+        """Return one that comes next, with what is there before it."""
+        models = [pruner.model, *(a.module for a in averaged_models(runner))]
+        before = [pruner.compact(m) for m in models] if is_main_process() else []
+        return cls(runner, pruner, options, pruner.units.kept.copy(), models, before)
+
+
+def _refit(decision: _Decision) -> None:
     """Refit the model and its averages, the same in all processes.
 
     An average is refitted on its own: its features are others than the model's, and it
     is what is validated and saved.
-
-    Args:
-        runner: The runner.
-        pruner: Its pruner, after the decision.
-        options: How to refit.
-        models: The model and its averages.
-        before: What they were before the decision, compact; only in the main process.
-        kept: Units that were kept before, (U,).
     """
+    runner, pruner, models = decision.runner, decision.pruner, decision.models
 
     def compute() -> list[list[str]]:
         with random_states_restored(pruner.model):
-            batches = _batches(runner, pruner, options.images)
-            return [
-                _refit_one(runner, pruner, options, batches, kept, *pair)
-                for pair in zip(models, before, strict=True)
-            ]
+            batches = _batches(decision)
+            pairs = zip(models, decision.before, strict=True)
+            return [_refit_one(decision, batches, *pair) for pair in pairs]
 
     changed = broadcast_result(compute)
     for model, names in zip(models, changed, strict=True):
@@ -134,17 +145,12 @@ def _refit(
 
 
 def _refit_one(
-    runner: Runner,
-    pruner: ChannelPruner,
-    options: InTraining,
-    batches: Sequence[Any],
-    kept: np.ndarray,
-    model: nn.Module,
-    before: nn.Module,
+    decision: _Decision, batches: Sequence[Any], model: nn.Module, before: nn.Module
 ) -> list[str]:
     """Refit a model in place and return the names of the tensors that changed."""
     started = time.perf_counter()
-    units = pruner.units
+    pruner, kept, options = decision.pruner, decision.kept, decision.options
+    units, logger = pruner.units, decision.runner.logger
     result = compensate(
         before,
         units.grouping.remaining(kept),
@@ -155,10 +161,10 @@ def _refit_one(
     changed = take_over(model, result.model, units.remaining_structure(units.kept))
     name = 'the model' if model is pruner.model else 'the averaged copy'
     seconds = time.perf_counter() - started
-    runner.logger.info(f'{name}: {_summary(result, options)}, {seconds:.1f} s')
+    logger.info(f'{name}: {_summary(result, options)}, {seconds:.1f} s')
     for layer in result.layers:
         if layer.reason is not None:
-            runner.logger.debug(f'{layer.layer} is not refitted: {layer.reason}')
+            logger.debug(f'{layer.layer} is not refitted: {layer.reason}')
     return changed
 
 
@@ -175,16 +181,17 @@ def _summary(result: Compensated, options: InTraining) -> str:
     return f'{", ".join(parts)} (compensate={options.config.method!r})'
 
 
-def _batches(runner: Runner, pruner: ChannelPruner, images: int) -> list[Any]:
+def _batches(decision: _Decision) -> list[Any]:
     """Return batches of training images, as the run loads them but in this process.
 
     The dataset is a copy, as some keep images for others to be mixed with. Random
     generators are left as they are after loading.
     """
+    runner, model = decision.runner, decision.pruner.model
     loader = runner.train_dataloader
     dataset: Any = copy.deepcopy(loader.dataset)
-    rng = np.random.default_rng([runner.seed, pruner.iteration])
-    chosen = rng.permutation(len(dataset))[:images].tolist()
+    rng = np.random.default_rng([runner.seed, decision.pruner.iteration])
+    chosen = rng.permutation(len(dataset))[: decision.options.images].tolist()
     # MMEngine lets some samplers make whole batches.
     size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
     # Batch norm refuses a single image whose map has shrunk to one position.
@@ -197,7 +204,6 @@ def _batches(runner: Runner, pruner: ChannelPruner, images: int) -> list[Any]:
     batches = [
         loader.collate_fn([dataset[i] for i in chosen[s : s + size]]) for s in starts
     ]
-    model = pruner.model
     return [data for data in batches if not BatchCalls(model, data).without_boxes]
 
 
