@@ -194,8 +194,9 @@ def _batches(decision: _Decision) -> list[Any]:
     chosen = rng.permutation(len(dataset))[: decision.options.images].tolist()
     # MMEngine lets some samplers make whole batches.
     size = loader.batch_size or getattr(loader.batch_sampler, 'batch_size', 1)
-    # Batch norm refuses a single image whose map has shrunk to one position.
-    size = min(size, max(2, len(chosen) // LEAST_BATCHES))
+    # Batch norm refuses a single image whose map has shrunk to one position; but there
+    # must be two batches.
+    size = min(size, max(len(chosen) // LEAST_BATCHES, min(2, len(chosen) // 2)))
     seed = int(rng.integers(2**32))
     random.seed(seed)
     np.random.seed(seed)

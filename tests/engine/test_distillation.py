@@ -302,11 +302,13 @@ def test_importance_is_that_of_the_whole_loss(tmp_path):
     assert changed[alone > 0].double().mean() > 0.5
 
 
-@pytest.mark.parametrize('live', [None, 3])
-def test_pruning_with_a_teacher(tmp_path, cases, live, caplog):
+@pytest.mark.parametrize(
+    'options', [{}, dict(compact_interval=3), dict(compensate=dict(images=8))]
+)
+def test_pruning_with_a_teacher(tmp_path, cases, options, caplog):
     case = cases('classifier')
     config = tiny_classifier(tmp_path)
-    config.custom_hooks[0].update(compact_interval=live, target=dict(flops=0.75))
+    config.custom_hooks[0].update(target=dict(flops=0.75), **options)
     config.custom_hooks.append(
         dict(type='DistillationHook', checkpoint=case.files['full.pth'])
     )
