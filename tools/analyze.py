@@ -80,6 +80,7 @@ def analyze(
         sized = {'input_shape': shape, 'latency_profile': latency}
         options = PruningConfig.of(options, **sized)
         shape = options.input_shape
+    shape = shape or options.input_shape
     shape = shape or default_input_shape(cfg, image_channels(cfg, model))
     profiles = calls.profile(model, shape)
     pruner = ChannelPruner(model, options, strict=strict or options.strict)
@@ -87,7 +88,8 @@ def analyze(
     found = pruner.discover(calls.loss, calls.forward, calls.images, profiles)
     facts = (found.grouping, found.profiles)
     units = UnitState(model, *facts, costs=options.costs)
-    return report(units, profiles, options.profile)
+    sizes = {'input_shape': list(shape)}
+    return report(units, profiles, options.profile) | sizes
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -114,7 +116,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         f'{cost.label} {result[name] / cost.scale:.2f} {cost.unit}'
         for name, cost in costs.items()
     )
-    console.print(', '.join(amounts), '(one multiply-add counts as one)')
+    size = 'x'.join(map(str, result['input_shape']))
+    console.print(', '.join(amounts), f'for one {size} image')
+    console.print('one multiply-add counts as one; RoIs are those of training')
     if 'latency' in result:
         console.print(f'latency is predicted for {result["latency_profile"]}')
 

@@ -170,6 +170,8 @@ def main() -> None:
         args.out / 'summary.json', summary | ({'exported': files} if files else {})
     )
     show(rows, Console())
+    if 'onnxruntime_ms' in rows['original'] and hasattr(item.original, 'roi_head'):
+        print('in onnxruntime, a two-stage detector runs up to its RoIs, without heads')
     for file in exported:
         print(file)
     if exported and not args.nms:

@@ -58,8 +58,9 @@ class Overrides(DictAction):
             super().__call__(parser, namespace, values, option_string)
         except (ValueError, AssertionError) as error:
             got = f'{" ".join(values)}: {error}'
-            remedy = 'put each override into quotes, such as "model.backbone.depth=18"'
-            raise ConfigError('--cfg-options', 'KEY=VALUE', got, remedy) from None
+            remedy = 'write it so, in quotes where it has spaces: "data_root=my data/"'
+            option = option_string or '--cfg-options'
+            raise ConfigError(option, 'KEY=VALUE', got, remedy) from None
 
 
 def whole_number(least: int) -> Callable[[str], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,29 @@ from mmgfp.utils.errors import ConfigError, StructureError
 
 #: MMEngine's modules have this attribute while they initialise their weights.
 INITIALISING = '_params_init_info'
+
+
+def weights_lacking(model: nn.Module, weights: Mapping[str, Any]) -> list[str]:
+    """Return the parameters that keep the values they have when weights are loaded.
+
+    MMEngine loads what fits and goes on: they would be as they were initialised.
+
+    Args:
+        model: The model, which loads them without ``strict``.
+        weights: What a checkpoint holds, by name.
+
+    Examples:
+        >>> weights_lacking(nn.Linear(2, 1), {'module.weight': torch.ones(1, 2)})
+        ['bias']
+        >>> weights_lacking(nn.Linear(2, 1), {'weight': torch.ones(3, 2)})
+        ['weight', 'bias']
+    """
+    shapes = {
+        name.removeprefix('module.'): getattr(tensor, 'shape', None)
+        for name, tensor in weights.items()
+    }
+    parameters = model.named_parameters()
+    return [name for name, p in parameters if shapes.get(name) != p.shape]
 
 
 class WidthGuard:

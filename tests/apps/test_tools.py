@@ -43,6 +43,16 @@ def test_analyze_prints_and_writes_what_can_be_pruned(run_tool, tmp_path):
     assert report['coverage'] == {'channels': channels, 'macs': 1.0}
 
 
+def test_analyze_counts_at_the_size_of_the_hook(run_tool, tmp_path):
+    out = tmp_path / 'report.json'
+    config = DEMO.with_name(f'{DEMO.stem}_prune.py')
+    done = run_tool('analyze.py', config, '--json', out)
+    assert 'for one 3x128x128 image' in done.stdout, done.stderr
+    report = json.loads(out.read_text())
+    assert report['input_shape'] == [3, 128, 128]
+    assert round(report['macs'] / 1e9, 5) == 0.09882  # as in docs/results.md
+
+
 def test_latency_is_profiled_and_predicted(run_tool, tmp_path):
     """Once measured, the file says what the model takes; another size is refused."""
     pytest.importorskip('onnxruntime')

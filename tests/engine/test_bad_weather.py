@@ -263,6 +263,34 @@ def test_compact_weights_are_not_loaded_into_the_full_model(tmp_path, trained, r
     assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        (lambda weights: None, None),
+        (lambda weights: weights.pop('net.stem.weight'), 'no net.stem.weight of its'),
+        (
+            lambda weights: weights.update({'net.stem.weight': torch.ones(2, 3, 3, 3)}),
+            'no net.stem.weight of its shape); these',
+        ),
+        (
+            lambda weights: weights.clear(),
+            'more); these are left as they were initialised',
+        ),
+    ],
+    ids=['whole', 'missing', 'narrow', 'empty'],
+)
+def test_weights_that_load_from_lacks_are_counted(tmp_path, trained, change, words):
+    weights = torch.load(trained[0], weights_only=False)['state_dict']
+    change(weights)
+    torch.save({'state_dict': dict(weights)}, tmp_path / 'weights.pth')
+    load_from = str(tmp_path / 'weights.pth')
+    toy_runner(tmp_path, iters=1, load_from=load_from).train()
+    (log,) = (tmp_path / 'work').glob('*/*.log')
+    lines = [x for x in log.read_text().splitlines() if 'load_from must hold' in x]
+    assert len(lines) == (words is not None)
+    assert words is None or words in lines[0]
+
+
 def resumed_with(tmp_path, path, change):
     """Return a runner that resumes a checkpoint which has been tampered with."""
     checkpoint = torch.load(path, weights_only=False)

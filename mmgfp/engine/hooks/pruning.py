@@ -17,6 +17,7 @@ from mmgfp.engine.artifact import circumstances, costs_in_numbers, save_artifact
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.distributed import broadcast_result, sum_over_processes
 from mmgfp.engine.hooks.exact_resume import ExactResumeHook
+from mmgfp.engine.initial_weights import weights_lacking
 from mmgfp.engine.progress import Progress
 from mmgfp.engine.refitting import check_refitting, step_and_refit
 from mmgfp.engine.registry import HOOKS
@@ -261,6 +262,7 @@ class ChannelPruningHook(Hook):
                 'one without its state',
                 'to prune these weights, name them in load_from and do not resume',
             )
+        warn_of_lacking_weights(runner, checkpoint)
 
     def _check_weights(self, runner: Runner, checkpoint: dict) -> None:
         kind: type[MMGFPError] = StructureError
@@ -270,8 +272,7 @@ class ChannelPruningHook(Hook):
         model = unwrap_model(runner.model)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         reference = 'as in the model that is pruned'
-        weights = checkpoint.get('state_dict', {})
-        check_shapes(weights, shapes, reference, remedy, kind)
+        check_shapes(checkpoint.get('state_dict', {}), shapes, reference, remedy, kind)
 
     def _save(self, runner: Runner, pruner: ChannelPruner, label: str) -> None:
         """Write ``<config>_<label>.pth`` into the work directory."""
@@ -316,3 +317,18 @@ class FisherPruningHook(ChannelPruningHook):
     ) -> None:
         super().__init__(config, **options)
         require_fisher(self.config, 'ChannelPruningHook')
+
+
+def warn_of_lacking_weights(runner: Runner, checkpoint: dict) -> None:
+    """Say so if ``load_from`` lacks weights: scores of random ones mean nothing."""
+    if runner._resume:
+        return  # where anything that lacks is an error
+    model = unwrap_model(runner.model)
+    lacking = weights_lacking(model, checkpoint.get('state_dict', checkpoint))
+    if lacking:
+        more = f' and {len(lacking) - 1} more' if len(lacking) > 1 else ''
+        runner.logger.warning(
+            f'load_from must hold all weights of the model that is pruned '
+            f'({runner._load_from} has no {lacking[0]} of its shape{more}); these are '
+            f'left as they were initialised: name the checkpoint of this config'
+        )
