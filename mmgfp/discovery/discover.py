@@ -115,9 +115,7 @@ def trace_model(
         watch_outputs(model) as outputs,
     ):
         value = loss(model)
-        trace = trace_loss(
-            model, value, strict, widths, outputs, updated=frozen.changed()
-        )
+        trace = trace_loss(model, value, strict, widths, outputs, frozen=frozen)
         nodes = {name: seen.nodes for name, seen in calls.items()}
         read = judge_operands(read_graph(value, outputs), model, nodes)
 
@@ -146,9 +144,7 @@ def trace_again(model: nn.Module, loss: LossFunction, readings: Readings) -> Tra
         watch_outputs(model) as outputs,
     ):
         value = loss(model)
-        return trace_loss(
-            model, value, False, widths, outputs, readings, frozen.changed()
-        )
+        return trace_loss(model, value, False, widths, outputs, readings, frozen)
 
 
 @contextmanager

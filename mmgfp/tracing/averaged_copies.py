@@ -6,63 +6,104 @@ The copy must therefore keep the original's shapes: it loses the same channels.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmgfp.tracing.labels import LabelTable
+from mmgfp.utils.trial_runs import FrozenParameters
 
 
 def averaged_copy_tensors(
-    model: nn.Module, updated: Mapping[str, bool] = MappingProxyType({})
+    model: nn.Module, frozen: FrozenParameters | None = None
 ) -> dict[str, list[str]]:
     """Return the names of the copies of each parameter and buffer, by its own name.
 
     A copy is known by the interface of `torch.optim.swa_utils.AveragedModel`, which
-    MMEngine's averaged models share, or by its parameters, which need no gradient and
-    which the model itself updates; its original, by class and by the names and shapes
+    MMEngine's averaged models share, or by parameters that the model itself moves
+    towards those of another module; its original, by class and by the names and shapes
     of its tensors.
 
     Args:
-        model: The model.
-        updated: Whether the parameters that need no gradient change while the loss is
-            computed, as `FrozenParameters` tells.
+        model: The model, after its loss was computed.
+        frozen: Its parameters without gradient as they were before.
     """
-    copies: dict[str, list[str]] = {}
-    found = dict(_copies(model, updated))
-    for path, module in found.items():
+    pairs: list[tuple[str, str, nn.Module]] = []
+    averaged = dict(_averaged(model))
+    for path, module in averaged.items():
         for part_path, part in _parts(path, module):
-            original = _original(model, found, part)
+            original = next(_originals(model, averaged, part), None)
             if original is not None:
-                for name in part.state_dict():
-                    names = copies.setdefault(f'{original}.{name}', [])
-                    names.append(f'{part_path}.{name}')
+                pairs.append((original, part_path, part))
+    if frozen is not None:
+        pairs += _followers(model, frozen, averaged)
+    copies: dict[str, list[str]] = {}
+    for original, path, module in pairs:
+        for name in module.state_dict():
+            copies.setdefault(f'{original}.{name}', []).append(f'{path}.{name}')
     return copies
 
 
-def _copies(
-    model: nn.Module, updated: Mapping[str, bool]
-) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules, by name, that may be copies of others, the outermost ones."""
-    inside: str | None = None
+def _averaged(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules inside of averaged models, by name."""
     for path, module in model.named_modules():
-        if inside is not None and path.startswith(inside):
-            continue
         inner = getattr(module, 'module', None)
-        names = [f'{path}.{name}' for name, _ in module.named_parameters()]
-        follows = all(name in updated for name in names) and any(
-            updated[name] for name in names
-        )
         if hasattr(module, 'update_parameters') and isinstance(inner, nn.Module):
             yield f'{path}.module', inner
-        elif follows and _original(model, [path], module):
-            yield path, module
-        else:
+
+
+def _followers(
+    model: nn.Module, frozen: FrozenParameters, averaged: Collection[str]
+) -> Iterator[tuple[str, str, nn.Module]]:
+    """Yield the names of original and copy, and the copy, where code updates it."""
+    changed = frozen.changed()
+    inside: list[str] = [*averaged]
+    for path, module in model.named_modules() if any(changed.values()) else ():
+        names = [f'{path}.{name}' for name, _ in module.named_parameters()]
+        if _is_in(path, inside) or not all(name in changed for name in names):
             continue
-        inside = f'{path}.'
+        if not any(changed[name] for name in names):
+            continue
+        for original in _originals(model, [path, *averaged], module):
+            if _follows(model, original, path, frozen):
+                inside.append(path)
+                yield original, path, module
+                break
+
+
+def _follows(
+    model: nn.Module, original: str, copy: str, frozen: FrozenParameters
+) -> bool:
+    """Return whether all parameters of a copy went some way towards the original's.
+
+    A norm that is limited, or a scale that is clamped, goes elsewhere. Where copy and
+    original were equal before, all have to be written to.
+    """
+    before, changed = frozen.values(), frozen.changed()
+    targets = dict(model.get_submodule(original).named_parameters())
+    has_moved, are_written = False, True
+    for name, parameter in model.get_submodule(copy).named_parameters():
+        if name not in targets:
+            return False
+        old = before[f'{copy}.{name}'].float()
+        way = targets[name].detach().float() - old
+        step = parameter.detach().float() - old
+        are_written &= changed[f'{copy}.{name}']
+        if not way.any() and not step.any():
+            continue
+        share = float((step * way).sum() / way.square().sum())
+        beside = float((step - share * way).square().sum())
+        # Rounding is much of a small step; NaN compares as false.
+        if not (share > 0 and beside <= 1e-2 * float(step.square().sum())):
+            return False
+        has_moved = True
+    return has_moved or are_written
+
+
+def _is_in(path: str, parents: Collection[str]) -> bool:
+    return any(f'{path}.'.startswith(f'{parent}.') for parent in parents)
 
 
 def _parts(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -77,17 +118,16 @@ def _parts(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
 
 
-def _original(model: nn.Module, copies: Collection[str], part: nn.Module) -> str | None:
-    """Return the name of the module, in none of ``copies``, that ``part`` copies."""
+def _originals(
+    model: nn.Module, copies: Collection[str], part: nn.Module
+) -> Iterator[str]:
+    """Yield the names of modules, in none of ``copies``, that ``part`` may copy."""
     shapes = _shapes(part)
-    originals = (
-        name
-        for name, module in model.named_modules()
-        if type(module) is type(part)
-        and not any(f'{name}.'.startswith(f'{copy}.') for copy in copies)
-        and _shapes(module) == shapes
-    )
-    return next(originals, None) if shapes else None
+    for name, module in model.named_modules() if shapes else ():
+        if type(module) is not type(part) or _is_in(name, copies):
+            continue
+        if _shapes(module) == shapes:
+            yield name
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -21,6 +21,7 @@ from mmgfp.tracing.splits import Readings, Splits, with_loose_splits
 from mmgfp.tracing.value import Context, LayerCall, Value, op_name, planes_of
 from mmgfp.tracing.widths import Outputs, width_labels
 from mmgfp.utils.errors import TraceError
+from mmgfp.utils.trial_runs import FrozenParameters
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def trace_loss(
     widths: Mapping[str, Outputs] | None = None,
     unused: Iterable[Tensor] = (),
     readings: Readings = MappingProxyType({}),
-    updated: Mapping[str, bool] = MappingProxyType({}),
+    frozen: FrozenParameters | None = None,
 ) -> Trace:
     """Label every parameter dimension that takes part in ``loss``.
 
@@ -65,8 +66,8 @@ def trace_loss(
             labelled as well, since they read channels.
         readings: How to read splits of channels; all others are read so that some of
             their channels may go.
-        updated: Whether the parameters that need no gradient change while the loss is
-            computed, as `FrozenParameters` tells: those of averaged copies do.
+        frozen: Parameters that need no gradient as they were before, which tell
+            averaged copies that the model's own code updates.
 
     Raises:
         TraceError: If the loss has no graph, or under ``strict`` an op has no rule.
@@ -90,7 +91,7 @@ def trace_loss(
             'compute it with gradients enabled and from parameters that require them',
         )
     graph = read_graph(loss, unused)
-    copies = averaged_copy_tensors(model, updated)
+    copies = averaged_copy_tensors(model, frozen)
     trace = partial(_trace_graph, model, graph, strict, widths or {}, copies)
     # Labels are on the CPU, whatever the model's device and torch's default one.
     with torch.device('cpu'):

@@ -88,19 +88,30 @@ class FrozenParameters:
         ]
 
     def changed(self) -> dict[str, bool]:
-        """Return which of them have been changed since, by name."""
+        """Return which of them have been written to since, by name."""
         return {
             name: p.data_ptr() != data.data_ptr()  # as `p.data = ...` does
-            or p._version != version  # seen even where a copy equals its original yet
-            or not torch.equal(p, value)
+            or p._version != version  # seen even where nothing differs yet
+            or not _equal(p, value)
             for name, p, data, version, value in self._before
         }
+
+    def values(self) -> dict[str, Tensor]:
+        """Return their values as they were, by name."""
+        return {name: value for name, *_, value in self._before}
 
     def restore(self) -> None:
         """Change them back."""
         for _, p, data, _, value in self._before:
-            if p.data_ptr() != data.data_ptr() or not torch.equal(p, value):
-                p.data = data.copy_(value)
+            if p.data_ptr() != data.data_ptr():
+                p.data = data
+            if not _equal(p, value):
+                p.data.copy_(value)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether tensors are equal; NaN counts as equal to itself."""
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from support.toys import ConvPair, grouped, images, reasons_of, square_loss, toy
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from mmgfp.discovery.discover import discover
+from mmgfp.discovery.discover import discover, trace_model
+from mmgfp.discovery.grouping import build_groups
 from mmgfp.discovery.unit_sets import random_units
 from mmgfp.discovery.verify import disagreement, masked_and_compact
 from mmgfp.surgery.masking import ColumnMask
@@ -155,6 +156,60 @@ def test_copies_that_the_model_updates_itself(follow):
     assert roles['teacher.conv2.weight', 1] == 'in'
     assert reasons_of(found)['net.conv2'] == 'an output of an averaged copy'
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def limited(mine, other):
+    mine.data = torch.renorm(mine.data.flatten(1), 2, 0, 0.1).view_as(mine)
+
+
+@torch.no_grad()
+def clamped(mine, other):
+    mine.clamp_(-0.1, 0.1)
+
+
+@torch.no_grad()
+def decayed(mine, other):
+    mine.mul_(0.9)
+
+
+def unknown(mine, other):
+    mine.data.fill_(float('nan'))
+
+
+@pytest.mark.parametrize('change', [limited, clamped, decayed, unknown])
+def test_a_frozen_twin_that_does_not_follow_keeps_its_channels(change):
+    torch.manual_seed(0)
+
+    def follow(mine, other):
+        if mine.dim() == 4:
+            change(mine, other)
+
+    grouping = build_groups_of(Taught(follow))
+    assert [g.name for g in grouping.groups] == ['net.conv1', 'net.conv2']
+    assert not any(m.name.startswith('t') for g in grouping.groups for m in g.members)
+
+
+def build_groups_of(model):
+    return build_groups(model, trace_model(model, Taught.loss, images=2).trace)
+
+
+class TaughtTwice(Taught):
+    """Has two networks of one class; the teacher is the second one's."""
+
+    def __init__(self):
+        super().__init__(in_place)
+        self.net, self.first = ConvPair(), self.net
+
+    def forward(self, x):
+        return self.neck((self.first(x) + self.net(x)).relu())
+
+
+def test_a_copy_goes_with_the_one_that_it_follows():
+    torch.manual_seed(0)
+    groups = {g.name: g.members for g in build_groups_of(TaughtTwice()).groups}
+    assert set(groups) == {'first.conv1', 'net.conv1'}
+    assert any(m.name == 'teacher.conv1.weight' for m in groups['net.conv1'])
+    assert not any(m.name.startswith('teacher') for m in groups['first.conv1'])
 
 
 def test_a_frozen_twin_that_nothing_updates_keeps_its_channels():

@@ -330,5 +330,6 @@ def warn_of_lacking_weights(runner: Runner, checkpoint: dict) -> None:
         runner.logger.warning(
             f'load_from must hold all weights of the model that is pruned '
             f'({runner._load_from} has no {lacking[0]} of its shape{more}); these are '
-            f'left as they were initialised: name the checkpoint of this config'
+            f'left as they were initialised, unless the model converts them: name the '
+            f'checkpoint of this config'
         )
