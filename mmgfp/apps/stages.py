@@ -174,8 +174,8 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
         {'custom_hooks.0.interval': 5, 'load_from': 'a.pth'}
     """
     parser = argparse.ArgumentParser()
-    parser.add_argument('--options', nargs='*', action=Overrides, default={})
-    return parser.parse_args(['--options', *options]).options
+    parser.add_argument('--cfg-options', nargs='*', action=Overrides, default={})
+    return parser.parse_args(['--cfg-options', *options]).cfg_options
 
 
 def find_hook(cfg: Config) -> tuple[int, Mapping[str, Any]]:
