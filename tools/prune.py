@@ -33,14 +33,10 @@ from mmgfp.apps.prune_run import (
     validation_of,
 )
 from mmgfp.apps.tables import print_table
-from mmgfp.compensation.options import CompensationConfig
+from mmgfp.compensation.options import FEW_ROWS, CompensationConfig
 from mmgfp.engine.deploy import check_destination
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import check_folder
-
-#: Positions of a batch that a layer is fitted to. There are many batches, and second
-#: moments of so many positions take most of the time otherwise.
-ROWS = 4096
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -118,7 +114,7 @@ def main() -> None:
     check_folder(args.work_dir)
     compensation = None
     if args.compensate != 'none':
-        compensation = CompensationConfig(method=args.compensate, rows=ROWS)
+        compensation = CompensationConfig(method=args.compensate, rows=FEW_ROWS)
     testing = (args.metric, args.max_images, args.work_dir / 'logs')
     validation = validation_of(cfg, args.checkpoint, *testing)
     how = (options, compensation, args.rounds, args.images, args.batch_size)

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from mmgfp.apps.analysis import costs_of
 from mmgfp.apps.refitting_data import LEAST_BATCHES, refitting_batches
-from mmgfp.apps.run_config import pruning_config
+from mmgfp.apps.run_config import pruning_config, seed_of
 from mmgfp.apps.sensitivity_run import Validation, validation_config
 from mmgfp.apps.tables import size_cells
+from mmgfp.compensation.in_training import NONE
 from mmgfp.compensation.options import METHODS, CompensationConfig
 from mmgfp.config import PruningConfig
 from mmgfp.engine.artifact import circumstances, costs_in_numbers
@@ -38,7 +39,7 @@ from mmgfp.utils.errors import ConfigError
 from mmgfp.without_training import Pruned, prune_without_training
 
 #: Choices of ``--compensate``.
-COMPENSATIONS = (*METHODS, 'none')
+COMPENSATIONS = (*METHODS, NONE)
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def _annotated(model: Any, batches: Sequence[Any]) -> list[Any]:
 
 
 class _Steps:
-    """What is going on, on the error stream."""
+    """A line on the error stream about the work at hand."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -218,11 +219,6 @@ class _Counted:
     def __call__(self, model: nn.Module) -> Tensor:
         self._steps.advance()
         return self._loss(model)
-
-
-def seed_of(cfg: Config) -> int:
-    """Return the seed of a config, 0 without one."""
-    return (cfg.get('randomness') or {}).get('seed') or 0
 
 
 def save(

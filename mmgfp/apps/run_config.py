@@ -182,3 +182,8 @@ def _datasets(node: Any) -> Iterator[Mapping[str, Any]]:
             yield node
         yield from _datasets(node.get('dataset'))
         yield from _datasets(node.get('datasets'))
+
+
+def seed_of(cfg: Config) -> int:
+    """Return the seed of a config, 0 without one."""
+    return (cfg.get('randomness') or {}).get('seed') or 0

@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 
 from mmgfp.apps.cli import reading_config
 from mmgfp.apps.evaluation import runner_to_test
-from mmgfp.apps.run_config import check_entries, prepare_config
+from mmgfp.apps.run_config import check_entries, prepare_config, seed_of
 from mmgfp.apps.tables import main_metric
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.config_search import scope_of
@@ -127,7 +127,7 @@ def training_batches(cfg: Config, model: Any, count: int) -> Iterator[BatchCalls
     Raises:
         ConfigError: If the loader cannot be built, or there are too few.
     """
-    seed = (cfg.get('randomness') or {}).get('seed') or 0
+    seed = seed_of(cfg)
     with reading_config(cfg):
         loader = Runner.build_dataloader(copy.deepcopy(cfg.train_dataloader), seed=seed)
     given = 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from mmgfp.compensation.options import METHODS, CompensationConfig
+from mmgfp.compensation.options import FEW_ROWS, METHODS, CompensationConfig
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.registry import check_known
 from mmgfp.utils.validation import check_count
@@ -14,9 +14,6 @@ from mmgfp.utils.validation import check_count
 NONE = 'none'
 #: Training images that layers are refitted on.
 IMAGES = 256
-#: Positions of a batch that a layer is fitted to, fewer than for a single batch: there
-#: are many, and second moments take most of the time.
-ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -67,4 +64,4 @@ def read_compensation(spec: str | Mapping[str, Any]) -> InTraining | None:
     for name in ('uniform', 'ridges'):  # which configs give as lists
         if isinstance(options.get(name), list):
             options[name] = tuple(options[name])
-    return InTraining(images, CompensationConfig(**{'rows': ROWS, **options}))
+    return InTraining(images, CompensationConfig(**{'rows': FEW_ROWS, **options}))

@@ -10,6 +10,9 @@ from mmgfp.utils.validation import check, check_count
 
 METHODS = ('fisher', 'least_squares', 'bn')
 NORMS = ('all', 'others', 'none')
+#: Positions of a batch that a layer is fitted to where there are many batches: second
+#: moments of more of them would take most of the time.
+FEW_ROWS = 4096
 
 
 @dataclass(frozen=True)

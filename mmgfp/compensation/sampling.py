@@ -38,7 +38,7 @@ class Target:
 
     @property
     def ways(self) -> list[Tensor]:
-        """What positions are weighted by: squared gradients, if any, and alike."""
+        """Weights of the positions: squared gradients, if any, and all alike."""
         alike = torch.ones_like(self.y[:, :, 0])  # (G, P)
         return [alike] if self.squares is None else [self.squares, alike]
 

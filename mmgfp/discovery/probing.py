@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from mmgfp.utils.trial_runs import (
     LossFunction,
     copy_module,
     is_out_of_memory,
+    seed_all,
     undisturbed,
 )
 
@@ -63,9 +62,7 @@ def run(
 ) -> T:
     """Return ``call(model)``, computed with the same random numbers at each call."""
     with undisturbed(model), InDouble() if in_double else nullcontext():
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
+        seed_all(seed)
         return call(model)
 
 

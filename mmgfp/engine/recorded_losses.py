@@ -8,18 +8,16 @@ other one is held against, and given to both from then on.
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.utils.errors import ConfigError
-from mmgfp.utils.trial_runs import random_states_restored, undisturbed
+from mmgfp.utils.trial_runs import random_states_restored, seed_all, undisturbed
 
 #: Methods whose results say where the next layers look: proposals, boxes that a stage
 #: hands on to the next one, points of masks.
@@ -67,9 +65,7 @@ class RecordedLoss:
 
     def _loss(self, model: Any) -> Tensor:
         with random_states_restored(model):
-            random.seed(self._seed)
-            np.random.seed(self._seed)
-            torch.manual_seed(self._seed)
+            seed_all(self._seed)
             # Preprocessed for each call: floats take four times the memory.
             return BatchCalls(model, self._data).loss(model)
 

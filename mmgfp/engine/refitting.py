@@ -9,7 +9,6 @@ follow from the seed of the run and the iteration alone.
 from __future__ import annotations
 
 import copy
-import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from mmgfp.pruner import ChannelPruner, PruneStep
 from mmgfp.surgery.expand import take_over
 from mmgfp.surgery.live import with_inner
 from mmgfp.utils.errors import ConfigError
-from mmgfp.utils.trial_runs import random_states_restored
+from mmgfp.utils.trial_runs import random_states_restored, seed_all
 
 #: Batches that images are spread over at least, as some are held out.
 LEAST_BATCHES = 8
@@ -197,10 +196,7 @@ def _batches(decision: _Decision) -> list[Any]:
     # Batch norm refuses a single image whose map has shrunk to one position; but there
     # must be two batches.
     size = min(size, max(len(chosen) // LEAST_BATCHES, min(2, len(chosen) // 2)))
-    seed = int(rng.integers(2**32))
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    seed_all(int(rng.integers(2**32)))
     starts = range(0, len(chosen) - size + 1, size)
     batches = [
         loader.collate_fn([dataset[i] for i in chosen[s : s + size]]) for s in starts

@@ -6,7 +6,7 @@ The copy must therefore keep the original's shapes: it loses the same channels.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def _followers(
     model: nn.Module, frozen: FrozenParameters, averaged: Collection[str]
 ) -> Iterator[tuple[str, str, nn.Module]]:
     """Yield the names of original and copy, and the copy, where code updates it."""
-    changed = frozen.changed()
+    before, changed = frozen.values(), frozen.changed()
     inside: list[str] = [*averaged]
     for path, module in model.named_modules() if any(changed.values()) else ():
         names = [f'{path}.{name}' for name, _ in module.named_parameters()]
@@ -67,21 +67,24 @@ def _followers(
         if not any(changed[name] for name in names):
             continue
         for original in _originals(model, [path, *averaged], module):
-            if _follows(model, original, path, frozen):
+            if _follows(model, original, path, before, changed):
                 inside.append(path)
                 yield original, path, module
                 break
 
 
 def _follows(
-    model: nn.Module, original: str, copy: str, frozen: FrozenParameters
+    model: nn.Module,
+    original: str,
+    copy: str,
+    before: Mapping[str, Tensor],
+    changed: Mapping[str, bool],
 ) -> bool:
     """Return whether all parameters of a copy went some way towards the original's.
 
     A norm that is limited, or a scale that is clamped, goes elsewhere. Where copy and
     original were equal before, all have to be written to.
     """
-    before, changed = frozen.values(), frozen.changed()
     targets = dict(model.get_submodule(original).named_parameters())
     has_moved, are_written = False, True
     for name, parameter in model.get_submodule(copy).named_parameters():

@@ -154,6 +154,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def seed_all(seed: int) -> None:
+    """Let the random numbers of Python, NumPy and torch start from ``seed``."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def random_states_restored(model: nn.Module) -> Iterator[None]:
     """Restore the random states of torch, on the model's devices, NumPy and Python."""
