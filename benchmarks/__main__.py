@@ -193,7 +193,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for subject in (SUBJECTS[n] for n in part.subjects if n in args.models):
             model, calls = subject.build(args.device)
             extra = _shipping(subject, args) if part.is_sized else {}
-            measured[subject.label] = part.measure(
+            label = subject.label
+            if part.is_sized:
+                label = f'{subject.name}, {" × ".join(map(str, extra["size"][1:]))}'
+            measured[label] = part.measure(
                 model, calls, args.repeats, args.device, **extra
             )
             if args.json:
