@@ -26,10 +26,11 @@ class BatchCalls:
     Args:
         model: The model without a wrapper such as DDP.
         data_batch: The batch, before the data preprocessor; it is left untouched.
+        training: Whether it is preprocessed as in training, with what mixes images.
     """
 
-    def __init__(self, model: Any, data_batch: Any) -> None:
-        self.data = model.data_preprocessor(copy.deepcopy(data_batch), True)
+    def __init__(self, model: Any, data_batch: Any, training: bool = True) -> None:
+        self.data = model.data_preprocessor(copy.deepcopy(data_batch), training)
         inputs = self.data['inputs']
         views = inputs if isinstance(inputs, list | tuple) else [inputs]
         self.images = len(views[0])

@@ -1,29 +1,16 @@
-"""Losses of a detector that do not change with what the detector proposes.
-
-Two models are compared at the same positions: what a RoI head reads hangs on proposals
-and on RoIs that are drawn at random. These are recorded once, from the model that the
-other one is held against, and given to both from then on.
-"""
+"""Losses of a detector that do not change with what the detector proposes."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.utils.errors import ConfigError
+from mmgfp.engine.recorded_choices import RecordedChoices
 from mmgfp.utils.trial_runs import random_states_restored, seed_all, undisturbed
-
-#: Methods whose results say where the next layers look: proposals, boxes that a stage
-#: hands on to the next one, points of masks.
-CHOICES = ('predict_by_feat', 'refine_bboxes', 'get_roi_rel_points_train')
-#: Results of one method of one module, in the order of its calls.
-Results = dict[tuple[str, str], list[Any]]
 
 
 class RecordedLoss:
@@ -47,10 +34,9 @@ class RecordedLoss:
 
     def __init__(self, model: Any, data_batch: Any, seed: int = 0) -> None:
         self._data, self._seed = data_batch, seed
-        self._recorded: Results = {}
-        choosers = _choosers(model)
-        if choosers:
-            with undisturbed(model), torch.no_grad(), self._recording(choosers):
+        self._choices = RecordedChoices()
+        if self._choices.made_by(model):
+            with undisturbed(model), torch.no_grad(), self._choices.recording(model):
                 model.eval()
                 self._loss(model)
 
@@ -60,7 +46,7 @@ class RecordedLoss:
         Raises:
             ConfigError: If the model makes other choices than the recorded one.
         """
-        with self._replaying(_choosers(model)):
+        with self._choices.replaying(model):
             return self._loss(model)
 
     def _loss(self, model: Any) -> Tensor:
@@ -68,37 +54,6 @@ class RecordedLoss:
             seed_all(self._seed)
             # Preprocessed for each call: floats take four times the memory.
             return BatchCalls(model, self._data).loss(model)
-
-    def _recording(self, choosers: Any) -> Any:
-        def recorded(key: tuple[str, str], method: Callable[..., Any]) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                result = method(*args, **kwargs)
-                self._recorded.setdefault(key, []).append(copy.deepcopy(result))
-                return result
-
-            return call
-
-        return _replaced(choosers, recorded)
-
-    def _replaying(self, choosers: Any) -> Any:
-        def replayed(key: tuple[str, str], method: Callable[..., Any]) -> Any:
-            results = iter(self._recorded.get(key, ()))
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                try:
-                    # A copy, since heads may change what they are given in place.
-                    return copy.deepcopy(next(results))
-                except StopIteration:
-                    raise ConfigError(
-                        'the model',
-                        'one that proposes as often as the recorded one',
-                        f'another call of {".".join(key)}',
-                        'record the loss of a model of the same class',
-                    ) from None
-
-            return call
-
-        return _replaced(choosers, replayed)
 
 
 def recorded_losses(model: Any, batches: Iterable[Any]) -> list[RecordedLoss]:
@@ -109,47 +64,3 @@ def recorded_losses(model: Any, batches: Iterable[Any]) -> list[RecordedLoss]:
         batches: The batches, before the data preprocessor.
     """
     return [RecordedLoss(model, data, seed) for seed, data in enumerate(batches)]
-
-
-def _choosers(model: Any) -> list[tuple[str, str, Any]]:
-    """Return name, method and object of all parts that choose what others read."""
-    rpn, roi_head = getattr(model, 'rpn_head', None), getattr(model, 'roi_head', None)
-    if not isinstance(roi_head, nn.Module):
-        return []
-    parts = {'roi_head': roi_head}
-    if isinstance(rpn, nn.Module):
-        parts['rpn_head'] = rpn
-    found = [
-        (f'{part}.{name}', method, module)
-        for part, head in parts.items()
-        for name, module in head.named_modules()
-        for method in CHOICES
-        if hasattr(module, method)
-        # In a RoI head it makes results, not proposals.
-        and (part == 'rpn_head' or method != 'predict_by_feat')
-    ]
-    samplers: Any = getattr(roi_head, 'bbox_sampler', None)
-    samplers = samplers if isinstance(samplers, list) else [samplers]
-    found += [
-        (f'roi_head.bbox_sampler.{i}', 'sample', sampler)
-        for i, sampler in enumerate(samplers)
-        if sampler is not None
-    ]
-    return found
-
-
-@contextmanager
-def _replaced(
-    choosers: Iterable[tuple[str, str, Any]],
-    substitute: Callable[[tuple[str, str], Callable[..., Any]], Callable[..., Any]],
-) -> Iterator[None]:
-    """Put substitutes in the place of methods for a while."""
-    done = []
-    try:
-        for name, method, owner in choosers:
-            setattr(owner, method, substitute((name, method), getattr(owner, method)))
-            done.append((owner, method))
-        yield
-    finally:
-        for owner, method in done:
-            delattr(owner, method)

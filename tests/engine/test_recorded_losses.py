@@ -5,36 +5,18 @@ import copy
 import numpy as np
 import pytest
 import torch
-from support.configs import CASCADE, FASTER, MASK, slim
+from support.configs import CASCADE, FASTER, MASK
+from support.two_stage import rois_of, small_two_stage
 from torch import nn
 
 from mmgfp.compensation.compensate import compensate
 from mmgfp.compensation.options import CompensationConfig
 from mmgfp.discovery.discover import discover
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.demo_batch import demo_batch
-from mmgfp.engine.model_building import build_model
 from mmgfp.engine.recorded_losses import RecordedLoss, recorded_losses
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 
 PLAIN = dict(method='least_squares', ridges=(1e-13,), norms='none')
-
-
-def small(name):
-    """The config's slim model with RoIs of 2 x 2, and three batches."""
-    cfg = slim(name)
-    head = cfg.model.roi_head
-    heads = head.bbox_head if isinstance(head.bbox_head, list) else [head.bbox_head]
-    head.bbox_roi_extractor.roi_layer.output_size = 2
-    for one in heads:
-        one.roi_feat_size = 2
-    torch.manual_seed(0)
-    model = build_model(cfg)
-    batches = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        batches.append(demo_batch(cfg, 2, (64, 64)))
-    return model, batches
 
 
 def seen_by(model, names, losses):
@@ -65,30 +47,13 @@ def cut(model, batch, share=0.3):
     return found.grouping, rng.random(found.grouping.units) >= share
 
 
-def rois_of(model, loss):
-    """The RoIs that each call of a box or mask extractor reads."""
-    seen = []
-    head = model.roi_head
-    names = [n for n, _ in head.named_modules() if n.endswith('roi_extractor')]
-    extractors = [head.get_submodule(n) for n in names]
-    flat = [m for e in extractors for m in (e if isinstance(e, nn.ModuleList) else [e])]
-    handles = [
-        m.register_forward_pre_hook(lambda m, args: seen.append(args[1].clone()))
-        for m in flat
-    ]
-    loss(model)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 @pytest.mark.parametrize(
     'name',
     [FASTER, *(pytest.param(n, marks=pytest.mark.slow) for n in (MASK, CASCADE))],
 )
 def test_two_models_see_the_same_rois(name):
     """Whatever the second one would propose, and stages would hand on."""
-    model, batches = small(name)
+    model, batches = small_two_stage(name)
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -112,7 +77,7 @@ def test_two_models_see_the_same_rois(name):
 
 def test_refitted_fully_connected_layers_are_plain_least_squares():
     """On the rows of all RoIs of all batches."""
-    model, batches = small(FASTER)
+    model, batches = small_two_stage(FASTER)
     for layer in model.roi_head.bbox_head.shared_fcs:
         nn.init.ones_(layer.bias)  # units that are never zero, for one solution
     grouping, kept = cut(model, batches[0])
