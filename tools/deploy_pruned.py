@@ -23,6 +23,13 @@ from mmgfp.apps.cli import (
     whole_number,
     write_json,
 )
+from mmgfp.apps.exporting import (
+    add_export_arguments,
+    check_export,
+    export,
+    print_exported,
+    reports,
+)
 from mmgfp.apps.input_shape import deployed_shape
 from mmgfp.apps.latency import (
     PROCESSOR,
@@ -33,13 +40,10 @@ from mmgfp.apps.latency import (
 from mmgfp.engine.demo_batch import demo_calls
 from mmgfp.engine.deploy import (
     Deployable,
-    Trained,
     check_destination,
     deploy,
     read_deployable,
 )
-from mmgfp.export.files import FORMATS, RAW_NOTE, check_formats, export_files
-from mmgfp.export.options import ExportOptions
 from mmgfp.selection.costs import COSTS
 
 
@@ -59,19 +63,7 @@ def parse_args() -> argparse.Namespace:
         default=10,
         help='timed passes, in which the models take turns; 0 measures no latency',
     )
-    parser.add_argument(
-        '--export',
-        nargs='+',
-        default=[],
-        metavar='FORMAT',
-        help=f'also write the model as {", ".join(FORMATS)}; tools/export.py has more '
-        'options',
-    )
-    parser.add_argument(
-        '--nms',
-        action='store_true',
-        help='exported files give detections or probabilities, not raw outputs',
-    )
+    add_export_arguments(parser)
     parser.add_argument('--cfg-options', nargs='+', action=Overrides)
     return parser.parse_args()
 
@@ -146,9 +138,7 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options)
     name = Path(args.checkpoint).stem if args.name is None else args.name
     check_destination(args.out, name)
-    options = ExportOptions(nms=args.nms)
-    if args.export:
-        check_formats(args.export, options)
+    check_export(args)
     with reading_config(cfg):
         item = read_deployable(cfg, args.checkpoint)
     shape, source = deployed_shape(args.input_shape, item, cfg)
@@ -157,25 +147,14 @@ def main() -> None:
     rows = summarize(cfg, item, shape, args.rounds)
     # Whoever deploys or fine-tunes the result counts at the same size.
     item = replace(item, meta={**item.meta, 'input_shape': list(shape)})
-    exported = []
-    if args.export:
-        trained = Trained(item.model, item.structure, item.meta)
-        exported = export_files(
-            cfg, trained, shape, args.out, name, args.export, options
-        )
+    exported = export(cfg, item, shape, args.out, name, args)
     paths = deploy(cfg, item, args.out, name)
-    files = {file.path.name: str(file.report) for file in exported}
-    summary = {'input_shape': list(shape), **rows}
-    write_json(
-        args.out / 'summary.json', summary | ({'exported': files} if files else {})
-    )
+    summary = {'input_shape': list(shape), **rows, **reports(exported)}
+    write_json(args.out / 'summary.json', summary)
     show(rows, Console())
     if 'onnxruntime_ms' in rows['original'] and hasattr(item.original, 'roi_head'):
         print('in onnxruntime, a two-stage detector runs up to its RoIs, without heads')
-    for file in exported:
-        print(file)
-    if exported and not args.nms:
-        print(RAW_NOTE)
+    print_exported(exported, args)
     print(f'wrote {", ".join(str(p) for p in paths.values())}')
 
 
