@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmgfp.compensation.compensate import LayerReport, compensate
+from mmgfp.compensation.compensate import compensate
 from mmgfp.compensation.options import CompensationConfig
 from mmgfp.compensation.recording import evaluating
 from mmgfp.config import PruningConfig
 from mmgfp.pruner import ChannelPruner, PruneStep
-from mmgfp.selection.costs import LayerProfile, Totals
-from mmgfp.selection.targets import Target
+from mmgfp.rounds import Journal, Pruned, Round, stations
+from mmgfp.selection.costs import LayerProfile
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.expand import take_over
-from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.tree import tree_tensors
 from mmgfp.utils.trial_runs import (
@@ -34,88 +31,6 @@ from mmgfp.utils.trial_runs import (
     without_checkpointing,
 )
 
-#: One cut may leave this share of a cost; for less, there are several.
-ONE_CUT = 0.45
-#: The share that each of several cuts leaves, or a little more.
-STEP = 0.75
-
-
-@dataclass(frozen=True)
-class Round:
-    """One cut, and how the model was made up for it.
-
-    Attributes:
-        target: Where the cut ended.
-        totals: Costs that remain.
-        units: Numbers of the units that went.
-        layers: What became of the layers that the cut reaches; empty without
-            compensation.
-        norms: Batch norms whose statistics were taken anew.
-    """
-
-    target: Target
-    totals: Totals
-    units: np.ndarray
-    layers: tuple[LayerReport, ...] = ()
-    norms: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """A model that was pruned without training.
-
-    Attributes:
-        model: The compact model.
-        structure: What it keeps of the original.
-        full: Costs of the original.
-        rounds: All cuts, the last one to the target.
-    """
-
-    model: nn.Module
-    structure: PruneStructure
-    full: Totals
-    rounds: tuple[Round, ...]
-
-    @property
-    def totals(self) -> Totals:
-        """Costs of the compact model."""
-        return self.rounds[-1].totals
-
-
-def stations(ratio: float, rounds: int | Sequence[float] | None = None) -> list[float]:
-    """Return the shares of a cost at which cuts end, falling, down to a target.
-
-    Args:
-        ratio: The target.
-        rounds: The number of cuts, or the shares before the last one; by default one
-            cut down to about half, and for less several of about a quarter each.
-
-    Raises:
-        ConfigError: If shares do not fall from 1 to the target.
-
-    Examples:
-        >>> stations(0.5)
-        [0.5]
-        >>> [round(share, 3) for share in stations(0.35)]
-        [0.769, 0.592, 0.455, 0.35]
-        >>> stations(0.35, [0.7, 0.5])
-        [0.7, 0.5, 0.35]
-    """
-    if rounds is None:
-        rounds = 1
-        if ratio < ONE_CUT:
-            rounds = math.ceil(math.log(ratio) / math.log(STEP))
-    if isinstance(rounds, int):
-        if rounds < 1:
-            expected = 'a whole number of at least 1, or shares'
-            raise ConfigError('rounds', expected, repr(rounds), 'give 1')
-        return [ratio ** (k / rounds) for k in range(1, rounds)] + [ratio]
-    shares = [*rounds, ratio]
-    if not all(a > b for a, b in zip([1.0, *shares], shares, strict=False)):
-        expected = f'shares that fall from below 1 to above {ratio:g}'
-        raise ConfigError('rounds', expected, repr(rounds), 'leave them out')
-    return shares
-
 
 def prune_without_training(
     model: nn.Module,
@@ -126,7 +41,8 @@ def prune_without_training(
     compensation: CompensationConfig | None = None,
     rounds: int | Sequence[float] | None = None,
     profiles: Mapping[str, LayerProfile] | None = None,
-    report: Callable[[str], None] = lambda line: None,
+    tracing_loss: LossFunction | None = None,
+    journal: Journal | None = None,
 ) -> Pruned:
     """Prune a trained model by statistics of some batches, and refit what remains.
 
@@ -135,19 +51,18 @@ def prune_without_training(
 
     Args:
         model: The trained model; it is left as it is.
-        losses: Compute the loss of a model in eval mode, a scalar, on one batch each,
-            always the same one.
+        losses: Compute the loss of a model in eval mode on one batch each, a scalar.
         forward: Returns all outputs that the module it is given has at inference.
-        images: Number of images in the batch of ``forward`` and the first loss.
+        images: Number of images in the batch of ``forward`` and the tracing loss.
         config: What may go, by which criterion, to which target; not the pace.
         compensation: How layers are refitted; None leaves the model as cut.
         rounds: See `stations`.
-        profiles: How often each layer uses its weight for one image; recorded from
-            ``forward`` if not given.
-        report: Called with a line on what begins.
+        profiles: How often layers use their weights for one image; recorded if None.
+        tracing_loss: Finds coupled channels by its graph; the first loss by default.
+        journal: Is told how it goes, and may hold a state to go on from.
 
     Raises:
-        ConfigError: If there are several targets, or one that cannot be reached.
+        ConfigError: If the target cannot be reached, or a state does not fit.
         TraceError: If nothing can be pruned.
 
     Examples:
@@ -162,38 +77,108 @@ def prune_without_training(
     pruner = ChannelPruner(work, _at_once(PruningConfig.of(config), rounds, losses))
     # Else frozen stages cut the graph.
     with closing(pruner), evaluating(work), all_parameters_require_grad(work):
-        report('finding coupled channels')
-        pruner.prepare(losses[0], forward, images, profiles)
-        return _all_rounds(model, pruner, losses, compensation, report)
+        journal = journal or Journal()
+        if journal.state is None:
+            journal.report('finding coupled channels')
+            pruner.prepare(tracing_loss or losses[0], forward, images, profiles)
+        return _Rounds(model, pruner, losses, compensation, journal).run()
 
 
-def _all_rounds(
-    model: nn.Module,
-    pruner: ChannelPruner,
-    losses: Sequence[LossFunction],
-    compensation: CompensationConfig | None,
-    report: Callable[[str], None],
-) -> Pruned:
-    """Prune the model of a pruner to all of its targets, and refit after each."""
-    units, small = pruner.units, model
-    done: list[Round] = []
-    while not pruner.done:
+@dataclass
+class _Rounds:
+    """All rounds of a run.
+
+    Attributes:
+        model: The original model.
+        pruner: Prunes a copy of it, which stays as large and takes over new weights.
+        losses: The losses of all batches.
+        compensation: How layers are refitted.
+        journal: Is told how it goes.
+        small: The compact model.
+        done: The rounds so far.
+    """
+
+    model: nn.Module
+    pruner: ChannelPruner
+    losses: Sequence[LossFunction]
+    compensation: CompensationConfig | None
+    journal: Journal
+    small: nn.Module = field(init=False)
+    done: list[Round] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.small = self.model
+
+    def run(self) -> Pruned:
+        """Prune to all targets that are not reached yet."""
+        if self.journal.state is not None:
+            self.restore(self.journal.state)
+        while not self.pruner.done:
+            self.prune()
+            self.journal.after_round(self.done[-1], self.state())
+        units = self.pruner.units
+        return Pruned(self.small, units.structure(), units.full, tuple(self.done))
+
+    def prune(self) -> None:
+        """Prune to the next target, and refit what remains."""
+        pruner, units = self.pruner, self.pruner.units
         before = units.kept.copy()
-        report(f'scoring units for {pruner.pending[0].label}')
-        step = _decide(pruner, losses)
-        facts = (step.reached[-1], step.totals, step.units)
-        if compensation is None:
-            small = compact(model, units.structure())
-            done.append(Round(*facts))
-            continue
-        report('refitting')
-        grouping = units.grouping.remaining(before)
-        kept = units.kept[before]
-        result = compensate(small, grouping, kept, losses, compensation)
-        small = result.model
-        take_over(pruner.model, small, units.structure())
-        done.append(Round(*facts, result.layers, result.norms))
-    return Pruned(small, units.structure(), units.full, tuple(done))
+        target, count = pruner.pending[0], len(pruner.config.targets)
+        name = f'{target.cost} to {target.ratio:.0%}'
+        if count > 1:
+            # One cut may go past several targets.
+            name = f'round {len(pruner.reached) + 1} of {count}, {name}'
+        self.journal.report(f'{name}: scoring units')
+        step = _decide(pruner, self.losses)
+        share = step.totals.ratio(target.cost, units.full)
+        facts = (step.reached[-1], step.totals, share, step.units)
+        if self.compensation is None:
+            self.small = compact(self.model, units.structure())
+            self.done.append(Round(*facts))
+            return
+
+        def refitting(layers: int, total: int) -> None:
+            self.journal.report(f'{name}: {layers} of {total} layers refitted')
+
+        grouping, kept = units.grouping.remaining(before), units.kept[before]
+        options = (self.losses, self.compensation, refitting)
+        result = compensate(self.small, grouping, kept, *options)
+        self.small = result.model
+        take_over(pruner.model, self.small, units.structure())
+        self.done.append(Round(*facts, result.layers, result.norms))
+
+    def state(self) -> dict[str, Any]:
+        """Return what `restore` takes."""
+        weights = {'model': self.pruner.model, 'small': self.small}
+        return {
+            'pruner': self.pruner.state_dict(),
+            # Copies, as later rounds change them.
+            **{name: copy.deepcopy(m.state_dict()) for name, m in weights.items()},
+            'rounds': [done.to_dict() for done in self.done],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Raises:
+            ConfigError: If it is damaged, or of another model.
+        """
+        try:
+            self.pruner.load_state_dict(state['pruner'])
+            self.pruner.model.load_state_dict(state['model'])
+            self.small = compact(self.model, self.pruner.units.structure())
+            self.small.load_state_dict(state['small'])
+            self.done = [Round.from_dict(raw) for raw in state['rounds']]
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            got = f'{type(error).__name__}: {error}'
+            expected = 'one that after_round was given for this model'
+            raise ConfigError('state', expected, got, 'begin anew') from error
+        targets = self.pruner.config.targets
+        reached = self.pruner.reached
+        if reached != targets[: len(reached)]:
+            expected = f'the first of {[target.ratio for target in targets]}'
+            got = repr([target.ratio for target in reached])
+            raise ConfigError('rounds of the state', expected, got, 'begin anew')
 
 
 def output_losses(
@@ -212,32 +197,53 @@ def output_losses(
             same one. They have the same shapes for the compact model.
         seed: Number from which signs are drawn.
 
+    Raises:
+        ConfigError: If an output of the model depends on none of its parameters.
+
     Examples:
         >>> net, x = nn.Linear(3, 2), torch.ones(4, 3)
         >>> (loss,) = output_losses(net, [lambda m: m(x)])
         >>> loss(net).shape
         torch.Size([])
     """
-    losses: list[LossFunction] = []
-    generator = torch.Generator().manual_seed(seed)
-    for forward in forwards:
-        with undisturbed(model), evaluating(model), torch.no_grad():
+    seeds = range(seed, seed + len(forwards))
+    return [_OutputLoss(model, *each) for each in zip(forwards, seeds, strict=True)]
+
+
+class _OutputLoss:
+    """A sum of a model's outputs with random signs, each tensor by its norm.
+
+    Signs are drawn anew in each call, as those of many batches would fill the memory.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward, seed: int) -> None:
+        self._forward, self._seed = forward, seed
+        with (
+            undisturbed(model),
+            evaluating(model),
+            all_parameters_require_grad(model),
+            torch.enable_grad(),
+        ):
             outputs = _floats(forward(model))
-        weights = []
-        for y in outputs:
-            signs = torch.randint(2, y.shape, generator=generator) * 2 - 1
-            norm = y.norm().clamp(min=torch.finfo(y.dtype).tiny)
-            weights.append(signs.to(y) / norm)
-        losses.append(partial(_weighted_sum, forward, weights))
-    return losses
+        without = sum(not y.requires_grad for y in outputs)
+        if without or not outputs:
+            raise ConfigError(
+                'outputs',
+                'tensors that gradients can be taken of',
+                f'{without} of {len(outputs)} without',
+                'give those before post-processing',
+            )
+        self._norms = [float(y.detach().double().norm()) for y in outputs]
 
-
-def _weighted_sum(
-    forward: Forward, weights: Sequence[Tensor], model: nn.Module
-) -> Tensor:
-    outputs = _floats(forward(model))
-    sums = [(w * y).sum() for w, y in zip(weights, outputs, strict=True)]
-    return torch.stack(sums).sum()
+    def __call__(self, model: nn.Module) -> Tensor:
+        outputs = _floats(self._forward(model))
+        generator = torch.Generator().manual_seed(self._seed)
+        sums = []
+        for y, norm in zip(outputs, self._norms, strict=True):
+            signs = torch.randint(2, y.shape, generator=generator, dtype=torch.int8)
+            signs = (signs * 2 - 1).to(y)
+            sums.append((signs * y).sum() / max(norm, torch.finfo(y.dtype).tiny))
+        return torch.stack(sums).sum()
 
 
 def _floats(outputs: Any) -> list[Tensor]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.pruning import hooks_on
+from support.runs import assert_equal
 from support.toys import (
     TOYS,
     ConvPair,
@@ -19,13 +20,10 @@ from support.toys import (
 from mmgfp import ChannelPruner
 from mmgfp.compensation.compensate import compensate
 from mmgfp.compensation.options import CompensationConfig
+from mmgfp.rounds import Journal, stations
 from mmgfp.surgery.compact import compact
 from mmgfp.utils.errors import ConfigError
-from mmgfp.without_training import (
-    output_losses,
-    prune_without_training,
-    stations,
-)
+from mmgfp.without_training import output_losses, prune_without_training
 
 LEAST_SQUARES = CompensationConfig(method='least_squares')
 
@@ -119,12 +117,91 @@ def test_frozen_stages_can_go_and_stay_frozen():
 
 def test_lines_say_what_begins():
     lines = []
-    run(GroupConv(), report=lines.append, rounds=1)
+    run(GroupConv(), journal=Journal(lines.append), rounds=1)
     assert lines == [
         'finding coupled channels',
-        'scoring units for flops60',
-        'refitting',
+        'flops to 60%: scoring units',
+        'flops to 60%: 0 of 1 layers refitted',
+        'flops to 60%: 1 of 1 layers refitted',
     ]
+    lines.clear()
+    run(GroupConv(), compensation=None, journal=Journal(lines.append), rounds=[0.8])
+    assert lines[1:] == [
+        'round 1 of 2, flops to 80%: scoring units',
+        'round 2 of 2, flops to 60%: scoring units',
+    ]
+
+
+class Killed(Exception):
+    """What ends a run between two rounds."""
+
+
+def interrupted(net, after, file, **options):
+    """Run up to the end of a round, keep its state in a file, and go on from it."""
+
+    def keep(done, state):
+        torch.save(state, file)
+        rounds.append(done)
+        if len(rounds) == after:
+            raise Killed
+
+    rounds = []
+    with pytest.raises(Killed):
+        run(net, journal=Journal(after_round=keep), **options)
+    state = torch.load(file, weights_only=True)
+    return run(net, journal=Journal(state=state), **options)
+
+
+MANY = dict(rounds=3, target=0.5)
+
+
+@pytest.mark.parametrize(
+    ('toy', 'after', 'options'),
+    [
+        *((TinyDetector, n, dict(MANY)) for n in (1, 2, 3)),
+        (TinyDetector, 2, dict(MANY, compensation=CompensationConfig())),
+        (TinyDetector, 1, dict(compensation=None, config=dict(criterion='random'))),
+        *((toy, 1, {}) for toy in TOYS),
+    ],
+)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    toy, after, options, tmp_path
+):
+    torch.manual_seed(0)
+    net = toy()
+    options = dict(rounds=2) | options
+    whole = run(net, **options)
+    other = interrupted(net, after, tmp_path / 'state.pth', **options)
+    assert other.structure == whole.structure and other.full == whole.full
+    assert repr(other.model) == repr(whole.model)
+    assert len(other.rounds) == len(whole.rounds) >= after
+    for one, two in zip(other.rounds, whole.rounds, strict=True):
+        assert_equal(one.to_dict(), two.to_dict())
+    assert_equal(other.model.state_dict(), whole.model.state_dict())
+    flags = [
+        {n: p.requires_grad for n, p in m.named_parameters()}
+        for m in (other.model, whole.model)
+    ]
+    assert flags[0] == flags[1]
+    assert hooks_on(other.model) == 0
+
+
+def test_states_of_other_runs_are_refused():
+    torch.manual_seed(0)
+    net, states = TinyDetector(), []
+    run(
+        net,
+        rounds=2,
+        journal=Journal(after_round=lambda done, state: states.append(state)),
+    )
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ConfigError, match=r'rounds of the state .*0\.7.*begin anew'):
+        run(net, rounds=[0.7], journal=Journal(state=states[0]))
+    with pytest.raises(ConfigError, match='state must be one that after_round'):
+        run(net, rounds=2, journal=Journal(state={**states[0], 'small': {}}))
+    with pytest.raises(ConfigError, match='checkpoint must be'):
+        run(ConvPair(), rounds=2, journal=Journal(state=states[0]))
+    assert_equal(net.state_dict(), before)
 
 
 def test_without_labels_gradients_are_those_of_the_distance_to_the_own_outputs():

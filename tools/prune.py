@@ -4,7 +4,8 @@ CONFIG is the ordinary one that trained the model; it need not know of mmgfp. Un
 scored by the training images, those that matter least go, and the layers that read them
 are refitted so that they give what they gave (docs/compensation.md). The folder that is
 written holds a config, weights and the structure, for tools/test.py, tools/export.py,
-and for fine-tuning.
+and for fine-tuning. The same command goes on where an interrupted one was, after its
+last cut.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+from mmengine.config import Config
 
 from mmgfp.apps.cli import (
     Overrides,
@@ -22,19 +25,31 @@ from mmgfp.apps.cli import (
     whole_number,
     write_json,
 )
-from mmgfp.apps.prune_run import (
+from mmgfp.apps.exporting import (
+    add_export_arguments,
+    check_export,
+    export,
+    print_exported,
+    reports,
+)
+from mmgfp.apps.prune_recipe import (
     COMPENSATIONS,
+    Recipe,
+    pruning_options,
+    shares_of,
+)
+from mmgfp.apps.prune_run import (
+    Outcome,
     cells,
+    deployable,
     left_alone,
     prune,
-    pruning_options,
-    save,
     summary,
     validation_of,
 )
+from mmgfp.apps.rounds_file import RoundsFile
 from mmgfp.apps.tables import print_table
-from mmgfp.compensation.options import FEW_ROWS, CompensationConfig
-from mmgfp.engine.deploy import check_destination
+from mmgfp.engine.deploy import check_destination, deploy
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import check_folder
 
@@ -61,8 +76,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--rounds',
-        type=whole_number(1),
-        help='cuts, each with scores of its own; default: one, several for far targets',
+        nargs='+',
+        metavar='N',
+        help='number of cuts, each with scores of its own, or the shares of the cost '
+        'that they leave, down to the target; default: one, several for far targets',
     )
     parser.add_argument(
         '--compensate',
@@ -70,7 +87,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default='fisher',
         help='how layers that read removed channels are refitted',
     )
+    parser.add_argument(
+        '--label-free',
+        action='store_true',
+        help="no annotations: the distance to the model's own outputs is the loss",
+    )
     add_options(parser)
+    add_export_arguments(parser)
     parser.add_argument('--name', help="name of the files; default: the config's")
     parser.add_argument('--cfg-options', nargs='+', action=Overrides)
     return parser.parse_args(argv)
@@ -88,7 +111,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--keep', nargs='+', help='layers that are never pruned')
     add_shape_argument(parser, 'image for costs; default: that of the first batch')
     parser.add_argument(
-        '--max-images', type=whole_number(1), help='test on so many images, not on all'
+        '--max-images',
+        type=whole_number(0),
+        help='test on so many images, not on all; 0 tests nothing',
     )
     parser.add_argument('--metric', help="default: COCO's mAP or the top-1 accuracy")
 
@@ -105,29 +130,41 @@ def main() -> None:
             'ChannelPruningHook',
         )
     check_checkpoint('checkpoint', args.checkpoint)
+    check_export(args)
     cfg = load_config(args.config, args.cfg_options)
     names = ('target', 'criterion', 'normalize', 'divisor', 'keep', 'input_shape')
     options = pruning_options(cfg, **{name: getattr(args, name) for name in names})
+    shares = shares_of(options, args.rounds)
+    data = (args.images, args.batch_size, args.label_free)
+    recipe = Recipe(options, args.compensate, shares, *data)
     (target,) = options.targets
     name = args.name or f'{Path(args.config).stem}_{target.label}'
     check_destination(args.work_dir, name)
     check_folder(args.work_dir)
-    compensation = None
-    if args.compensate != 'none':
-        compensation = CompensationConfig(method=args.compensate, rows=FEW_ROWS)
+    file = RoundsFile(args.work_dir, recipe.settings(cfg, args.checkpoint))
     testing = (args.metric, args.max_images, args.work_dir / 'logs')
     validation = validation_of(cfg, args.checkpoint, *testing)
-    how = (options, compensation, args.rounds, args.images, args.batch_size)
-    outcome = prune(cfg, args.checkpoint, *how, validation)
-    paths = save(cfg, outcome, args.checkpoint, args.work_dir, name)
-    write_json(args.work_dir / 'summary.json', summary(outcome))
+    outcome = prune(cfg, args.checkpoint, recipe, validation, file)
+    write(cfg, outcome, name, args)
+    file.remove()
+
+
+def write(cfg: Config, outcome: Outcome, name: str, args: argparse.Namespace) -> None:
+    """Write all files, and print what they are of."""
+    item, out = deployable(cfg, outcome), args.work_dir
+    paths = deploy(cfg, item, out, name)
+    write_json(out / 'summary.json', summary(outcome))
     for line in left_alone(outcome):
         print(line)
     print_table(cells(outcome))
     rounds = len(outcome.pruned.rounds)
     cuts = '1 cut' if rounds == 1 else f'{rounds} cuts'
     print(f'{cuts} in {outcome.seconds / 60:.1f} min, without training')
-    print(f'wrote {", ".join(str(p) for p in paths.values())}')
+    print(f'wrote {", ".join(str(p) for p in paths.values())}', flush=True)
+    # Last, as the model is there even if a format is refused.
+    if files := export(cfg, item, outcome.shape, out, name, args):
+        write_json(out / 'summary.json', summary(outcome) | reports(files))
+        print_exported(files, args)
 
 
 if __name__ == '__main__':

@@ -5,41 +5,29 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
-from torch import Tensor, nn
+from torch import nn
 
 from mmgfp.apps.analysis import costs_of
-from mmgfp.apps.refitting_data import LEAST_BATCHES, refitting_batches
-from mmgfp.apps.run_config import pruning_config, seed_of
+from mmgfp.apps.prune_progress import CountedLoss, Steps, round_line, shown_steps
+from mmgfp.apps.prune_recipe import Recipe
+from mmgfp.apps.rounds_file import RoundsFile
+from mmgfp.apps.scoring_data import with_labels, without_labels
 from mmgfp.apps.sensitivity_run import Validation, validation_config
 from mmgfp.apps.tables import size_cells
-from mmgfp.compensation.in_training import NONE
-from mmgfp.compensation.options import METHODS, CompensationConfig
 from mmgfp.config import PruningConfig
 from mmgfp.engine.artifact import circumstances, costs_in_numbers
 from mmgfp.engine.batch_calls import BatchCalls
-from mmgfp.engine.deploy import Deployable, deploy, read_trained
-from mmgfp.engine.recorded_losses import RecordedLoss, recorded_losses
-from mmgfp.selection.targets import parse_targets
+from mmgfp.engine.deploy import Deployable, Trained, read_trained
+from mmgfp.rounds import Journal, Pruned, Round
 from mmgfp.utils.errors import ConfigError
-from mmgfp.without_training import Pruned, prune_without_training
-
-#: Choices of ``--compensate``.
-COMPENSATIONS = (*METHODS, NONE)
+from mmgfp.without_training import prune_without_training
 
 
 @dataclass(frozen=True)
@@ -47,6 +35,7 @@ class Outcome:
     """A model that was pruned, and what it was before.
 
     Attributes:
+        original: The model before.
         pruned: The result.
         options: The options of pruning.
         shape: Size (C, H, W) of the image that costs are counted for.
@@ -56,6 +45,7 @@ class Outcome:
         seconds: How long pruning took, without tests.
     """
 
+    original: Trained
     pruned: Pruned
     options: PruningConfig
     shape: Sequence[int]
@@ -64,24 +54,12 @@ class Outcome:
     seconds: float
 
 
-def pruning_options(cfg: Config, **given: Any) -> PruningConfig:
-    """Return the options of pruning: those given, else of the config's hook, if any.
-
-    Raises:
-        ConfigError: If an option is not valid, or there are several targets.
-    """
-    given = {name: value for name, value in given.items() if value is not None}
-    targets = parse_targets(given['target'])
-    if len(targets) != 1:
-        names = ', '.join(t.cost for t in targets)
-        raise ConfigError('--target', 'one cost', names, 'keep one of them')
-    return PruningConfig.of(pruning_config(cfg), **given)
-
-
 def validation_of(
     cfg: Config, checkpoint: str, metric: str | None, images: int | None, logs: Path
 ) -> Validation | None:
     """Return what tests models on the config's validation set, None without any."""
+    if images == 0:
+        return None
     if not cfg.get('val_dataloader') and not cfg.get('test_dataloader'):
         print('the config has neither val_dataloader nor test_dataloader: not tested')
         return None
@@ -91,53 +69,76 @@ def validation_of(
 def prune(
     cfg: Config,
     checkpoint: str,
-    options: PruningConfig,
-    compensation: CompensationConfig | None,
-    rounds: int | None,
-    images: int,
-    batch_size: int | None,
+    recipe: Recipe,
     validation: Validation | None,
+    file: RoundsFile,
 ) -> Outcome:
     """Prune a config's model without training, and test it before and after.
 
     Args:
         cfg: Its config.
         checkpoint: Its weights.
-        options: What may go, and to which target.
-        compensation: How layers are refitted; None leaves the model as cut.
-        rounds: The number of cuts; by the target if None.
-        images: Training images to use.
-        batch_size: Images of a batch; that of the config if None.
+        recipe: How it is pruned.
         validation: Tests models; None does without.
+        file: Keeps the state after each round, and may hold one to go on from.
 
     Raises:
         ConfigError: If the config's model is pruned already, or has no training data.
     """
-    model = _unpruned(cfg, checkpoint)
-    batches = _annotated(
-        model, refitting_batches(cfg, images, batch_size, seed_of(cfg))
-    )
-    calls = BatchCalls(model, batches[0])
-    shape = options.input_shape or calls.size or calls.data['inputs'][0].shape[1:]
+    original = _unpruned(cfg, checkpoint)
+    model: Any = original.model
+    options = recipe.options
+    with shown_steps() as steps:
+        steps.begin('reading images')
+        read = without_labels if recipe.label_free else with_labels
+        data = read(cfg, model, recipe.images, recipe.batch_size)
+    shape = options.input_shape or data.shape
     before = validation(model) if validation else None
-    began = time.monotonic()
-    with _shown() as steps:
+    clock = _Clock(file.seconds)
+    with shown_steps() as steps:
+        if file.state is not None:
+            steps.say(f'going on after cut {file.rounds}, from {file.path}')
         pruned = prune_without_training(
             model,
-            [_Counted(loss, steps) for loss in recorded_losses(model, batches)],
-            calls.forward,
-            calls.images,
+            [CountedLoss(loss, steps) for loss in data.losses],
+            data.calls.forward,
+            data.calls.images,
             options,
-            compensation,
-            rounds,
-            profiles=calls.profile(model, shape),
-            report=steps.begin,
+            recipe.compensation,
+            recipe.shares[:-1],
+            data.calls.profile(model, shape),
+            data.tracing_loss,
+            Journal(steps.begin, partial(_after, file, steps, clock), file.state),
         )
-    seconds = time.monotonic() - began
+    seconds = clock.seconds
     after = validation(pruned.model) if validation else None
     models = {'original': (model, before), 'pruned': (pruned.model, after)}
-    rows = _rows(calls, shape, models)
-    return Outcome(pruned, options, shape, rows, before and before[0], seconds)
+    rows = _rows(data.calls, shape, models)
+    metric = before and before[0]
+    return Outcome(original, pruned, options, shape, rows, metric, seconds)
+
+
+class _Clock:
+    """Seconds since it was made, and those before.
+
+    Args:
+        before: Seconds that count as well.
+    """
+
+    def __init__(self, before: float) -> None:
+        self._start = time.monotonic() - before
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+
+def _after(
+    file: RoundsFile, steps: Steps, clock: _Clock, done: Round, state: Mapping[str, Any]
+) -> None:
+    """Keep the state after a round, and say how it went."""
+    file.write(state, clock.seconds)
+    steps.say(round_line(len(state['rounds']), done, clock.seconds))
 
 
 def _rows(
@@ -153,7 +154,7 @@ def _rows(
     ]
 
 
-def _unpruned(cfg: Config, checkpoint: str) -> Any:
+def _unpruned(cfg: Config, checkpoint: str) -> Trained:
     """Return a config's model with its weights; refuse one that is pruned."""
     trained = read_trained(cfg, checkpoint)
     if trained.structure is not None:
@@ -163,78 +164,17 @@ def _unpruned(cfg: Config, checkpoint: str) -> Any:
             'a pruned one',
             'give those of the original, with a lower --target',
         )
-    return trained.model
+    return trained
 
 
-def _annotated(model: Any, batches: Sequence[Any]) -> list[Any]:
-    """Return the batches on which something is annotated.
-
-    Raises:
-        ConfigError: If these are fewer than two.
-    """
-    chosen = [data for data in batches if not BatchCalls(model, data).without_boxes]
-    if len(chosen) < LEAST_BATCHES:
-        raise ConfigError(
-            'train_dataloader',
-            f'with at least {LEAST_BATCHES} batches of images that have boxes',
-            f'{len(chosen)} of {len(batches)}',
-            'raise --images, or look at the annotations',
-        )
-    return chosen
-
-
-class _Steps:
-    """A line on the error stream about the work at hand."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task('starting', total=None)
-
-    def begin(self, line: str) -> None:
-        self._progress.reset(self._task, description=line, total=None)
-
-    def advance(self) -> None:
-        self._progress.advance(self._task)
-
-
-@contextmanager
-def _shown() -> Iterator[_Steps]:
-    columns = (
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn('batches'),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield _Steps(progress)
-
-
-class _Counted:
-    """A loss whose calls are shown."""
-
-    def __init__(self, loss: RecordedLoss, steps: _Steps) -> None:
-        self._loss, self._steps = loss, steps
-
-    def __call__(self, model: nn.Module) -> Tensor:
-        self._steps.advance()
-        return self._loss(model)
-
-
-def save(
-    cfg: Config, outcome: Outcome, checkpoint: str, out: Path, name: str
-) -> dict[str, Path]:
-    """Write config, weights and structure of the pruned model.
+def deployable(cfg: Config, outcome: Outcome) -> Deployable:
+    """Return the pruned model with all that its files say of it.
 
     Args:
         cfg: The config of the unpruned model.
         outcome: The result.
-        checkpoint: The original's weights.
-        out: The folder.
-        name: Name of the files.
     """
-    original = read_trained(cfg, checkpoint)
-    pruned, options = outcome.pruned, outcome.options
+    pruned, options, original = outcome.pruned, outcome.options, outcome.original
     meta = {
         **{k: v for k, v in original.meta.items() if k == 'dataset_meta'},
         'costs': costs_in_numbers(pruned.totals, pruned.full),
@@ -243,7 +183,7 @@ def save(
     }
     architecture = copy.deepcopy(cfg.model.to_dict())
     parts = (pruned.structure, original.model, pruned.model, meta)
-    return deploy(cfg, Deployable(architecture, *parts), out, name)
+    return Deployable(architecture, *parts)
 
 
 def cells(outcome: Outcome) -> list[list[str]]:

@@ -21,9 +21,13 @@ LEAST_BATCHES = 2
 
 
 def refitting_batches(
-    cfg: Config, images: int, batch_size: int | None = None, seed: int = 0
+    cfg: Config,
+    images: int,
+    batch_size: int | None = None,
+    seed: int = 0,
+    annotated: bool = True,
 ) -> list[Any]:
-    """Return batches of training images with annotations, without augmentation.
+    """Return batches of training images, without augmentation.
 
     Images are read and annotated as in training, and are resized, cropped and padded as
     in testing; a config without a pipeline of testing has them as in training.
@@ -33,24 +37,24 @@ def refitting_batches(
         images: Number of images at most, drawn without replacement.
         batch_size: Images of a batch; that of the train dataloader by default.
         seed: Number from which the draw starts.
+        annotated: Whether annotations are read; without, all images of the dataset may
+            be drawn, those on which nothing is annotated, too.
 
     Returns:
         The batches, before the data preprocessor. All are of the same size.
 
     Raises:
-        ConfigError: If the config has no training data, or too few for two batches.
+        ConfigError: If the config has no training data, or too few for two batches, or
+            no pipeline of testing for images without annotations.
     """
     loader = cfg.get('train_dataloader')
     if not loader:
-        raise ConfigError(
-            'train_dataloader',
-            'in the config, whose images and annotations layers are refitted on',
-            'none',
-            'add it to the config',
-        )
+        expected = 'in the config, whose images layers are refitted on'
+        raise ConfigError('train_dataloader', expected, 'none', 'add it to the config')
     init_default_scope(scope_of(cfg) or 'mmengine')
+    chosen_set = _dataset(cfg) if annotated else _images(cfg)
     with reading_config(cfg):
-        dataset: Any = DATASETS.build(_dataset(cfg))
+        dataset: Any = DATASETS.build(chosen_set)
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(dataset))[:images].tolist()
     size = min(batch_size or loader.get('batch_size') or 1, len(chosen))
@@ -69,10 +73,40 @@ def refitting_batches(
 
 def _dataset(cfg: Config) -> Mapping[str, Any]:
     """Return a config of the training set without augmentation."""
+    dataset = _prepared_as_in_testing(cfg)
+    return dataset or copy.deepcopy(cfg.train_dataloader.dataset)
+
+
+def _images(cfg: Config) -> Mapping[str, Any]:
+    """Return a config of the images of the training set, without annotations.
+
+    Raises:
+        ConfigError: If the config has no pipeline of testing: that of training may ask
+            for annotations.
+    """
+    dataset = _prepared_as_in_testing(cfg)
+    if dataset is None:
+        raise ConfigError(
+            '--label-free',
+            'for a config with a pipeline of testing, by which images are prepared',
+            'none in val_dataloader and test_dataloader',
+            'add one of them; --max-images 0 does without tests',
+        )
+    steps = dataset['pipeline']
+    dataset['pipeline'] = [s for s in steps if not _is_of(s, 'Annotations')]
+    # Datasets for detection drop images without boxes, but not in testing.
+    dataset.pop('filter_cfg', None)
+    if scope_of(cfg) == 'mmdet':
+        dataset['test_mode'] = True
+    return dataset
+
+
+def _prepared_as_in_testing(cfg: Config) -> dict[str, Any] | None:
+    """Return the dataset that reads the training images, with steps of testing."""
     testing = testing_pipeline(cfg)
     dataset = copy.deepcopy(innermost_dataset(cfg.train_dataloader))
     if dataset is None or not testing:
-        return copy.deepcopy(cfg.train_dataloader.dataset)
+        return None
     # What packs may stand in a dataset around this one, after mosaics, say.
     steps = [
         step

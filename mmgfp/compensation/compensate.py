@@ -13,7 +13,7 @@ importance is half a squared gradient (arXiv 2108.00708, section 3.1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,8 @@ from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.trial_runs import all_parameters_require_grad, without_checkpointing
 
+#: Called with how many layers are done, and of how many.
+Progress = Callable[[int, int], None]
 UNPAIRED = 'it works on other rows in the compact model than in the original'
 
 
@@ -56,6 +58,17 @@ class LayerReport:
     ridge: float | None = None
     uniform: float | None = None
     reason: str | None = None
+
+
+def refitting_text(layers: Sequence[LayerReport]) -> str:
+    """Return how many layers were refitted, and how well on average, for people."""
+    refitted = [layer for layer in layers if layer.reason is None]
+    text = f'{len(refitted)} of {len(layers)} layers refitted'
+    if refitted:
+        before = np.mean([layer.before for layer in refitted])
+        after = np.mean([layer.after for layer in refitted])
+        text += f', held-out error {before:.4f} -> {after:.4f}'
+    return text
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,7 @@ def compensate(
     kept: np.ndarray,
     calls: Sequence[Call],
     config: CompensationConfig | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Compensated:
     """Return a compact model that is refitted to give what the original gives.
 
@@ -95,6 +109,8 @@ def compensate(
         calls: Run a model on one batch each, the same one every time. For
             ``'fisher'`` each returns the loss, a scalar; for other methods anything.
         config: The options; the defaults if None.
+        progress: Called with how many layers are done, and of how many, as often as
+            some are.
 
     Raises:
         ConfigError: If there are fewer than two batches, or ``kept`` is not of the
@@ -119,7 +135,7 @@ def compensate(
             calls[0],
             config.method == 'fisher',
         )
-        run = _Compensation(model, small, calls, found, config)
+        run = _Compensation(model, small, calls, found, config, progress)
         return Compensated(small, tuple(run.run()), tuple(run.renewed))
 
 
@@ -150,9 +166,10 @@ class _Compensation:
         calls: Sequence[Call],
         found: Survey,
         config: CompensationConfig,
+        progress: Progress,
     ) -> None:
         self.model, self.small, self.calls = model, small, calls
-        self.found, self.config = found, config
+        self.found, self.config, self.progress = found, config, progress
         self.held_out = held_out(len(calls), config.held_out)
         self.renewed: list[str] = []
         for layer in found.layers if config.norms == 'none' else ():
@@ -178,19 +195,26 @@ class _Compensation:
         """Refit, take norms anew, and report."""
         config, found = self.config, self.found
         layers = [x for x in found.layers if self.reports[x.weight].reason is None]
+        self.done, self.total = 0, len(layers)
+        self.progress(0, self.total)
         teacher = Teacher(self.model, self.calls, layers, config)
         if config.method == 'bn' or config.one_pass:
-            for part in self._parts(layers):
-                self._refit(teacher, part)
+            self._refit_all(teacher, layers)
             self._renew(found.norms)
         else:
             levels = {x.level for x in found.layers} | {x.level for x in found.norms}
             for level in sorted(levels):
-                for part in self._parts([x for x in layers if x.level == level]):
-                    self._refit(teacher, part)
+                self._refit_all(teacher, [x for x in layers if x.level == level])
                 self._renew([norm for norm in found.norms if norm.level == level])
         others = [LayerReport(n, reason=r) for n, r in found.others.items()]
         return [*self.reports.values(), *others]
+
+    def _refit_all(self, teacher: Teacher, layers: Sequence[Layer]) -> None:
+        """Refit layers of which none reads what another one writes."""
+        for part in self._parts(layers):
+            self._refit(teacher, part)
+            self.done += len(part)
+            self.progress(self.done, self.total)
 
     def _parts(self, layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         """Yield layers that share a pass, as their moments fit into memory together."""
@@ -213,7 +237,7 @@ class _Compensation:
         return [Moments(*sizes) for _ in self.config.shares[0]]
 
     def _refit(self, teacher: Teacher, layers: Sequence[Layer]) -> None:
-        """Refit layers of which none reads what another one writes."""
+        """Refit layers in one pass over the batches."""
         moments = {
             x.weight: [self._moments_of(x, x.system.matrix().device) for _ in range(2)]
             for x in layers

@@ -22,7 +22,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
-from mmgfp.compensation.compensate import Compensated, compensate
+from mmgfp.compensation.compensate import (
+    Compensated,
+    compensate,
+    refitting_text,
+)
 from mmgfp.compensation.in_training import InTraining
 from mmgfp.config import PruningConfig
 from mmgfp.engine.batch_calls import BatchCalls
@@ -169,12 +173,7 @@ def _refit_one(
 
 def _summary(result: Compensated, options: InTraining) -> str:
     """Return what became of the layers in one line."""
-    refitted = result.refitted
-    parts = [f'{len(refitted)} of {len(result.layers)} layers refitted']
-    if refitted:
-        before = np.mean([layer.before for layer in refitted])
-        after = np.mean([layer.after for layer in refitted])
-        parts.append(f'held-out error {before:.4f} -> {after:.4f}')
+    parts = [refitting_text(result.layers)]
     if result.norms:
         parts.append(f'statistics of {len(result.norms)} batch norms anew')
     return f'{", ".join(parts)} (compensate={options.config.method!r})'

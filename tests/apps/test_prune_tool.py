@@ -1,21 +1,29 @@
 """The tool that prunes without training, on every kind of model."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
+from support.runs import assert_equal
 from support.small_configs import config_of
-from support.tooling import load_tool
+from support.tooling import ROOT, load_tool
 
-from mmgfp.apps.prune_run import pruning_options
+from mmgfp.apps.prune_recipe import Recipe, pruning_options, shares_of
 from mmgfp.apps.refitting_data import refitting_batches
+from mmgfp.apps.rounds_file import RoundsFile
 from mmgfp.apps.tables import main_metric
+from mmgfp.config import PruningConfig
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.deploy import read_deployable
 from mmgfp.engine.model_building import build_model
-from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.errors import ConfigError, StructureError
 
 
 def start(folder, kind):
@@ -54,16 +62,69 @@ def test_images_are_those_of_training_as_in_testing(tmp_path):
     assert not BatchCalls(build_model(cfg), batches[0]).without_boxes
 
 
+def strip_labels(folder):
+    """Take all annotations away: boxes of a file, or folders named after classes."""
+    path = folder / 'digits/annotations/train.json'
+    if path.is_file():
+        coco = json.loads(path.read_text())
+        del coco['annotations']
+        path.write_text(json.dumps(coco))
+        return []
+    for image in folder.glob('images/*/*.png'):
+        image.rename(folder / 'images' / image.name)
+    for empty in folder.glob('images/*/'):
+        empty.rmdir()
+    return ['--cfg-options', 'train_dataloader.dataset.with_label=False']
+
+
+@pytest.mark.parametrize('kind', ['retinanet', 'classifier'])
+def test_images_without_annotations(kind, tmp_path):
+    cfg = config_of(tmp_path, kind)
+    options = strip_labels(tmp_path)
+    if options:
+        cfg.train_dataloader.dataset.with_label = False
+    else:
+        cfg.train_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True)
+        with pytest.raises(ConfigError):  # none is left
+            refitting_batches(cfg, 12, 4)
+    batches = refitting_batches(cfg, 16, 4, annotated=False)
+    samples = [s for batch in batches for s in batch['data_samples']]
+    assert len({s.img_path for s in samples}) == 16
+    for sample in samples:
+        assert 'gt_label' not in sample
+        assert len(sample.get('gt_instances', ())) == 0
+    cfg.val_dataloader = cfg.test_dataloader = None
+    with pytest.raises(ConfigError, match='--label-free must be for a config with'):
+        refitting_batches(cfg, 16, 4, annotated=False)
+
+
+def command(folder, kind, work='work', **options):
+    """The arguments of a run on 8 images, and those given by name."""
+    config, checkpoint = start(folder, kind)
+    options = {'target': 'flops=0.6', 'images': 8, 'batch-size': 2, **options}
+    options = {'divisor': 2, 'work-dir': folder / work, **options}
+    given = [['prune.py', config, checkpoint, '--no-train']]
+    given += [
+        [f'--{name}', *(value if isinstance(value, list) else [value])]
+        for name, value in options.items()
+    ]
+    return [str(word) for words in given for word in words]
+
+
+def succeed(done):
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['retinanet', 'faster', 'mask', 'classifier'])
 def test_the_tool_prunes_tests_and_deploys(kind, run_tool, tmp_path):
-    config, checkpoint = start(tmp_path, kind)
     work = tmp_path / 'work'
-    command = ['prune.py', config, checkpoint, '--no-train', '--work-dir', work]
-    command += ['--target', 'flops=0.6', '--images', 8, '--batch-size', 2]
-    done = run_tool(*command, '--divisor', 2, '--rounds', 2)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    done = succeed(run_tool(*command(tmp_path, kind, rounds=2)))
+    config = tmp_path / 'net.py'
     assert '2 cuts in' in done.stdout
+    lines = [line for line in done.stderr.splitlines() if line.startswith('cut ')]
+    assert [line[:6] for line in lines] == ['cut 1:', 'cut 2:']
     said = json.loads((work / 'summary.json').read_text())
     before, after = said['rows']
     assert after['macs'] <= 0.6 * before['macs'] and 'metric' in after
@@ -76,10 +137,156 @@ def test_the_tool_prunes_tests_and_deploys(kind, run_tool, tmp_path):
         assert item.meta['costs']['macs']['ratio'] <= 0.6
     metrics = tmp_path / 'metrics.json'
     files = work / f'{name}.py', work / f'{name}.pth'
-    done = run_tool('test.py', *files, '--json', metrics)
-    assert done.returncode == 0, done.stderr[-2000:]
+    succeed(run_tool('test.py', *files, '--json', metrics))
     tested = main_metric(json.loads(metrics.read_text()))[1]
     assert after['metric'] == pytest.approx(tested)
+    assert not (work / 'rounds.pth').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['retinanet', 'faster', 'mask', 'classifier'])
+def test_the_tool_needs_no_labels(kind, run_tool, tmp_path):
+    options = {'rounds': ['0.8', '0.6'], 'max-images': 0, 'export': 'onnx'}
+    arguments = command(tmp_path, kind, **options)
+    arguments += ['--label-free', *strip_labels(tmp_path)]
+    done = succeed(run_tool(*arguments))
+    said = json.loads((tmp_path / 'work/summary.json').read_text())
+    assert [r['target']['flops'] for r in said['rounds']] == [0.8, 0.6]
+    before, after = said['rows']
+    assert after['macs'] <= 0.6 * before['macs'] and 'metric' not in after
+    refitted = [x for r in said['rounds'] for x in r['layers'] if not x['reason']]
+    assert refitted and all(x['after'] < x['before'] for x in refitted)
+    assert list(said['exported']) == ['net_flops60.onnx']
+    assert 'onnxruntime' in done.stdout
+    assert (tmp_path / 'work/net_flops60.onnx').is_file()
+
+
+def killed_after(rounds, arguments, file):
+    """Start a run, and kill it once its file tells of so many rounds."""
+    process = subprocess.Popen(
+        [sys.executable, '-W', 'ignore', str(ROOT / 'tools' / arguments[0])]
+        + arguments[1:],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 240
+    while time.monotonic() < end and process.poll() is None:
+        if file.is_file():
+            saved = torch.load(file, weights_only=True)
+            if len(saved['state']['rounds']) >= rounds:
+                break
+        time.sleep(0.02)
+    process.kill()
+    return process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['faster', 'classifier'])
+def test_a_killed_run_goes_on_bit_by_bit(kind, run_tool, tmp_path):
+    # No tests, so that what is left of a killed run is the rounds.
+    options = {'rounds': ['0.9', '0.8', '0.7', '0.6'], 'max-images': 0}
+    whole = command(tmp_path, kind, 'whole', **options)
+    cut = command(tmp_path, kind, 'cut', **options)
+    file = tmp_path / 'cut/rounds.pth'
+    succeed(run_tool(*whole))
+    assert killed_after(2, cut, file) == -signal.SIGKILL
+    other = command(tmp_path, kind, 'cut', **options, images=6)
+    done = run_tool(*other)
+    words = 'images=8 instead of 6); run the command that began it, delete that file'
+    assert (
+        done.returncode == 2
+        and words in done.stderr
+        and str(file.parent) in done.stderr
+    )
+    done = succeed(run_tool(*cut))
+    assert 'going on after cut' in done.stderr and 'cut 4:' in done.stderr
+    assert 'cut 1:' not in done.stderr and not file.exists()
+    both = [
+        torch.load(tmp_path / work / 'net_flops60.pth', weights_only=True)
+        for work in ('whole', 'cut')
+    ]
+    assert_equal(*both)
+    said = [
+        json.loads((tmp_path / work / 'summary.json').read_text())
+        for work in ('whole', 'cut')
+    ]
+    assert all(s.pop('seconds') > 0 for s in said) and said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ('words', 'expected'),
+    [
+        (None, [0.6]),
+        (['1'], [0.6]),
+        (['2'], [0.6**0.5, 0.6]),
+        (['0.6'], [0.6]),
+        (['.9', '0.8', '0.6'], [0.9, 0.8, 0.6]),
+    ],
+)
+def test_rounds_are_a_number_or_shares(words, expected):
+    options = PruningConfig(target=dict(flops=0.6))
+    assert shares_of(options, words) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ('words', 'problem'),
+    [
+        ('0', r'0.6 \(got 0\); end with it; a whole number is a number of cuts'),
+        ('-1', 'the last one is the target, 0.6'),
+        ('0.8 0.5', 'the last one is the target, 0.6'),
+        ('2 3', 'the last one is the target'),
+        ('0.7 0.8 0.6', 'shares below 1 that fall to the target, 0.6'),
+        ('1.0 0.6', 'below 1'),
+        ('0.6 0.6', 'below 1'),
+        ('nan 0.6', 'below 1'),
+        ('two', 'a number of cuts, or shares of the cost .*got two'),
+    ],
+)
+def test_wrong_rounds_are_refused(words, problem):
+    options = PruningConfig(target=dict(flops=0.6))
+    with pytest.raises(ConfigError, match=f'^--rounds must be .*{problem}'):
+        shares_of(options, words.split())
+
+
+def recipe(**changes):
+    options = PruningConfig(target=dict(flops=0.6), keep=['head*'])
+    return replace(Recipe(options, 'fisher', [0.8, 0.6], 8), **changes)
+
+
+def test_a_run_goes_on_with_its_own_settings_alone(tmp_path):
+    cfg = config_of(tmp_path, 'classifier')
+    weights = tmp_path / 'net.pth'
+    weights.write_bytes(b'weights')
+
+    def file(cfg=cfg, **changes):
+        settings = recipe(**changes).settings(cfg, str(weights))
+        return RoundsFile(tmp_path / 'work', settings)
+
+    new = file()
+    assert new.state is None and new.seconds == new.rounds == 0
+    new.write({'rounds': [{}, {}]}, 12.5)
+    again = file()
+    assert again.rounds == 2 and again.seconds == 12.5
+    for changes, words in (
+        (dict(label_free=True), 'label-free=False instead of True'),
+        (dict(shares=[0.6]), r'rounds=\[0.8, 0.6\] instead of \[0.6\]'),
+        (dict(compensate='none'), "compensate='fisher' instead of 'none'"),
+        (dict(options=PruningConfig(target=dict(flops=0.6))), 'keep='),
+    ):
+        with pytest.raises(ConfigError, match=f'{tmp_path}/work, whose .*{words}'):
+            file(**changes)
+    other = config_of(tmp_path, 'classifier')
+    other.train_dataloader.batch_size = 3
+    with pytest.raises(ConfigError, match='CONFIG='):
+        file(other)
+    weights.write_bytes(b'others')
+    with pytest.raises(ConfigError, match='CHECKPOINT='):
+        file()
+    new.path.write_bytes(b'no checkpoint')
+    with pytest.raises(StructureError, match='rounds.pth'):
+        file()
+    new.remove(), new.remove()
+    assert file().state is None
 
 
 def test_what_is_refused(tmp_path):
@@ -94,7 +301,7 @@ def test_what_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('flags', [[], ['--no-train']])
-def test_errors_come_in_one_line(flags, tmp_path, monkeypatch):
+def test_errors_come_in_one_line(flags, monkeypatch):
     args = ['prune.py', 'net.py', 'net.pth', '--target', 'flops=0.5', '--work-dir', 'x']
     monkeypatch.setattr('sys.argv', [*args, *flags])
     words = 'checkpoint must be' if flags else 'tools/train.py with a config'

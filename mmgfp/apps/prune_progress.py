@@ -1,0 +1,84 @@
+"""Progress of a pruning without training, on the error stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from torch import Tensor, nn
+
+from mmgfp.compensation.compensate import refitting_text
+from mmgfp.rounds import Round
+from mmgfp.utils.trial_runs import LossFunction
+
+
+class Steps:
+    """A line about the work at hand, which terminals show, and lines that stay."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task('starting', total=None)
+
+    def begin(self, line: str) -> None:
+        """Show another line, and count batches from zero."""
+        self._progress.reset(self._task, description=line, total=None)
+
+    def advance(self) -> None:
+        """Count a batch."""
+        self._progress.advance(self._task)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        self._progress.console.print(line, highlight=False, markup=False)
+
+
+@contextmanager
+def shown_steps() -> Iterator[Steps]:
+    """Show steps while the block runs."""
+    columns = (
+        TextColumn('{task.description}', markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn('batches'),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True, soft_wrap=True)
+    is_silent = not console.is_terminal  # a log has the lines that stay
+    with Progress(
+        *columns, console=console, transient=True, disable=is_silent
+    ) as progress:
+        yield Steps(progress)
+
+
+class CountedLoss:
+    """A loss whose calls are shown."""
+
+    def __init__(self, loss: LossFunction, steps: Steps) -> None:
+        self._loss, self._steps = loss, steps
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """Return the loss of a model."""
+        self._steps.advance()
+        return self._loss(model)
+
+
+def round_line(number: int, done: Round, seconds: float) -> str:
+    """Return a line about a round that has ended.
+
+    Args:
+        number: How many rounds have ended.
+        done: The round.
+        seconds: How long pruning has taken so far.
+    """
+    parts = [f'cut {number}: {done.share:.1%} of {done.target.cost}']
+    if done.layers:
+        parts.append(refitting_text(done.layers))
+    return f'{", ".join(parts)}, {seconds / 60:.1f} min so far'

@@ -1,0 +1,143 @@
+"""The cuts of a pruning without training: where they end, and what they did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from mmgfp.compensation.compensate import LayerReport
+from mmgfp.selection.costs import Totals
+from mmgfp.selection.targets import Target
+from mmgfp.surgery.structure import PruneStructure
+from mmgfp.utils.errors import ConfigError
+
+#: One cut may leave this share of a cost; for less, there are several.
+ONE_CUT = 0.45
+#: The share that each of several cuts leaves, or a little more.
+STEP = 0.75
+
+
+@dataclass(frozen=True)
+class Round:
+    """One cut, and how the model was made up for it.
+
+    Attributes:
+        target: Where the cut ended.
+        totals: Costs that remain.
+        share: The share of the target's cost that remains.
+        units: Numbers of the units that went.
+        layers: What became of the layers that the cut reaches; empty without
+            compensation.
+        norms: Batch norms whose statistics were taken anew.
+    """
+
+    target: Target
+    totals: Totals
+    share: float
+    units: np.ndarray
+    layers: tuple[LayerReport, ...] = ()
+    norms: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain types and tensors, as a checkpoint holds them."""
+        return {
+            'target': {self.target.cost: self.target.ratio},
+            'totals': {k: float(v) for k, v in self.totals.values.items()},
+            'share': float(self.share),
+            'units': torch.from_numpy(self.units.copy()),
+            'layers': [asdict(layer) for layer in self.layers],
+            'norms': list(self.norms),
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Round:
+        """Read what `to_dict` gave."""
+        return cls(
+            Target.parse(raw['target']),
+            Totals(dict(raw['totals'])),
+            raw['share'],
+            raw['units'].numpy(),
+            tuple(LayerReport(**layer) for layer in raw['layers']),
+            tuple(raw['norms']),
+        )
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model that was pruned without training.
+
+    Attributes:
+        model: The compact model.
+        structure: What it keeps of the original.
+        full: Costs of the original.
+        rounds: All cuts, the last one to the target.
+    """
+
+    model: nn.Module
+    structure: PruneStructure
+    full: Totals
+    rounds: tuple[Round, ...]
+
+    @property
+    def totals(self) -> Totals:
+        """Costs of the compact model."""
+        return self.rounds[-1].totals
+
+
+@dataclass(frozen=True)
+class Journal:
+    """Follows a pruning without training, and lets an interrupted one go on.
+
+    Attributes:
+        report: Called with a line on what begins.
+        after_round: Called after each round with what it did, and with a state in plain
+            types and tensors, as a weights-only checkpoint holds them.
+        state: The state after some round of an interrupted run with the same arguments;
+            the result is the one that this run would have had, bit by bit. None begins
+            anew.
+    """
+
+    report: Callable[[str], None] = lambda line: None
+    after_round: Callable[[Round, dict[str, Any]], None] = lambda done, state: None
+    state: Mapping[str, Any] | None = None
+
+
+def stations(ratio: float, rounds: int | Sequence[float] | None = None) -> list[float]:
+    """Return the shares of a cost at which cuts end, falling, down to a target.
+
+    Args:
+        ratio: The target.
+        rounds: The number of cuts, or the shares before the last one; by default one
+            cut down to about half, and for less several of about a quarter each.
+
+    Raises:
+        ConfigError: If shares do not fall from 1 to the target.
+
+    Examples:
+        >>> stations(0.5)
+        [0.5]
+        >>> [round(share, 3) for share in stations(0.35)]
+        [0.769, 0.592, 0.455, 0.35]
+        >>> stations(0.35, [0.7, 0.5])
+        [0.7, 0.5, 0.35]
+    """
+    if rounds is None:
+        rounds = 1
+        if ratio < ONE_CUT:
+            rounds = math.ceil(math.log(ratio) / math.log(STEP))
+    if isinstance(rounds, int):
+        if rounds < 1:
+            expected = 'a whole number of at least 1, or shares'
+            raise ConfigError('rounds', expected, repr(rounds), 'give 1')
+        return [ratio ** (k / rounds) for k in range(1, rounds)] + [ratio]
+    shares = [*rounds, ratio]
+    if not all(a > b for a, b in zip([1.0, *shares], shares, strict=False)):
+        expected = f'shares that fall from below 1 to above {ratio:g}'
+        raise ConfigError('rounds', expected, repr(rounds), 'leave them out')
+    return shares
