@@ -16,6 +16,7 @@ from support.toys import (
     square_loss,
     toy_forward,
 )
+from torch import nn
 
 from mmgfp import ChannelPruner
 from mmgfp.compensation.compensate import compensate
@@ -227,6 +228,58 @@ def test_pruning_without_labels():
     result = prune_without_training(net, losses, forwards[0], 4, config, compensation)
     assert result.totals['flops'] <= 0.6 * result.full['flops']
     assert any(layer.reason is None for layer in result.rounds[0].layers)
+
+
+class WithAuxiliary(nn.Module):
+    """A branch that only training runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.head = nn.Conv2d(8, 4, 3)
+        self.inner = nn.Conv2d(8, 6, 1)
+        self.outer = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.stem(x).relu())
+
+    def loss(self, x):
+        features = self.stem(x).relu()
+        outputs = self.head(features), self.outer(self.inner(features).relu())
+        return sum(y.square().sum() for y in outputs)
+
+
+def test_branches_of_training_follow_though_outputs_do_not_show_them(caplog):
+    torch.manual_seed(0)
+    net = WithAuxiliary()
+    forwards = [lambda m, seed=s: m(images(4, seed=seed)) for s in range(4)]
+    result = prune_without_training(
+        net,
+        output_losses(net, forwards),
+        forwards[0],
+        4,
+        dict(target=dict(flops=0.5)),
+        CompensationConfig(),
+        tracing_loss=lambda m: m.loss(images(4)),
+    )
+    small = result.model
+    assert small.stem.out_channels == small.head.in_channels == 4
+    # What reads the stem is cut; the branch's own channels have no scores.
+    assert small.inner.in_channels == 4 and small.inner.out_channels == 6
+    assert 'got no gradient' in caplog.text
+    assert small.loss(images(4)).isfinite()
+
+
+@pytest.mark.parametrize(
+    'forward',
+    [
+        lambda m: (m(images(4)), images(4)),
+        lambda m: torch.ones(4, dtype=torch.int64),
+    ],
+)
+def test_outputs_without_gradients_are_refused(forward):
+    with pytest.raises(ConfigError, match='outputs must be tensors that gradients'):
+        output_losses(TinyDetector(), [forward])
 
 
 def test_where_cuts_end():
