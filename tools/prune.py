@@ -129,8 +129,8 @@ def main() -> None:
             'add it, or prune while training: tools/train.py with a config that has a '
             'ChannelPruningHook',
         )
-    check_checkpoint('checkpoint', args.checkpoint)
     check_export(args)
+    check_checkpoint('checkpoint', args.checkpoint)
     cfg = load_config(args.config, args.cfg_options)
     names = ('target', 'criterion', 'normalize', 'divisor', 'keep', 'input_shape')
     options = pruning_options(cfg, **{name: getattr(args, name) for name in names})

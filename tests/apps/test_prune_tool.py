@@ -300,10 +300,16 @@ def test_what_is_refused(tmp_path):
         pruning_options(cfg, target=dict(speed=0.5))
 
 
-@pytest.mark.parametrize('flags', [[], ['--no-train']])
-def test_errors_come_in_one_line(flags, monkeypatch):
+@pytest.mark.parametrize(
+    ('flags', 'words'),
+    [
+        ([], 'tools/train.py with a config'),
+        (['--no-train'], 'checkpoint must be'),
+        (['--no-train', '--export', 'tflite'], 'one of onnx.*got tflite'),
+    ],
+)
+def test_errors_come_in_one_line(flags, words, monkeypatch):
     args = ['prune.py', 'net.py', 'net.pth', '--target', 'flops=0.5', '--work-dir', 'x']
     monkeypatch.setattr('sys.argv', [*args, *flags])
-    words = 'checkpoint must be' if flags else 'tools/train.py with a config'
     with pytest.raises(ConfigError, match=words):
         load_tool('prune').main()
