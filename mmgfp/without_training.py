@@ -224,7 +224,7 @@ class _OutputLoss:
             all_parameters_require_grad(model),
             torch.enable_grad(),
         ):
-            outputs = _floats(forward(model))
+            outputs = list(tree_tensors(forward(model)))
         without = sum(not y.requires_grad for y in outputs)
         if without or not outputs:
             raise ConfigError(
@@ -236,7 +236,7 @@ class _OutputLoss:
         self._norms = [float(y.detach().double().norm()) for y in outputs]
 
     def __call__(self, model: nn.Module) -> Tensor:
-        outputs = _floats(self._forward(model))
+        outputs = tree_tensors(self._forward(model))
         generator = torch.Generator().manual_seed(self._seed)
         sums = []
         for y, norm in zip(outputs, self._norms, strict=True):
@@ -244,10 +244,6 @@ class _OutputLoss:
             signs = (signs * 2 - 1).to(y)
             sums.append((signs * y).sum() / max(norm, torch.finfo(y.dtype).tiny))
         return torch.stack(sums).sum()
-
-
-def _floats(outputs: Any) -> list[Tensor]:
-    return [y for y in tree_tensors(outputs) if y.is_floating_point()]
 
 
 def _at_once(
