@@ -236,8 +236,12 @@ def test_iterations_reach_the_target_along_a_straight_line(iterations):
         before = run.share()
         step = run.train(2)[-1]
         point = before + (0.4 - before) / (7 - decision)
+        line = 1 - 0.6 * decision / 6
+        if not len(step.units):  # a unit took more than its share before
+            assert run.share() == before <= line + 1e-9
+            continue
         assert step.totals['macs'] / run.units.full['macs'] == run.share()
-        assert run.share() <= point + 1e-12 <= 1 - 0.6 * decision / 6 + 1e-9
+        assert run.share() <= point + 1e-12 <= line + 1e-9
         run.units.kept[step.units[-1]] = True
         assert run.share() > point  # and not further than that
         run.units.kept[step.units[-1]] = False

@@ -178,17 +178,33 @@ class TimedSchedule(Schedule):
             self.iterations,
         )
 
+    def progress(self, point: DecisionPoint) -> float:
+        """Return the share of all decisions that are done after this one, in [0, 1].
+
+        A decision ends at a target, so one is kept in hand for each further one.
+        """
+        decisions = self.iterations // point.interval - (len(point.targets) - 1)
+        return min(point.iteration // point.interval / max(decisions, 1), 1.0)
+
 
 @SCHEDULES.register('linear')
 class LinearSchedule(TimedSchedule):
     """A straight line from the costs now to each target.
+
+    Units that go in blocks (``divisor``) can take more of the way than a decision's
+    share. Later decisions then wait until the line from the unpruned model has come
+    down to the costs, so that a run does not end early.
 
     Args:
         iterations: Iterations in which the last target is reached.
     """
 
     def quota(self, point: DecisionPoint) -> Quota:
-        """Return where the lines are after this decision."""
+        """Return where the lines are after this decision; no units ahead of them."""
+        done = self.progress(point)
+        lines = [Target(t.cost, 1 - (1 - t.ratio) * done) for t in point.pending]
+        if all(line.reached(point.now, point.full) for line in lines):
+            return Quota(units=0)
         decisions = self.iterations // point.interval
         decisions -= point.iteration // point.interval - 1
         return Quota(
@@ -215,12 +231,10 @@ class CubicSchedule(TimedSchedule):
 
     def quota(self, point: DecisionPoint) -> Quota:
         """Return where the curves are after this decision."""
-        # A decision ends at a target, so one is kept in hand for each further one.
-        decisions = self.iterations // point.interval - (len(point.targets) - 1)
-        progress = min(point.iteration // point.interval / max(decisions, 1), 1.0)
+        done = self.progress(point)
         return Quota(
             waypoints=tuple(
-                Target(t.cost, cubic_share(t.ratio, progress)) for t in point.pending
+                Target(t.cost, cubic_share(t.ratio, done)) for t in point.pending
             )
         )
 

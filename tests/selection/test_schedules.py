@@ -59,6 +59,21 @@ def test_waypoints_lie_on_straight_lines():
     assert ratios(linear.quota(point(20, now))) == [0.5]
 
 
+def test_a_linear_schedule_waits_while_it_is_ahead():
+    """The line from the unpruned model is at 87.5, 75, 62.5 and 50 % of the MACs."""
+    linear = SCHEDULES.build(dict(type='linear', iterations=20))
+
+    def at(iteration, macs, targets=(FLOPS,)):
+        now = Totals(dict(macs=macs, memory=200, params=50))
+        return linear.quota(point(iteration, now, targets))
+
+    assert at(5, 75) == at(10, 75) == Quota(units=0)
+    assert ratios(at(15, 75)) == pytest.approx([0.625])
+    assert ratios(at(10, 76)) == pytest.approx([0.76 - 0.26 / 3])
+    assert ratios(at(20, 51)) == ratios(at(25, 51)) == [0.5]
+    assert at(5, 50, (FLOPS, MEMORY)).units > 0  # the memory is behind
+
+
 def test_cubic_by_hand():
     """1/2 + 1/2 (1 - k/4)³ at decision k of 4; later ones stay at the target."""
     cubic = SCHEDULES.build(dict(type='cubic', iterations=20))
