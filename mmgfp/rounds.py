@@ -17,9 +17,7 @@ from mmgfp.selection.targets import Target
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.errors import ConfigError
 
-#: One cut may leave this share of a cost; for less, there are several.
-ONE_CUT = 0.45
-#: The share that each of several cuts leaves, or a little more.
+#: The share of a cost that one cut leaves at least: smaller ones lose less in the end.
 STEP = 0.75
 
 
@@ -113,24 +111,22 @@ def stations(ratio: float, rounds: int | Sequence[float] | None = None) -> list[
 
     Args:
         ratio: The target.
-        rounds: The number of cuts, or the shares before the last one; by default one
-            cut down to about half, and for less several of about a quarter each.
+        rounds: The number of cuts, or the shares before the last one; by default as
+            many as take a quarter or less each.
 
     Raises:
         ConfigError: If shares do not fall from 1 to the target.
 
     Examples:
-        >>> stations(0.5)
-        [0.5]
+        >>> [round(share, 3) for share in stations(0.5)]
+        [0.794, 0.63, 0.5]
         >>> [round(share, 3) for share in stations(0.35)]
         [0.769, 0.592, 0.455, 0.35]
         >>> stations(0.35, [0.7, 0.5])
         [0.7, 0.5, 0.35]
     """
     if rounds is None:
-        rounds = 1
-        if ratio < ONE_CUT:
-            rounds = math.ceil(math.log(ratio) / math.log(STEP))
+        rounds = max(math.ceil(math.log(ratio) / math.log(STEP)), 1)
     if isinstance(rounds, int):
         if rounds < 1:
             expected = 'a whole number of at least 1, or shares'

@@ -102,6 +102,7 @@ def test_compensation_without_training(toy, method):
             4,
             {'target': dict(flops=0.6)},
             CompensationConfig(method=method),
+            rounds=1,
         )
     expected, found = results[CPU], results[CUDA]
     assert next(found.model.parameters()).is_cuda

@@ -79,7 +79,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs='+',
         metavar='N',
         help='number of cuts, each with scores of its own, or the shares of the cost '
-        'that they leave, down to the target; default: one, several for far targets',
+        'that they leave, down to the target; default: as many cuts as take a quarter '
+        'or less each',
     )
     parser.add_argument(
         '--compensate',

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -85,9 +86,10 @@ def read_deployable(cfg: Config, checkpoint: str | Path) -> Deployable:
     architecture, structure = _architecture_of(cfg, raw, checkpoint)
     if structure is None:
         raise StructureError(
-            f'{checkpoint} must hold the key {STRUCTURE_KEY!r}, or come with a '
-            'PrunedModel config (got neither); give the config of the fine-tuning run, '
-            'or a checkpoint that pruning saved at its target'
+            f'{checkpoint} must be of a pruned model (got one that says nothing of '
+            'removed channels, and a config without PrunedModel); give a checkpoint '
+            'that pruning saved at its target, such as *_flops50.pth, or the config of '
+            'the fine-tuning run'
         )
     return _compact_from(cfg, raw, checkpoint, architecture, structure)
 
@@ -298,7 +300,7 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: Path) -> N
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        reason = ' '.join(str(error).split())[:300]
+        reason = shorten(str(error), 300, placeholder=' ...')
         raise StructureError(
             f'{source} must hold the weights of this structure (got {reason}); {REMEDY}'
         ) from None

@@ -216,7 +216,7 @@ def test_a_killed_run_goes_on_bit_by_bit(kind, run_tool, tmp_path):
 @pytest.mark.parametrize(
     ('words', 'expected'),
     [
-        (None, [0.6]),
+        (None, [0.6**0.5, 0.6]),
         (['1'], [0.6]),
         (['2'], [0.6**0.5, 0.6]),
         (['0.6'], [0.6]),

@@ -125,7 +125,7 @@ def test_deployed_folder_may_move(deployed, tmp_path):
 def test_deploy_refuses_what_does_not_belong_together(pruning_run, tmp_path):
     plain = tmp_path / 'plain.pth'
     torch.save({'state_dict': {}}, plain)
-    with pytest.raises(StructureError, match="the key 'prune_structure'"):
+    with pytest.raises(StructureError, match='must be of a pruned model'):
         read_deployable(pruning_run.config, plain)
     wider = copy.deepcopy(pruning_run.config)
     wider.model.neck.out_channels = 32
