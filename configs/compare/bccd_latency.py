@@ -6,9 +6,9 @@ baseline = 'configs/bccd/retinanet_mobilenetv2_fpn_bccd.py'
 prune = 'configs/bccd/retinanet_mobilenetv2_fpn_bccd_prune.py'
 finetune = 'configs/bccd/retinanet_mobilenetv2_fpn_bccd_finetune.py'
 
-_common = dict(latency_profile='retinanet_bccd.json', interval=10, units_per_step=100)
+_profile = dict(latency_profile='retinanet_bccd.json')
 variants = [
-    dict(name=f'-{name[0].upper()}', pruning=dict(normalize=name, **_common))
+    dict(name=f'-{name[0].upper()}', pruning=dict(normalize=name, **_profile))
     for name in ('latency', 'memory', 'flops')
 ]
 targets = [dict(latency=0.5)]

@@ -1,19 +1,18 @@
 # RetinaNet on BCCD at half its MACs, by criterion; each is fine-tuned as long as the
-# baseline was trained. 'narrow' has fewer channels everywhere and about as many MACs,
-# and is trained from ImageNet weights of its layers that have any: none.
+# baseline was trained.
 baseline = 'configs/bccd/retinanet_mobilenetv2_fpn_bccd.py'
 prune = 'configs/bccd/retinanet_mobilenetv2_fpn_bccd_prune.py'
 finetune = 'configs/bccd/retinanet_mobilenetv2_fpn_bccd_finetune.py'
 
-_common = dict(interval=10, units_per_step=100)
 variants = [
-    dict(name='fisher -M', pruning=dict(normalize='memory', **_common)),
-    dict(name='fisher -F', pruning=dict(normalize='flops', **_common)),
-    dict(name='l1', pruning=dict(criterion='l1', normalize='memory', **_common)),
+    dict(name='fisher -M', pruning=dict(normalize='memory')),
+    dict(name='fisher -F', pruning=dict(normalize='flops')),
+    dict(name='l1', pruning=dict(criterion='l1', normalize='memory')),
     dict(
         name='random',
         pruning=dict(
-            criterion=dict(type='random', seed='{seed}'), normalize='none', **_common
+            criterion=dict(type='random', seed='{seed}'),
+            normalize='none',
         ),
     ),
 ]
