@@ -11,6 +11,8 @@ import cv2
 import pytest
 import torch
 from mmengine.config import Config
+from support.latency import made_up
+from support.latency import write as write_profile
 from support.small_configs import stages
 from support.tooling import ROOT
 
@@ -21,6 +23,7 @@ from mmgfp.apps.compare.runs import RunExecutor, RunFailed, run_all, write_confi
 from mmgfp.apps.compare.settings import Comparison, Variant, read_comparison
 from mmgfp.apps.pipeline import Processes
 from mmgfp.apps.plots import plot_curves, plot_losses
+from mmgfp.selection.costs import LayerProfile
 from mmgfp.utils.errors import ConfigError
 
 DEMO = [
@@ -157,9 +160,19 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path, text, words):
         read_comparison(str(path)).check_configs()
 
 
+#: Latency profiles that comparisons name, and the size of their image.
+PROFILED = {'resnet20': [3, 32, 32], 'retinanet_bccd': [3, 256, 320]}
+
+
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs/compare').glob('*.py')))
-def test_comparisons_we_ship_can_be_run(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_comparisons_we_ship_can_be_run(path, monkeypatch, tmp_path):
+    """Latency profiles that they name are measured first; made-up ones stand in."""
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    layer = {'conv.weight': (8, 3, 3, 3)}, {'conv.weight': LayerProfile(1, 1)}
+    for name, size in PROFILED.items():
+        profile = made_up(*layer, origin=dict(input_shape=size))
+        write_profile(profile, tmp_path / f'{name}.json')
+    monkeypatch.chdir(tmp_path)
     comparison = read_comparison(str(path), ['data_root=elsewhere/'])
     comparison.check_configs()
     assert len(comparison.seeds) == 3
