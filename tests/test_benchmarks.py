@@ -51,7 +51,8 @@ class ToyCalls:
 
 
 class ToySubject:
-    label, shipped = 'toy', (3, 16, 16)
+    name = label = 'toy'
+    shipped = (3, 16, 16)
 
     def build(self, device):
         torch.manual_seed(0)
@@ -89,7 +90,7 @@ def test_command_writes_json_and_tables(tmp_path, toy_parts, capsys):
     assert list(results) == ['machine', *command.PARTS]
     rows = [1, 1, 1, 5, 11, 5, 1]  # of step, discovery, ...
     tables = page.strip().split('\n\n')
-    assert [table.count('| toy |') for table in tables] == rows
+    assert [table.count('| toy') for table in tables] == rows
     widths = [{line.count('|') for line in table.splitlines()} for table in tables]
     assert [len(found) for found in widths] == [1] * 7  # no cell too few
     assert page.strip() == capsys.readouterr().out.strip()

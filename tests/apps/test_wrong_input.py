@@ -64,7 +64,7 @@ def folder(tmp_path, monkeypatch):
                 ('tensors', 'must hold a dict (got list)'),
                 ('no_weights', "must be a checkpoint with 'state_dict'"),
                 ('listed', "must be a checkpoint with 'state_dict'"),
-                ('plain', "must hold the key 'prune_structure'"),
+                ('plain', 'must be of a pruned model'),
             ]
         ],
         *[
