@@ -201,8 +201,9 @@ class LinearSchedule(TimedSchedule):
 
     def quota(self, point: DecisionPoint) -> Quota:
         """Return where the lines are after this decision; no units ahead of them."""
-        done = self.progress(point)
-        lines = [Target(t.cost, 1 - (1 - t.ratio) * done) for t in point.pending]
+        left = 1 - self.progress(point)
+        # Exactly the target at the end: a line above it, by rounding, never ends.
+        lines = [Target(t.cost, t.ratio + (1 - t.ratio) * left) for t in point.pending]
         if all(line.reached(point.now, point.full) for line in lines):
             return Quota(units=0)
         decisions = self.iterations // point.interval

@@ -72,6 +72,9 @@ def test_a_linear_schedule_waits_while_it_is_ahead():
     assert ratios(at(10, 76)) == pytest.approx([0.76 - 0.26 / 3])
     assert ratios(at(20, 51)) == ratios(at(25, 51)) == [0.5]
     assert at(5, 50, (FLOPS, MEMORY)).units > 0  # the memory is behind
+    # 0.29 * 100 < 29 in floating point: not reached, so there is no line to wait for.
+    for late in (20, 25):
+        assert ratios(at(late, 29, (Target('flops', 0.29),))) == [0.29]
 
 
 def test_cubic_by_hand():
