@@ -219,6 +219,14 @@ def test_without_labels_gradients_are_those_of_the_distance_to_the_own_outputs()
     torch.testing.assert_close(squares, expected.expand(2), rtol=0.1, atol=0)
 
 
+def test_outputs_of_zero_have_finite_gradients():
+    net, x = nn.Linear(3, 2), torch.ones(1, 3)
+    nn.init.zeros_(net.weight), nn.init.zeros_(net.bias)
+    (loss,) = output_losses(net, [lambda m: m(x)])
+    (grad,) = torch.autograd.grad(loss(net), net.bias)
+    assert grad.abs().tolist() == [1, 1]
+
+
 def test_pruning_without_labels():
     torch.manual_seed(0)
     net = TinyDetector()
