@@ -16,6 +16,7 @@ from mmgfp.selection.costs import Totals
 from mmgfp.selection.targets import Target
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.validation import check_count
 
 #: The share of a cost that one cut leaves at least: smaller ones lose less in the end.
 STEP = 0.75
@@ -126,11 +127,10 @@ def stations(ratio: float, rounds: int | Sequence[float] | None = None) -> list[
         [0.7, 0.5, 0.35]
     """
     if rounds is None:
-        rounds = max(math.ceil(math.log(ratio) / math.log(STEP)), 1)
-    if isinstance(rounds, int):
-        if rounds < 1:
-            expected = 'a whole number of at least 1, or shares'
-            raise ConfigError('rounds', expected, repr(rounds), 'give 1')
+        needed = math.log(ratio) / math.log(STEP)
+        rounds = max(math.ceil(needed - 1e-9), 1)  # 3 for STEP³, despite rounding
+    if not isinstance(rounds, Sequence):
+        check_count('rounds', rounds, 'a whole number of at least 1, or shares')
         return [ratio ** (k / rounds) for k in range(1, rounds)] + [ratio]
     shares = [*rounds, ratio]
     if not all(a > b for a, b in zip([1.0, *shares], shares, strict=False)):

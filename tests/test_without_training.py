@@ -294,8 +294,10 @@ def test_outputs_without_gradients_are_refused(forward):
 def test_where_cuts_end():
     assert stations(0.75) == [0.75] and len(stations(0.74)) == 2
     assert len(stations(0.5)) == 3 and len(stations(0.2)) == 6
+    assert [len(stations(0.75**k)) for k in range(1, 9)] == [*range(1, 9)]
     assert stations(0.25, 2) == [0.5, 0.25]
-    for rounds, words in ((0, 'at least 1'), ([0.2], 'fall'), ([1.0], 'fall')):
+    wrong = ((0, 'at least 1'), (2.5, 'at least 1'), ([0.2], 'fall'), ([1.0], 'fall'))
+    for rounds, words in wrong:
         with pytest.raises(ConfigError, match=words):
             stations(0.3, rounds)
 
