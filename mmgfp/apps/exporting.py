@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmgfp.engine.deploy import Deployable, Trained
 from mmgfp.export.files import FORMATS, RAW_NOTE, Exported, check_formats, export_files
 from mmgfp.export.options import ExportOptions
+from mmgfp.utils.errors import ConfigError
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +35,13 @@ def check_export(args: argparse.Namespace) -> None:
     """Check what `add_export_arguments` has read, before anything takes time.
 
     Raises:
-        ConfigError: If a format is unknown.
+        ConfigError: If a format is unknown, or none is given with ``--nms``.
     """
     if args.export:
         check_formats(args.export, ExportOptions(nms=args.nms))
+    elif args.nms:
+        remedy = 'add --export onnx, say, or leave it out'
+        raise ConfigError('--nms', 'given with --export', 'no format', remedy)
 
 
 def export(
