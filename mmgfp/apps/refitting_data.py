@@ -10,11 +10,13 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.registry import DATASETS, init_default_scope
+from torch import nn
 
 from mmgfp.apps.cli import reading_config
 from mmgfp.engine.config_search import dicts_in, scope_of, testing_pipeline
 from mmgfp.export.calibration import innermost_dataset
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.trial_runs import random_states_restored, seed_all
 
 #: Batches that refitting needs, as some are held out.
 LEAST_BATCHES = 2
@@ -36,7 +38,7 @@ def refitting_batches(
         cfg: A config with a train dataloader.
         images: Number of images at most, drawn without replacement.
         batch_size: Images of a batch; that of the train dataloader by default.
-        seed: Number from which the draw starts.
+        seed: Number from which the draw and augmentations start.
         annotated: Whether annotations are read; without, all images of the dataset may
             be drawn, those on which nothing is annotated, too.
 
@@ -67,7 +69,8 @@ def refitting_batches(
             'raise it, or lower --batch-size',
         )
     collate = pseudo_collate if scope_of(cfg) == 'mmdet' else default_collate
-    with reading_config(cfg):
+    with reading_config(cfg), random_states_restored(nn.Identity()):
+        seed_all(seed)  # a run that goes on needs the same images, augmented or not
         return [collate([dataset[i] for i in chosen[s : s + size]]) for s in starts]
 
 
@@ -82,15 +85,18 @@ def _images(cfg: Config) -> Mapping[str, Any]:
 
     Raises:
         ConfigError: If the config has no pipeline of testing: that of training may ask
-            for annotations.
+            for annotations; or none of training, which says how images are read.
     """
     dataset = _prepared_as_in_testing(cfg)
     if dataset is None:
         raise ConfigError(
             '--label-free',
-            'for a config with a pipeline of testing, by which images are prepared',
-            'none in val_dataloader and test_dataloader',
-            'add one of them; --max-images 0 does without tests',
+            'for a config with pipelines of training and of testing, by which images '
+            'are read and prepared',
+            'none in val_dataloader and test_dataloader'
+            if innermost_dataset(cfg.train_dataloader)
+            else 'none in the dataset of train_dataloader',
+            'add one; --max-images 0 does without tests',
         )
     steps = dataset['pipeline']
     dataset['pipeline'] = [s for s in steps if not _is_of(s, 'Annotations')]

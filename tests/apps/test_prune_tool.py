@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -93,9 +94,27 @@ def test_images_without_annotations(kind, tmp_path):
     for sample in samples:
         assert 'gt_label' not in sample
         assert len(sample.get('gt_instances', ())) == 0
+    testing = cfg.val_dataloader
     cfg.val_dataloader = cfg.test_dataloader = None
-    with pytest.raises(ConfigError, match='--label-free must be for a config with'):
+    with pytest.raises(ConfigError, match='--label-free .*none in val_dataloader'):
         refitting_batches(cfg, 16, 4, annotated=False)
+    del cfg.train_dataloader.dataset['pipeline']
+    cfg.val_dataloader = testing
+    with pytest.raises(ConfigError, match='none in the dataset of train_dataloader'):
+        refitting_batches(cfg, 16, 4, annotated=False)
+
+
+def test_augmented_images_are_the_same_in_each_run(tmp_path):
+    """Those of a config without a pipeline of testing."""
+    cfg = config_of(tmp_path, 'classifier')
+    cfg.val_dataloader = cfg.test_dataloader = None
+    crop = dict(type='RandomCrop', crop_size=32)
+    cfg.train_dataloader.dataset.pipeline.insert(1, crop)
+    state = np.random.get_state()[1].copy()
+    one, two, other = (refitting_batches(cfg, 8, 4, seed) for seed in (0, 0, 1))
+    assert (np.random.get_state()[1] == state).all()
+    assert_equal([b['inputs'] for b in one], [b['inputs'] for b in two])
+    assert not torch.equal(one[0]['inputs'], other[0]['inputs'])
 
 
 def command(folder, kind, work='work', **options):
@@ -306,6 +325,7 @@ def test_what_is_refused(tmp_path):
         ([], 'tools/train.py with a config'),
         (['--no-train'], 'checkpoint must be'),
         (['--no-train', '--export', 'tflite'], 'one of onnx.*got tflite'),
+        (['--no-train', '--nms'], '--nms must be given with --export'),
     ],
 )
 def test_errors_come_in_one_line(flags, words, monkeypatch):
