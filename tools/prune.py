@@ -140,7 +140,7 @@ def main() -> None:
     recipe = Recipe(options, args.compensate, shares, *data)
     (target,) = options.targets
     name = args.name or f'{Path(args.config).stem}_{target.label}'
-    check_destination(args.work_dir, name)
+    check_destination(args.work_dir, name, '--work-dir')
     check_folder(args.work_dir)
     file = RoundsFile(args.work_dir, recipe.settings(cfg, args.checkpoint))
     testing = (args.metric, args.max_images, args.work_dir / 'logs')

@@ -248,8 +248,13 @@ def write_config(cfg: Config, item: Deployable, structure: str, path: Path) -> N
     atomic_write(path, lambda tmp: tmp.write_text(text))
 
 
-def check_destination(out: Path, name: str) -> None:
+def check_destination(out: Path, name: str, option: str = '--out') -> None:
     """Check that files called ``name`` can be written into ``out``; write nothing.
+
+    Args:
+        out: The folder.
+        name: Name of the files without suffix.
+        option: The option that gave the folder, for errors.
 
     Raises:
         ConfigError: If ``out`` is a file, or ``name`` leads out of it.
@@ -257,15 +262,15 @@ def check_destination(out: Path, name: str) -> None:
     is_name = name not in ('', '.', '..') and name == Path(name).name
     if not is_name or '\0' in name or len(name.encode()) > MAX_NAME:
         raise ConfigError(
-            '--name', 'a file name', repr(name)[:80], 'name the folder with --out'
+            '--name', 'a file name', repr(name)[:80], f'name the folder with {option}'
         )
     # Where it does not exist yet, the first folder above that does has to be one.
     above = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not above.is_dir():
-        raise ConfigError('--out', 'a folder', f'the file {above}', 'name another one')
+        raise ConfigError(option, 'a folder', f'the file {above}', 'name another one')
     if not os.access(above, os.W_OK):
         got = f'{above}, where you may not write'
-        raise ConfigError('--out', 'a folder to write to', got, 'name another one')
+        raise ConfigError(option, 'a folder to write to', got, 'name another one')
 
 
 def deploy(cfg: Config, item: Deployable, out: Path, name: str) -> dict[str, Path]:
