@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -234,6 +235,14 @@ class _OutputLoss:
                 'give those before post-processing',
             )
         self._norms = [float(y.detach().double().norm()) for y in outputs]
+        endless = sum(not math.isfinite(norm) for norm in self._norms)
+        if endless:
+            raise ConfigError(
+                'outputs',
+                'finite',
+                f'NaN or infinity in {endless} of {len(outputs)}',
+                'give those before anything is masked by infinity',
+            )
 
     def __call__(self, model: nn.Module) -> Tensor:
         outputs = tree_tensors(self._forward(model))

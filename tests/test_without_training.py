@@ -291,6 +291,16 @@ def test_outputs_without_gradients_are_refused(forward):
         output_losses(TinyDetector(), [forward])
 
 
+def test_outputs_that_are_not_finite_are_refused():
+    """Their share of the loss would be none or NaN."""
+
+    def forward(model):
+        return model(images(4)), next(model.parameters()) * float('inf')
+
+    with pytest.raises(ConfigError, match='outputs must be finite .*in 1 of'):
+        output_losses(TinyDetector(), [forward])
+
+
 def test_where_cuts_end():
     assert stations(0.75) == [0.75] and len(stations(0.74)) == 2
     assert len(stations(0.5)) == 3 and len(stations(0.2)) == 6

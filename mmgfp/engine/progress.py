@@ -72,8 +72,12 @@ class Progress:
             for kind, value in kinds.items()
         }
         self.runner.visualizer.add_scalars(scalars, step=self.runner.iter + 1)
+        # The schedule may wait, as a linear one does ahead of its line.
+        waits = not len(step.units) and not step.exhausted
+        why = ' (ahead of schedule)' if waits else ''
         self.runner.logger.info(
-            f'pruned {len(step.units)} units, {self.pruner.units.kept.sum()} remain: '
+            f'pruned {len(step.units)} units{why}, '
+            f'{self.pruner.units.kept.sum()} remain: '
             f'{costs_text(self.pruner)}, eta to the target {self._eta()}'
         )
 
