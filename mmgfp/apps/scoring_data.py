@@ -21,7 +21,7 @@ from mmgfp.without_training import output_losses
 
 @dataclass(frozen=True)
 class ScoringData:
-    """What a model is scored and refitted by.
+    """Losses that a model is scored and refitted by, and what goes with them.
 
     Attributes:
         losses: A loss for each batch.
