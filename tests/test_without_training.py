@@ -21,10 +21,11 @@ from torch import nn
 from mmgfp import ChannelPruner
 from mmgfp.compensation.compensate import compensate
 from mmgfp.compensation.options import CompensationConfig
+from mmgfp.output_losses import output_losses
 from mmgfp.rounds import Journal, stations
 from mmgfp.surgery.compact import compact
 from mmgfp.utils.errors import ConfigError
-from mmgfp.without_training import output_losses, prune_without_training
+from mmgfp.without_training import prune_without_training
 
 LEAST_SQUARES = CompensationConfig(method='least_squares')
 

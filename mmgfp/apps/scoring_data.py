@@ -14,9 +14,9 @@ from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_batch, image_channels
 from mmgfp.engine.recorded_losses import RecordedLoss, recorded_losses
 from mmgfp.engine.recorded_outputs import RecordedOutputs
+from mmgfp.output_losses import output_losses
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.trial_runs import LossFunction
-from mmgfp.without_training import output_losses
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from support.two_stage import rois_of, small_two_stage
 
 from mmgfp.engine.demo_batch import demo_batch
 from mmgfp.engine.recorded_outputs import RecordedOutputs
+from mmgfp.output_losses import output_losses
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.tree import tree_tensors
-from mmgfp.without_training import output_losses
 
 CASCADE_BOXES = 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'
 
