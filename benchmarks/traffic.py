@@ -61,15 +61,17 @@ def peak_bytes(work: Callable[[], Any], model: nn.Module, device: str) -> int:
         path = Path(folder) / 'trace.json'
         seen.export_chrome_trace(str(path))
         events = json.loads(path.read_text())['traceEvents']
-    changes = [
-        (event['ts'], event['args']['Bytes'])
-        for event in events
-        if event.get('name') == '[memory]'
-    ]
+    blocks = [e for e in events if e.get('name') == '[memory]']
+    blocks.sort(key=lambda event: event['ts'])
+    held: dict[int, int] = {}
     level = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        level += change
-        peak = max(peak, level)
+    for block in (event['args'] for event in blocks):
+        if block['Bytes'] > 0:
+            held[block['Addr']] = block['Bytes']
+            level += block['Bytes']
+            peak = max(peak, level)
+        else:  # what an earlier profile saw allocated was never added
+            level -= held.pop(block['Addr'], 0)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     return weights + 2 * trained + peak

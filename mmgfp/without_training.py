@@ -63,6 +63,7 @@ def prune_without_training(
         TraceError: If nothing can be pruned.
 
     Examples:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> batches = [torch.randn(2, 3, 8, 8) for _ in range(4)]
         >>> losses = [lambda m, x=x: m(x).square().mean() for x in batches]

@@ -367,6 +367,17 @@ def test_peak_by_hand():
     assert peak_bytes(work, nn.Identity(), 'cpu') == 8000
 
 
+def test_tensors_of_an_earlier_profile_do_not_lower_the_peak():
+    kept = []
+    peak_bytes(lambda: kept.append(torch.ones(5000)), nn.Identity(), 'cpu')
+
+    def work():
+        kept.clear()
+        torch.ones(1000)
+
+    assert peak_bytes(work, nn.Identity(), 'cpu') == 4000
+
+
 def test_models_count_with_gradients_and_momentum():
     model = ConvPair()
     weights = sum(p.nbytes for p in model.parameters())
