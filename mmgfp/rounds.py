@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmgfp.compensation.compensate import LayerReport
+from mmgfp.compensation.reports import LayerReport
 from mmgfp.selection.costs import Totals
 from mmgfp.selection.targets import Target
 from mmgfp.surgery.structure import PruneStructure

@@ -43,8 +43,7 @@ def prune_without_training(
 ) -> Pruned:
     """Prune a trained model by statistics of some batches, and refit what remains.
 
-    In each round the criterion scores the units by all batches, one decision takes the
-    lowest, and the layers that read them are refitted; the next one scores the result.
+    Each round scores units by all batches, cuts the lowest and refits what reads them.
 
     Args:
         model: The trained model; it is left as it is.

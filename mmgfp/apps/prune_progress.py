@@ -15,7 +15,7 @@ from rich.progress import (
 )
 from torch import Tensor, nn
 
-from mmgfp.compensation.compensate import refitting_text
+from mmgfp.compensation.reports import refitting_text
 from mmgfp.rounds import Round
 from mmgfp.utils.trial_runs import LossFunction
 

@@ -13,18 +13,18 @@ importance is half a squared gradient (arXiv 2108.00708, section 3.1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmgfp.compensation.layer_fit import LayerFit
 from mmgfp.compensation.norms import renew_norms
 from mmgfp.compensation.options import CompensationConfig
 from mmgfp.compensation.recording import Call, evaluating, run_until
-from mmgfp.compensation.refit import Moments, refit
-from mmgfp.compensation.sampling import Target, add_call, held_out
+from mmgfp.compensation.reports import Compensated, LayerReport
+from mmgfp.compensation.sampling import held_out
 from mmgfp.compensation.survey import Layer, Norm, Survey, survey
 from mmgfp.compensation.teacher import Teacher
 from mmgfp.groups import Grouping
@@ -35,61 +35,6 @@ from mmgfp.utils.trial_runs import all_parameters_require_grad, without_checkpoi
 
 #: Called with how many layers are done, and of how many.
 Progress = Callable[[int, int], None]
-UNPAIRED = 'it works on other rows in the compact model than in the original'
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """The outcome for a layer that the removed channels reach.
-
-    Attributes:
-        layer: Name of the layer's weight.
-        before: Error of its outputs on held-out images as cut, as a share of their
-            energy, both weighted; None if it was not measured.
-        after: Error with the weights that it has now.
-        ridge: The ridge that was chosen; None if the weights are those of the cut.
-        uniform: The share in which all positions count alike.
-        reason: Why they are, else None.
-    """
-
-    layer: str
-    before: float | None = None
-    after: float | None = None
-    ridge: float | None = None
-    uniform: float | None = None
-    reason: str | None = None
-
-
-def refitting_text(layers: Sequence[LayerReport]) -> str:
-    """Return how many layers were refitted, and how well on average, for people."""
-    refitted = [layer for layer in layers if layer.reason is None]
-    text = f'{len(refitted)} of {len(layers)} layers refitted'
-    if refitted:
-        before = np.mean([layer.before for layer in refitted])
-        after = np.mean([layer.after for layer in refitted])
-        text += f', held-out error {before:.4f} -> {after:.4f}'
-    return text
-
-
-@dataclass(frozen=True)
-class Compensated:
-    """A compact model, and how it was made up for what it lost.
-
-    Attributes:
-        model: The model, of the class of the original.
-        layers: What became of each layer that the removed channels reach, in forward
-            order.
-        norms: Batch norms whose statistics were taken anew.
-    """
-
-    model: nn.Module
-    layers: tuple[LayerReport, ...]
-    norms: tuple[str, ...]
-
-    @property
-    def refitted(self) -> tuple[LayerReport, ...]:
-        """The layers that have new weights."""
-        return tuple(r for r in self.layers if r.reason is None)
 
 
 def compensate(
@@ -184,9 +129,6 @@ class _Compensation:
             return layer.reason
         if self.config.method == 'bn':
             return "the method is 'bn'"
-        inputs = layer.system.inputs
-        if inputs > self.config.max_inputs:
-            return f'it has {inputs} inputs, more than max_inputs'
         if self.config.one_pass and not layer.loses_inputs:
             return 'it reads no removed channel itself, and one_pass is set'
         return None
@@ -216,86 +158,61 @@ class _Compensation:
             self.done += len(part)
             self.progress(self.done, self.total)
 
-    def _parts(self, layers: Sequence[Layer]) -> Iterator[list[Layer]]:
-        """Yield layers that share a pass, as their moments fit into memory together."""
-        part: list[Layer] = []
-        size = 0
+    def _parts(self, layers: Sequence[Layer]) -> Iterator[list[LayerFit]]:
+        """Yield layers that share a pass, as their moments fit into memory together.
+
+        One that takes several passes is alone.
+        """
+        part: list[LayerFit] = []
         for layer in layers:
-            own = sum(m.nbytes for m in self._moments_of(layer, 'meta')) * 2
-            if part and size + own > self.config.memory:
+            fit = LayerFit(layer, self.config)
+            size = sum(f.nbytes for f in [*part, fit])
+            if part and (size > self.config.memory / 2 or len(fit.blocks) > 1):
                 yield part
-                part, size = [], 0
-            part.append(layer)
-            size += own
+                part = []
+            part.append(fit)
+            if len(fit.blocks) > 1:
+                yield part
+                part = []
         if part:
             yield part
 
-    def _moments_of(self, layer: Layer, device: torch.device | str) -> list[Moments]:
-        """Return empty moments for each way to weigh positions."""
-        system = layer.system
-        sizes = (system.groups, system.inputs, system.outputs, device)
-        return [Moments(*sizes) for _ in self.config.shares[0]]
-
-    def _refit(self, teacher: Teacher, layers: Sequence[Layer]) -> None:
-        """Refit layers in one pass over the batches."""
-        moments = {
-            x.weight: [self._moments_of(x, x.system.matrix().device) for _ in range(2)]
-            for x in layers
-        }
-        for batch in range(len(self.calls)):
-            self._add(teacher, batch, layers, moments)
-        for layer in layers:
-            if self.reports[layer.weight].reason is not None:  # its rows did not fit
-                continue
-            system = layer.system
-            fit, held = moments[layer.weight]
-            options = (self.config.ridges, self.config.shares, system.free_bias)
-            result = refit(fit, held, system.matrix(), *options)
-            if result.weight is not None:
-                system.write(result.weight)
-                self._shift(layer, result.weight)
-            self.reports[layer.weight] = LayerReport(
-                layer.weight,
-                result.before,
-                result.after,
-                result.ridge,
-                result.shares[-1] if result.shares else None,
-                result.reason,
-            )
+    def _refit(self, teacher: Teacher, fits: Sequence[LayerFit]) -> None:
+        """Refit layers, in one pass over the batches for each block of inputs."""
+        layers = [fit.layer for fit in fits]
+        for _ in fits[0].blocks:
+            for fit in fits:
+                fit.begin()
+            for batch in range(len(self.calls)):
+                self._add(teacher, batch, fits)
+            for fit in fits:
+                if fit.reason is None:
+                    fit.solve()
+        for fit in fits:
+            matrix = fit.finish()
+            if matrix is not None:
+                self._shift(fit.layer, matrix)
+            self.reports[fit.layer.weight] = fit.report
         teacher.forget(layers)
 
-    def _add(
-        self,
-        teacher: Teacher,
-        batch: int,
-        layers: Sequence[Layer],
-        moments: Mapping[str, Sequence[Sequence[Moments]]],
-    ) -> None:
+    def _add(self, teacher: Teacher, batch: int, fits: Sequence[LayerFit]) -> None:
         """Add a batch to the moments of some layers."""
-        one_pass = self.config.one_pass
+        one_pass, held = self.config.one_pass, self.held_out[batch]
+        by_weight = {fit.layer.weight: fit for fit in fits}
+        layers = [fit.layer for fit in fits]
         targets = teacher.targets(batch, layers, with_inputs=one_pass)
-        missing = {weight: iter(calls) for weight, calls in targets.items()}
-
-        def add(weight: str, x: Tensor, target: Target | None) -> None:
-            system = systems[weight]
-            if target is None or target.count != system.count(x):
-                self.reports[weight] = LayerReport(weight, reason=UNPAIRED)
-            else:
-                sums = moments[weight][self.held_out[batch]]
-                add_call(sums, system, x, target)
-
-        systems = {x.weight: x.system for x in layers}
         if one_pass:
             for weight, calls in targets.items():
                 for target in calls:
                     assert target.x is not None
-                    add(weight, target.x, target)
+                    by_weight[weight].add(target.x, target, held)
             return
+        missing = {weight: iter(calls) for weight, calls in targets.items()}
         modules = {x.weight: x.small for x in layers}
         counts = {x.weight: x.calls for x in layers}
 
         def seen(weight: str, x: Tensor, y: Tensor) -> None:
-            add(weight, x, next(missing[weight], None))
+            by_weight[weight].add(x, next(missing[weight], None), held)
 
         run_until(self.small, self.calls[batch], modules, counts, seen)
 

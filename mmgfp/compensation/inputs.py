@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,6 +99,17 @@ class LinearSystem:
             matrix = matrix.transpose(1, 2)
         weight.copy_(matrix.reshape(weight.shape))
 
+    def blocks(self, size: int) -> list[Tensor]:
+        """Return the inputs in as few blocks of one size or less as hold them all.
+
+        Each has the last input as well, where that is always 1, as biases suit all.
+        """
+        ones = int(self._has_ones)
+        columns = torch.arange(self.inputs - ones)
+        count = -(-len(columns) // max(1, size - ones))
+        last = torch.arange(self.inputs - ones, self.inputs)
+        return [torch.cat([part, last]) for part in columns.tensor_split(count)]
+
     def targets(self, y: Tensor) -> Tensor:
         """Return what `matrix` shall give at each position for an output, (G, P, o)."""
         if self.is_transposed and self.module.bias is not None:
@@ -171,6 +183,31 @@ class LinearSystem:
 
     def _batched(self, x: Tensor) -> Tensor:
         return x if x.dim() == len(self.module.kernel_size) + 2 else x[None]
+
+
+@dataclass
+class Block:
+    """Some inputs of a layer, fitted to what the others leave of its outputs.
+
+    Attributes:
+        columns: Numbers of its inputs, (b,).
+        others: The layer's matrix with zeros for them, (G, n, o), in double precision.
+    """
+
+    columns: Tensor
+    others: Tensor
+
+    @classmethod
+    def of(cls, columns: Tensor, matrix: Tensor) -> Block:
+        """Return the block of a layer that has this matrix, (G, n, o)."""
+        columns = columns.to(matrix.device)
+        return cls(columns, matrix.double().index_fill(1, columns, 0.0))
+
+    def split(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return its part of x (G, P, n), and what it shall give of y (G, P, o)."""
+        if len(self.columns) == x.shape[2]:
+            return x, y
+        return x[..., self.columns], y - x.double() @ self.others
 
 
 def _padded(conv: Any, x: Tensor) -> Tensor:

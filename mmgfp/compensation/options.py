@@ -32,8 +32,10 @@ class CompensationConfig:
         ridges: Ridges that are tried, as shares of the mean squared input.
         rows: Positions of a batch that a layer is fitted to; where there are more, a
             sample by their weights.
-        max_inputs: Layers with more inputs (channels by taps) are left alone.
-        memory: Bytes that moments, and outputs of the original model, may take.
+        max_inputs: Layers with more inputs (channels by taps) are refitted in blocks of
+            so many or less, one after the other.
+        memory: Bytes that moments and outputs of the original model may take, half
+            each; more where those of one layer do.
         norms: Whose statistics are taken anew: of ``'all'`` batch norms whose inputs
             change, of the ``'others'``, which do not read refitted layers alone, or of
             ``'none'``.
@@ -54,7 +56,7 @@ class CompensationConfig:
     held_out: float = 0.25
     ridges: tuple[float, ...] = RIDGES
     rows: int = 16384
-    max_inputs: int = 8192
+    max_inputs: int = 5120
     memory: int = 2**30
     norms: str = 'others'
 

@@ -40,6 +40,8 @@ class Moments:
         xx: Sum over positions of f x x^T, (G, n, n).
         xy: Sum of f x y^T, (G, n, o).
         yy: Sum of f y^2, (G, o).
+        energy: Sum of f y^2 of the layer's whole outputs, where y is what other inputs
+            leave of them, (G, o).
         importance: How much each output matters when errors are compared, (G, o).
 
     Examples:
@@ -63,10 +65,16 @@ class Moments:
         self.xx = zeros(groups, inputs, inputs)
         self.xy = zeros(groups, inputs, outputs)
         self.yy = zeros(groups, outputs)
+        self.energy = zeros(groups, outputs)
         self.importance = zeros(groups, outputs)
 
     def add(
-        self, x: Tensor, y: Tensor, f: Tensor, importance: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        f: Tensor,
+        importance: Tensor | None = None,
+        whole: Tensor | None = None,
     ) -> None:
         """Add positions.
 
@@ -75,12 +83,17 @@ class Moments:
             y: The outputs that they should give, (G, P, o).
             f: Weights of the positions, (G, P).
             importance: Added to `importance`, (G, o); one for each position if None.
+            whole: The layer's whole outputs, (G, P, o); y if None.
         """
         x, y, f = x.double(), y.double(), f.double()
         weighted = (x * f[:, :, None]).transpose(1, 2)  # (G, n, P)
         self.xx += weighted @ x
         self.xy += weighted @ y
-        self.yy += (y.square() * f[:, :, None]).sum(1)
+        squares = (y.square() * f[:, :, None]).sum(1)
+        self.yy += squares
+        if whole is not None:
+            squares = (whole.double().square() * f[:, :, None]).sum(1)
+        self.energy += squares
         self.importance += y.shape[1] if importance is None else importance
 
     def error(self, weight: Tensor) -> Tensor:
@@ -105,13 +118,12 @@ class Moments:
     @property
     def nbytes(self) -> int:
         """Memory that the sums take."""
-        return sum(s.nbytes for s in (self.xx, self.xy, self.yy, self.importance))
+        return sum(s.nbytes for s in vars(self).values())
 
     @property
     def is_finite(self) -> bool:
         """Whether nothing that was added was infinite or NaN."""
-        sums = (self.xx, self.xy, self.yy, self.importance)
-        return all(bool(s.isfinite().all()) for s in sums)
+        return all(bool(s.isfinite().all()) for s in vars(self).values())
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,7 @@ def refit(
     if not all(m.is_finite for m in (*fit, *held_out)) or not old.isfinite().all():
         return Refit(None, float('nan'), float('nan'), reason=NOT_FINITE)
     judge = Moments.mixed(held_out, shares[0])
-    energy = judge.weigh(judge.yy)
+    energy = judge.weigh(judge.energy)
     if energy == 0 or not any(m.yy.any() for m in fit):
         return Refit(None, 0.0, 0.0, reason=NO_ROWS)
     old = old.double()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmgfp.compensation.inputs import LinearSystem
+from mmgfp.compensation.inputs import Block, LinearSystem
 from mmgfp.compensation.refit import Moments
 
 
@@ -58,7 +58,11 @@ class Target:
 
 
 def add_call(
-    moments: Sequence[Moments], system: LinearSystem, x: Tensor, target: Target
+    moments: Sequence[Moments],
+    system: LinearSystem,
+    x: Tensor,
+    target: Target,
+    block: Block,
 ) -> None:
     """Add a call of a layer to its moments.
 
@@ -68,6 +72,7 @@ def add_call(
         system: The layer.
         x: Its input.
         target: What it should give.
+        block: The inputs that are fitted.
     """
     index, ways = target.index, target.ways
     if index is None:
@@ -79,8 +84,10 @@ def add_call(
     for inputs in system.rows(x, index):  # (G, P, n)
         part = slice(start, start + inputs.shape[1])
         start = part.stop
+        whole = target.y[:, part]
+        inputs, y = block.split(inputs, whole)
         for sums, f in zip(moments, ways, strict=True):
-            sums.add(inputs, target.y[:, part], f[:, part], importance)
+            sums.add(inputs, y, f[:, part], importance, whole)
         importance = torch.zeros_like(importance)  # of the whole call
 
 

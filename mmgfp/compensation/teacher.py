@@ -66,7 +66,7 @@ class Teacher:
             if layer.weight in chosen:
                 continue
             numbers += self._numbers(layer)
-            if numbers * len(self.calls) * self._size > self.config.memory:
+            if numbers * len(self.calls) * self._size > self.config.memory / 2:
                 break
             chosen[layer.weight] = layer
         return [*chosen.values()]

@@ -22,12 +22,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
-from mmgfp.compensation.compensate import (
-    Compensated,
-    compensate,
-    refitting_text,
-)
+from mmgfp.compensation.compensate import compensate
 from mmgfp.compensation.in_training import InTraining
+from mmgfp.compensation.reports import Compensated, refitting_text
 from mmgfp.config import PruningConfig
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.distributed import (

@@ -26,7 +26,7 @@ from support.small_configs import detection
 from support.toy_runner import Call, pruner_of, toy_loader, toy_runner
 from torch.utils.data import IterableDataset
 
-from mmgfp.compensation.compensate import Compensated
+from mmgfp.compensation.reports import Compensated
 from mmgfp.discovery.comparing import difference
 from mmgfp.engine import refitting
 from mmgfp.engine.refitting import forget_directions
