@@ -1,37 +1,18 @@
 # Prune RetinaNet R50-FPN to half its MACs, importance normalised by memory
 # (paper section 6: a tenth of the training's learning rate, no frozen stages).
-_base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py']
-custom_imports = dict(imports=['mmgfp'], allow_failed_imports=False)
+_base_ = ['mmdet::retinanet/retinanet_r50_fpn_1x_coco.py', '../_base_/coco_prune.py']
 
 load_from = (
     'https://download.openmmlab.com/mmdetection/v2.0/retinanet/'
     'retinanet_r50_fpn_1x_coco/retinanet_r50_fpn_1x_coco_20200130-c2398f9e.pth'
 )
-model = dict(backbone=dict(frozen_stages=-1, init_cfg=None))
-
-max_iters = 140_000  # an upper bound: the hook stops at its target
-train_cfg = dict(
-    _delete_=True,
-    type='IterBasedTrainLoop',
-    max_iters=max_iters,
-    val_interval=max_iters,
-)
-train_dataloader = dict(sampler=dict(type='InfiniteSampler', shuffle=True))
-val_cfg = None
-val_dataloader = None
-val_evaluator = None
+model = {{_base_.pruning.model}}
+train_cfg = {{_base_.pruning.train_cfg}}
+train_dataloader = {{_base_.pruning.train_dataloader}}
+val_cfg = val_dataloader = val_evaluator = None
 
 optim_wrapper = dict(optimizer=dict(lr=0.001))
 param_scheduler = []
-default_hooks = dict(checkpoint=dict(by_epoch=False, interval=5000, max_keep_ckpts=1))
-log_processor = dict(by_epoch=False)
-
-custom_hooks = [
-    dict(
-        type='FisherPruningHook',
-        interval=10,
-        normalize='memory',
-        target=dict(flops=0.5),
-        input_shape=(3, 800, 1280),
-    )
-]
+default_hooks = {{_base_.pruning.default_hooks}}
+log_processor = {{_base_.pruning.log_processor}}
+custom_hooks = [{{_base_.pruning.hook}}]
