@@ -3,7 +3,7 @@
 # set the same keys; every leaf puts them in their places.
 custom_imports = dict(imports=['mmgfp'], allow_failed_imports=False)
 
-max_iters = 140_000  # an upper bound: the hook stops at its target
+max_iters = 143_000  # an upper bound: the hook stops at its target
 pruning = dict(
     model=dict(backbone=dict(frozen_stages=-1, init_cfg=None)),
     train_cfg=dict(
