@@ -37,12 +37,15 @@ class PruneStep:
         totals: Costs of the remaining model.
         reached: Targets that this decision met for the first time.
         exhausted: Whether nothing was pruned although the schedule asked for it.
+        importance: Importance of every unit that the decision went by, (U,); NaN where
+            nothing was known.
     """
 
     units: np.ndarray
     totals: Totals
     reached: tuple[Target, ...]
     exhausted: bool = False
+    importance: np.ndarray | None = None
 
     def __repr__(self) -> str:
         parts = f'{len(self.units)} units, totals={self.totals}'
@@ -222,7 +225,7 @@ class ChannelPruner:
         exhausted = not len(gone) and not quota.is_met(totals, point)
         if exhausted:
             self.checks.warn_of_nothing_to_prune(scores, units.kept)
-        return PruneStep(gone, totals, reached, exhausted)
+        return PruneStep(gone, totals, reached, exhausted, scores.values)
 
     def track_copy(self, copied: nn.Module) -> None:
         """Mask and cut a copy with the same tensors, such as an average, as well."""

@@ -18,7 +18,7 @@ MODULES = [
 MAIN = [
     'mmgfp.apps.analysis.costs_of',
     'mmgfp.apps.latency.milliseconds',
-    'mmgfp.apps.plots.layer_widths',
+    'mmgfp.report.snapshot.layer_widths',
     'mmgfp.apps.tables.table_cells',
     'mmgfp.demo.digits.DigitsSpec',
     'mmgfp.demo.resnet_cifar.SlimResNetCIFAR',

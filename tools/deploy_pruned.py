@@ -31,12 +31,7 @@ from mmgfp.apps.exporting import (
     reports,
 )
 from mmgfp.apps.input_shape import deployed_shape
-from mmgfp.apps.latency import (
-    PROCESSOR,
-    RUNTIMES,
-    measure_runtimes,
-    ratio_key,
-)
+from mmgfp.apps.latency import measure_runtimes
 from mmgfp.engine.demo_batch import demo_calls
 from mmgfp.engine.deploy import (
     Deployable,
@@ -44,7 +39,7 @@ from mmgfp.engine.deploy import (
     deploy,
     read_deployable,
 )
-from mmgfp.selection.costs import COSTS
+from mmgfp.report.quantities import PROCESSOR, quantities_of, ratio_key
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,22 +102,12 @@ def summarize(
 
 def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
     """Print original and pruned side by side, with the ratio."""
-    costs = {name: COSTS[name] for name in COSTS.names()}
-    scales = {key: (f'{c.label} ({c.unit})', c.scale) for key, c in costs.items()}
-    scales |= {k: (f'CPU latency, {name} (ms)', 1.0) for k, name in RUNTIMES.items()}
-    scales |= {
-        key: (f'processor time, {RUNTIMES[other]} (ms)', 1.0)
-        for key, other in PROCESSOR.items()
-    }
-    runtime = rows['original'].get('latency_profile')
-    scales['predicted_latency_ms'] = (f'predicted (ms, {runtime})', 1.0)
     table = Table('', 'original', 'pruned', 'ratio')
-    for key, (label, scale) in scales.items():
-        if key in rows['original']:
-            before, after = rows['original'][key], rows['pruned'][key]
-            ratio = rows['pruned'].get(ratio_key(key), after / before)
-            cells = f'{before / scale:.4g}', f'{after / scale:.4g}', f'{ratio:.1%}'
-            table.add_row(label, *cells)
+    after = quantities_of(rows['pruned'])
+    for quantity, value in quantities_of(rows['original']).items():
+        ratio = rows['pruned'].get(ratio_key(quantity.key), after[quantity] / value)
+        cells = quantity.text(value), quantity.text(after[quantity]), f'{ratio:.1%}'
+        table.add_row(f'{quantity.label} ({quantity.unit})', *cells)
     console.print(table)
     if any(key in rows['original'] for key in PROCESSOR):
         print(

@@ -22,10 +22,10 @@ from mmgfp.apps.cli import (
 from mmgfp.apps.evaluation import evaluate_file
 from mmgfp.apps.input_shape import deployed_shape
 from mmgfp.apps.run_config import check_data
-from mmgfp.apps.tables import main_metric
 from mmgfp.engine.deploy import check_destination, read_trained
 from mmgfp.export.files import FORMATS, RAW_NOTE, Exported, check_formats, export_files
 from mmgfp.export.options import AXES, ExportOptions
+from mmgfp.report.quantities import main_metric
 from mmgfp.utils.errors import ConfigError
 
 

@@ -14,11 +14,12 @@ from mmgfp.apps.analysis import costs_of
 from mmgfp.apps.cli import build_from, load_config, write_json
 from mmgfp.apps.latency import measure_runtimes
 from mmgfp.apps.pipeline import Candidate, Pipeline
-from mmgfp.apps.plots import layer_widths, plot_channels
+from mmgfp.apps.plots import plot_channels
 from mmgfp.apps.stages import parse_options
 from mmgfp.apps.tables import machine_facts, markdown, print_table, table_cells
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_calls
+from mmgfp.report.snapshot import layer_widths
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.io import atomic_write
 

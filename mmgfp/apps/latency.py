@@ -14,19 +14,13 @@ from torch import nn
 from mmgfp.export.graphs import raw_graph
 from mmgfp.export.onnx_file import write_onnx
 from mmgfp.export.options import ExportOptions
+from mmgfp.report.quantities import PROCESSOR, ratio_key
 from mmgfp.runtimes import open_model
 from mmgfp.runtimes.base import require
 from mmgfp.runtimes.timing import Times, ratios, spread, take_turns
 
 #: Turns that are not counted: allocators and kernel caches fill during them.
 WARMUP = 3
-#: Keys of milliseconds in reports, with the words of tables. Of a model with RoIs,
-#: PyTorch runs the whole network and the exported graph what comes before them.
-RUNTIMES = {'latency_ms': 'PyTorch', 'onnxruntime_ms': 'onnxruntime'}
-#: The same by the processor time of this process, which other work on the machine
-#: disturbs less: it counts all threads, and none of the time that they wait.
-PROCESSOR = {'latency_cpu_ms': 'latency_ms', 'onnxruntime_cpu_ms': 'onnxruntime_ms'}
-
 Actions = dict[str, Callable[[], Any]]
 
 
@@ -50,7 +44,7 @@ def measure_runtimes(
 
     Returns:
         By key and by name, and why onnxruntime is not among them, None if it is. Keys
-        in `RUNTIMES` and `PROCESSOR` give the median milliseconds for the batch. Keys
+        in `mmgfp.report.quantities` give the median milliseconds for the batch. Keys
         that end in ``_ratio`` instead of ``_ms`` give the median ratio to the first
         model in the same round: what slows a whole round cancels out.
     """
@@ -79,16 +73,6 @@ def measure_runtimes(
             for name, run in runs.items()
         }
     return found, reason
-
-
-def ratio_key(key: str) -> str:
-    """Return the key of ratios beside that of milliseconds.
-
-    Examples:
-        >>> ratio_key('latency_cpu_ms')
-        'latency_cpu_ratio'
-    """
-    return f'{key.removesuffix("_ms")}_ratio'
 
 
 def _exported(

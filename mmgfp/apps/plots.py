@@ -6,37 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.io import atomic_write
-
-
-def layer_widths(
-    structure: PruneStructure, shapes: Mapping[str, Sequence[int]]
-) -> dict[str, tuple[int, int]]:
-    """Count the output channels that each layer kept.
-
-    Args:
-        structure: The structure of the compact model.
-        shapes: Original shapes by parameter name, in the order to list them.
-
-    Returns:
-        Kept and original output channels by layer name, for each layer with a
-        weight of two or more dimensions, pruned or not.
-
-    Examples:
-        >>> structure = PruneStructure(
-        ...     sizes={'conv.weight': [4, 3, 3, 3]}, kept={'conv.weight': {0: [0, 2]}}
-        ... )
-        >>> layer_widths(structure, {'conv.weight': [4, 3, 3, 3], 'conv.bias': [4]})
-        {'conv': (2, 4)}
-    """
-    widths = {}
-    for name, shape in shapes.items():
-        if len(shape) >= 2 and name.endswith('.weight'):
-            kept = structure.kept.get(name, {}).get(0)
-            count = shape[0] if kept is None else len(kept)
-            widths[name.removesuffix('.weight')] = (count, shape[0])
-    return widths
 
 
 def plot_channels(widths: Mapping[str, tuple[int, int]], path: str | Path) -> None:

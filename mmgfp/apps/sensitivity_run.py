@@ -16,10 +16,10 @@ from mmengine.runner import Runner
 from mmgfp.apps.cli import reading_config
 from mmgfp.apps.evaluation import runner_to_test
 from mmgfp.apps.run_config import check_entries, prepare_config, seed_of
-from mmgfp.apps.tables import main_metric
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.config_search import scope_of
 from mmgfp.engine.registry import PRUNING_HOOKS, is_named
+from mmgfp.report.quantities import main_metric
 from mmgfp.surgery.fit import check_shapes
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import load_weights_only

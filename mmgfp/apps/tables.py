@@ -12,9 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmgfp.apps.latency import RUNTIMES
+from mmgfp.report.quantities import RUNTIMES, main_metric
 from mmgfp.selection.costs import COSTS
-from mmgfp.utils.errors import ConfigError
 
 #: Names of the packages whose versions are reported: both OpenMMLab lines, and torch.
 PREFIXES = ('mm', 'onedl-mm', 'torch')
@@ -40,44 +39,6 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(':', 1)[1].strip() for line in lines if 'model name' in line]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def main_metric(
-    metrics: Mapping[str, float], name: str | None = None
-) -> tuple[str, float]:
-    """Pick the headline of a test: COCO's mAP or top-1 accuracy, both in percent.
-
-    No metrics at all, as COCO's evaluation returns for a model that detects nothing,
-    count as an mAP of 0.
-
-    Args:
-        metrics: All metrics of the test.
-        name: The metric to pick instead.
-
-    Returns:
-        Its name for people and its value; those of COCO in percent.
-
-    Raises:
-        ConfigError: If there is no metric ``name``.
-
-    Examples:
-        >>> main_metric({'coco/bbox_mAP': 0.375, 'coco/bbox_mAP_50': 0.5})
-        ('mAP', 37.5)
-        >>> main_metric({'coco/bbox_mAP': 0.375, 'coco/bbox_mAP_50': 0.5},
-        ...             'coco/bbox_mAP_50')
-        ('bbox_mAP_50', 50.0)
-    """
-    if name is None:
-        known = ('coco/bbox_mAP', 'accuracy/top1')
-        first = 'coco/bbox_mAP' if not metrics else next(iter(metrics))
-        name = next((key for key in known if key in metrics), first)
-    if name not in metrics and (metrics or not name.startswith('coco/')):
-        known_names = ', '.join(metrics) or 'none'
-        raise ConfigError('metric', f'one of {known_names}', name, 'name one of them')
-    value = metrics.get(name, 0.0)
-    if name.startswith('coco/'):
-        return {'coco/bbox_mAP': 'mAP'}.get(name, name[5:]), value * 100
-    return {'accuracy/top1': 'top-1'}.get(name, name), value
 
 
 def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from mmengine.runner.checkpoint import weights_to_cpu
 from torch import nn
 
 from mmgfp.config import PruningConfig
+from mmgfp.criteria.base import CRITERIA
+from mmgfp.discovery.discover import Discovery
+from mmgfp.groups import Grouping
 from mmgfp.selection.costs import Totals
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
 from mmgfp.utils.io import save_checkpoint
@@ -48,6 +53,53 @@ def save_artifact(
         },
         path,
     )
+
+
+def choices(
+    config: PruningConfig,
+    discovery: Discovery,
+    kept: np.ndarray,
+    importance: np.ndarray | None,
+) -> dict[str, Any]:
+    """Return which channels are coupled, how many units stay, and why layers stay.
+
+    Args:
+        config: Options of the run.
+        discovery: The facts about the unpruned model.
+        kept: Units that were not pruned, (U,).
+        importance: Importance of the units at the last decision, (U,), if known. Of the
+            units of a group that stay, the lowest, the median and the highest are
+            given, None where nothing is known.
+    """
+    grouping, spec = discovery.grouping, config.criterion
+    name = spec['type'] if isinstance(spec, Mapping) else spec
+    return {
+        'criterion': CRITERIA.canonical(name),
+        'groups': _groups(grouping, kept, importance),
+        'frozen': [asdict(layer) for layer in grouping.frozen],
+        # Transposed layers have their output channels in another dimension.
+        'out_dims': {n: p.out_dim for n, p in discovery.profiles.items() if p.out_dim},
+    }
+
+
+def _groups(
+    grouping: Grouping, kept: np.ndarray, importance: np.ndarray | None
+) -> list[dict[str, Any]]:
+    groups = []
+    for number, group in enumerate(grouping.groups):
+        stay = kept & (grouping.group_of == number)
+        scores = np.zeros(0) if importance is None else importance[stay]
+        known = scores[~np.isnan(scores)]
+        groups.append(
+            {
+                'name': group.name,
+                'units': group.units,
+                'remaining': int(stay.sum()),
+                'members': [[m.name, m.dim, m.role] for m in group.members],
+                'importance': np.quantile(known, (0, 0.5, 1)) if len(known) else None,
+            }
+        )
+    return groups
 
 
 def circumstances(config: PruningConfig) -> dict[str, Any]:

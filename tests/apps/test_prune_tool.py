@@ -19,11 +19,11 @@ from support.tooling import ROOT, load_tool
 from mmgfp.apps.prune_recipe import Recipe, pruning_options, shares_of
 from mmgfp.apps.refitting_data import refitting_batches
 from mmgfp.apps.rounds_file import RoundsFile
-from mmgfp.apps.tables import main_metric
 from mmgfp.config import PruningConfig
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.deploy import read_deployable
 from mmgfp.engine.model_building import build_model
+from mmgfp.report.quantities import main_metric
 from mmgfp.utils.errors import ConfigError, StructureError
 
 

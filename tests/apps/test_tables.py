@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from mmgfp.apps.tables import machine_facts, main_metric, markdown, table_cells
+from mmgfp.apps.tables import machine_facts, markdown, table_cells
+from mmgfp.report.quantities import main_metric
 from mmgfp.utils.errors import ConfigError
 
 HIDDEN = ('latency_ms', 'onnxruntime_ms')

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from mmgfp.apps.latency import RUNTIMES
-from mmgfp.apps.tables import main_metric, size_cells
+from mmgfp.apps.tables import size_cells
+from mmgfp.report.quantities import RUNTIMES, main_metric
 from mmgfp.selection.costs import COSTS
 
 #: Times of models: by key of `RUNTIMES`, batch size and the model's name.

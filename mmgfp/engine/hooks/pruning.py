@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from mmengine.dist import is_main_process
@@ -13,7 +12,6 @@ from mmengine.runner import Runner
 
 from mmgfp.checkpoint import REMEDY, discovery_from_dict, discovery_to_dict
 from mmgfp.config import PruningConfig
-from mmgfp.engine.artifact import circumstances, costs_in_numbers, save_artifact
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.distributed import broadcast_result, sum_over_processes
 from mmgfp.engine.hooks.exact_resume import ExactResumeHook
@@ -29,6 +27,7 @@ from mmgfp.engine.runner_access import (
     rewrap_model,
     unwrap_model,
 )
+from mmgfp.engine.saving import save_compact
 from mmgfp.engine.train_scope import during_training, warnings_in_log
 from mmgfp.pruner import ChannelPruner, PruneStep, require_fisher
 from mmgfp.selection.targets import Target
@@ -51,7 +50,8 @@ class ChannelPruningHook(Hook):
 
     An entry in ``custom_hooks`` is all that a config needs. At each target a
     checkpoint ``<config>_<target>.pth`` with compact weights and their structure is
-    written to the work directory; at the last one the run stops.
+    written to the work directory, with a report on the run so far (``report.html``);
+    at the last one the run stops.
 
     Args:
         config: Options of the run; those of `PruningConfig.for_runner` if None.
@@ -177,7 +177,7 @@ class ChannelPruningHook(Hook):
         assert self.progress is not None
         self.progress.log_step(step)
         for target in step.reached:
-            self._save(runner, pruner, target.label)
+            save_compact(runner, pruner, target.label, step.importance)
         if pruner.done:
             runner.logger.info('all pruning targets are reached; the run stops')
             runner.train_loop.stop_training = True
@@ -213,7 +213,7 @@ class ChannelPruningHook(Hook):
                 f'choose a faster schedule'
             )
             reached = Target(target.cost, round(ratio, 4)).label
-            self._save(runner, self.pruner, f'{reached}_unfinished')
+            save_compact(runner, self.pruner, f'{reached}_unfinished')
 
     def close(self) -> None:
         """Take all hooks off the model, as at the end of a run, however it ends."""
@@ -273,29 +273,6 @@ class ChannelPruningHook(Hook):
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         reference = 'as in the model that is pruned'
         check_shapes(checkpoint.get('state_dict', {}), shapes, reference, remedy, kind)
-
-    def _save(self, runner: Runner, pruner: ChannelPruner, label: str) -> None:
-        """Write ``<config>_<label>.pth`` into the work directory."""
-        if not is_main_process():
-            return
-        filename = runner.cfg.filename
-        name = Path(filename).stem if filename else runner.experiment_name
-        path = Path(runner.work_dir) / f'{name}_{label}.pth'
-        meta = {
-            'dataset_meta': getattr(runner.train_dataloader.dataset, 'metainfo', {}),
-            'cfg': runner.cfg.pretty_text,
-            'iter': runner.iter + 1,
-            'costs': costs_in_numbers(pruner.units.totals, pruner.units.full),
-            **circumstances(self.config),
-        }
-        structure, model = pruner.units.structure(), pruner.compact()
-        averaged = averaged_models(runner)
-        if not averaged:
-            save_artifact(path, model, structure, meta)
-        else:  # as in MMEngine's checkpoints, the averaged weights are those to use
-            average = pruner.compact(averaged[0].module)
-            save_artifact(path, average, structure, meta, {'source': model})
-        runner.logger.info(f'saved the compact model to {path}')
 
 
 @HOOKS.register_module()

@@ -1,0 +1,190 @@
+"""All that the folder of a run says about it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmgfp.report.history import SCALARS, History, read_history
+from mmgfp.report.quantities import Quantity, main_metric, quantities_of, ratio_key
+from mmgfp.report.snapshot import Snapshot, read_snapshot
+from mmgfp.utils.errors import ConfigError
+
+#: Checkpoints of training, which are large and say nothing of what was pruned.
+TRAINING = ('iter_*', 'epoch_*', 'best_*', 'rounds')
+REMEDY = (
+    'name a folder that a pruning run, tools/prune.py, tools/deploy_pruned.py or '
+    'tools/pipeline.py wrote'
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model in a table of costs.
+
+    Attributes:
+        name: Its name for people.
+        values: What it costs.
+        ratios: Shares of the first row's, by the key of a quantity, where they were
+            measured otherwise than by dividing two values.
+        metric: How well it does, if it was tested.
+    """
+
+    name: str
+    values: dict[Quantity, float]
+    ratios: dict[str, float] = field(default_factory=dict)
+    metric: float | None = None
+
+    def ratio(self, quantity: Quantity, first: Row) -> float | None:
+        """Return the share of the first row's; None if one of them lacks it."""
+        if quantity.key in self.ratios:
+            return self.ratios[quantity.key]
+        if quantity not in self.values or not first.values.get(quantity):
+            return None
+        return self.values[quantity] / first.values[quantity]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Models side by side, the first of them not pruned.
+
+    Attributes:
+        source: The file that it is taken from.
+        rows: The models.
+        metric: The name of the metric; None if nothing was tested.
+    """
+
+    source: Path
+    rows: tuple[Row, ...]
+    metric: str | None = None
+
+    @property
+    def quantities(self) -> list[Quantity]:
+        """All quantities of some row, in order."""
+        return list(dict.fromkeys(q for row in self.rows for q in row.values))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the folder of a run holds.
+
+    Attributes:
+        name: The folder's name.
+        folder: The folder.
+        snapshots: The pruned models, in the order in which they were reached.
+        history: What was logged while pruning.
+        finetuning: What was logged while the result was fine-tuned.
+        tables: Costs before and after, from each file that has some.
+    """
+
+    name: str
+    folder: Path
+    snapshots: tuple[Snapshot, ...]
+    history: History
+    finetuning: History
+    tables: tuple[CostTable, ...]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read several runs, named so that each can be told from the others.
+
+    Raises:
+        ConfigError: If one of them is no folder, or of no run.
+        StructureError: If a checkpoint is damaged.
+    """
+    names = _names([folder.resolve() for folder in folders])
+    return [read_run(*pair) for pair in zip(folders, names, strict=True)]
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Return the last parts of paths, as many as tell them apart."""
+    for count in range(1, max(len(f.parts) for f in folders)):
+        names = ['/'.join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read what a run left in its folder.
+
+    Args:
+        folder: The work directory of a pruning run, of tools/prune.py or of
+            tools/pipeline.py, or what tools/deploy_pruned.py wrote.
+        name: Its name for people.
+
+    Raises:
+        ConfigError: If it is no folder, or of no run.
+        StructureError: If a checkpoint is damaged.
+    """
+    if not folder.is_dir():
+        got = f'the file {folder}' if folder.exists() else f'nothing at {folder}'
+        raise ConfigError('WORK_DIR', 'the folder of a run', got, REMEDY)
+    # A sequence of stages has a folder for each.
+    snapshots = _snapshots([folder, folder / 'prune'])
+    snapshots = snapshots or _snapshots([folder / 'deploy'])
+    has_stage = any((folder / 'prune').glob(SCALARS))
+    history = read_history(folder / 'prune' if has_stage else folder)
+    tables = [
+        table
+        for file in ('results.json', 'summary.json', 'deploy/summary.json')
+        if (folder / file).is_file()
+        for table in [_table(folder / file)]
+    ]
+    if not (snapshots or tables or history.shares):
+        got = f'{folder}, where nothing says what was pruned'
+        raise ConfigError('WORK_DIR', 'the folder of a run', got, REMEDY)
+    finetuning = read_history(folder / 'finetune')
+    parts = (tuple(snapshots), history, finetuning, tuple(tables))
+    return Run(name, folder, *parts)
+
+
+def _snapshots(folders: Iterable[Path]) -> list[Snapshot]:
+    """Read the pruned models in some folders."""
+    snapshots = []
+    for folder in folders:
+        configs = sorted(path.stem for path in folder.glob('*.py'))
+        is_deployed = (folder / 'structure.json').is_file()
+        for path in sorted(folder.glob('*.pth')):
+            if not is_deployed and any(path.match(f'{n}.pth') for n in TRAINING):
+                continue
+            prefixes = (f'{c}_' for c in configs if path.stem.startswith(f'{c}_'))
+            label = path.stem.removeprefix(next(prefixes, ''))
+            snapshot = read_snapshot(path, label)
+            snapshots += [] if snapshot is None else [snapshot]
+    return sorted(snapshots, key=lambda s: (s.iteration or 0, s.label))
+
+
+def _table(path: Path) -> CostTable:
+    """Read costs before and after from a JSON file of one of the tools.
+
+    Raises:
+        ConfigError: If it is of another kind.
+    """
+    try:
+        data = json.loads(path.read_text())
+        rows = data.get('rows')
+        if rows is None:  # of deploy_pruned.py, by name
+            rows = [{'model': name, **data[name]} for name in ('original', 'pruned')]
+        metric = data.get('metric')
+        if rows[0].get('metrics'):
+            metric = main_metric(rows[0]['metrics'])[0]
+        return CostTable(path, tuple(map(_row, rows)), metric)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        got = f'{type(error).__name__}: {error}'
+        expected = 'a summary of mmgfp with costs before and after'
+        raise ConfigError(str(path), expected, got, 'move it away') from error
+
+
+def _row(raw: Mapping[str, Any]) -> Row:
+    metric = raw.get('metric')
+    if raw.get('metrics'):
+        metric = main_metric(raw['metrics'])[1]
+    values = quantities_of(raw)
+    ratios = {q.key: raw.get(ratio_key(q.key)) for q in values}
+    # By batch size, they would be told apart by their labels alone: divided anew.
+    measured = {k: float(r) for k, r in ratios.items() if isinstance(r, int | float)}
+    return Row(str(raw['model']), values, measured, metric)
