@@ -77,7 +77,7 @@ $(STAMP): $(wildcard requirements/*.txt) setup.py
 	$(PIP) -r requirements/runtime.txt torchvision
 	$(MMCV_ENV) $(PIP) --no-build-isolation -r requirements/$(STACK).txt \
 		-r requirements/demo.txt -r requirements/onnx.txt -r requirements/nncf.txt \
-		-r requirements/tests.txt -r requirements/lint.txt
+		-r requirements/report.txt -r requirements/tests.txt -r requirements/lint.txt
 	$(PIP) --no-deps --force-reinstall opencv-python-headless
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

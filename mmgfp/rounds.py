@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mmgfp.compensation.reports import LayerReport
+from mmgfp.discovery.discover import Discovery
 from mmgfp.selection.costs import Totals
 from mmgfp.selection.targets import Target
 from mmgfp.surgery.structure import PruneStructure
@@ -76,12 +77,18 @@ class Pruned:
         structure: What it keeps of the original.
         full: Costs of the original.
         rounds: All cuts, the last one to the target.
+        discovery: The facts about the original.
+        kept: Its units that stay, (U,).
+        importance: Importance of its units before the last cut, (U,).
     """
 
     model: nn.Module
     structure: PruneStructure
     full: Totals
     rounds: tuple[Round, ...]
+    discovery: Discovery
+    kept: np.ndarray
+    importance: np.ndarray | None
 
     @property
     def totals(self) -> Totals:

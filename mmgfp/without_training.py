@@ -8,6 +8,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from mmgfp.compensation.compensate import compensate
@@ -93,6 +95,7 @@ class _Rounds:
         journal: Is told how it goes.
         small: The compact model.
         done: The rounds so far.
+        importance: Importance of the units before the last round, (U,).
     """
 
     model: nn.Module
@@ -102,6 +105,7 @@ class _Rounds:
     journal: Journal
     small: nn.Module = field(init=False)
     done: list[Round] = field(default_factory=list)
+    importance: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.small = self.model
@@ -114,7 +118,16 @@ class _Rounds:
             self.prune()
             self.journal.after_round(self.done[-1], self.state())
         units = self.pruner.units
-        return Pruned(self.small, units.structure(), units.full, tuple(self.done))
+        assert self.pruner.discovery is not None
+        return Pruned(
+            self.small,
+            units.structure(),
+            units.full,
+            tuple(self.done),
+            self.pruner.discovery,
+            units.kept,
+            self.importance,
+        )
 
     def prune(self) -> None:
         """Prune to the next target, and refit what remains."""
@@ -127,6 +140,7 @@ class _Rounds:
             name = f'round {len(pruner.reached) + 1} of {count}, {name}'
         self.journal.report(f'{name}: scoring units')
         step = _decide(pruner, self.losses)
+        self.importance = step.importance
         share = step.totals.ratio(target.cost, units.full)
         facts = (step.reached[-1], step.totals, share, step.units)
         if self.compensation is None:
@@ -152,6 +166,7 @@ class _Rounds:
             # Copies, as later rounds change them.
             **{name: copy.deepcopy(m.state_dict()) for name, m in weights.items()},
             'rounds': [done.to_dict() for done in self.done],
+            'importance': torch.as_tensor(self.importance),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -166,6 +181,7 @@ class _Rounds:
             self.small = compact(self.model, self.pruner.units.structure())
             self.small.load_state_dict(state['small'])
             self.done = [Round.from_dict(raw) for raw in state['rounds']]
+            self.importance = state['importance'].numpy()
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             got = f'{type(error).__name__}: {error}'
             expected = 'one that after_round was given for this model'

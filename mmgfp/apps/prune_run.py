@@ -22,7 +22,7 @@ from mmgfp.apps.scoring_data import with_labels, without_labels
 from mmgfp.apps.sensitivity_run import Validation, validation_config
 from mmgfp.apps.tables import size_cells
 from mmgfp.config import PruningConfig
-from mmgfp.engine.artifact import circumstances, costs_in_numbers
+from mmgfp.engine.artifact import choices, circumstances, costs_in_numbers
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.deploy import Deployable, Trained, read_trained
 from mmgfp.rounds import Journal, Pruned, Round
@@ -179,6 +179,7 @@ def deployable(cfg: Config, outcome: Outcome) -> Deployable:
         **{k: v for k, v in original.meta.items() if k == 'dataset_meta'},
         'costs': costs_in_numbers(pruned.totals, pruned.full),
         **circumstances(options),
+        **choices(options, pruned.discovery, pruned.kept, pruned.importance),
         'input_shape': list(outcome.shape),
     }
     architecture = copy.deepcopy(cfg.model.to_dict())

@@ -32,6 +32,7 @@ MOST_POINTS = 400
 STYLE: dict[Any, Any] = {
     'svg.fonttype': 'none',  # text stays text: small, and to be searched
     'svg.hashsalt': 'mmgfp',  # the same page for the same run
+    'text.parse_math': False,  # names may hold any character
     'font.size': 9,
     'axes.spines.top': False,
     'axes.spines.right': False,

@@ -16,7 +16,7 @@ TOOLS = {
     name: load_tool(name)
     for name in (
         *('train', 'test', 'analyze', 'deploy_pruned', 'pipeline', 'ablation'),
-        *('compare', 'sensitivity'),
+        *('compare', 'sensitivity', 'report'),
     )
 }
 ALL = [DEMO, PRUNE, TUNE, '--work-dir', '{tmp}/work']
@@ -149,6 +149,16 @@ def folder(tmp_path, monkeypatch):
             ]
         ],
         ('test', [DEMO, '{tmp}/plain.pth', '--json', '{tmp}/plain.pth/r'], NOWHERE),
+        *[
+            ('report', args, words)
+            for args, words in [
+                (['{tmp}/no'], 'WORK_DIR must be the folder of a run (got nothing at'),
+                (['{tmp}/plain.pth'], '(got the file {tmp}/plain.pth)'),
+                (['{tmp}'], 'tensors.pth must hold a dict (got list)'),
+                (['.', '--out', '{tmp}/no/r.html'], '--out must be a file to write'),
+                (['.', '--out', '{tmp}'], '--out must be a file to write'),
+            ]
+        ],
     ],
 )
 def test_it_is_said_in_one_line(tool, args, words, folder, monkeypatch, capsys):

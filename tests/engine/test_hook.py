@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,10 @@ def test_checkpoints_carry_the_state_of_pruning(pruning_run):
     assert len(state['kept']) == hook_of(pruning_run.runner).pruner.units.grouping.units
 
 
-def test_schedule_that_ends_early_says_so_and_saves(tmp_path, caplog):
+def test_schedule_that_ends_early_says_so_and_saves(tmp_path, caplog, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, 'jinja2', None
+    )  # a report needs it, a run does not
     config = small_prune_config(tmp_path, units_per_step=5)
     config.train_cfg.max_iters = 3
     runner = Runner.from_cfg(config)
@@ -70,6 +74,7 @@ def test_schedule_that_ends_early_says_so_and_saves(tmp_path, caplog):
     pruner = hook_of(runner).pruner
     ratio = pruner.units.totals['macs'] / pruner.units.full['macs']
     assert f'reached flops={ratio:.4f}' in caplog.text
+    assert 'no report: ConfigError: the package jinja2 must be installed' in caplog.text
     (saved,) = Path(config.work_dir).glob('*_unfinished.pth')
     structure = torch.load(saved, weights_only=True)['prune_structure']
     assert structure == pruner.units.structure().to_dict()

@@ -1,0 +1,69 @@
+"""What folders of runs hold, whichever tool wrote them."""
+
+import json
+
+import pytest
+
+from mmgfp.report.run import read_run, read_runs
+from mmgfp.utils.errors import ConfigError
+
+ROWS = [
+    {'model': 'baseline', 'macs': 4e9, 'metrics': {'coco/bbox_mAP': 0.375}},
+    {'model': 'pruned', 'macs': 1e9, 'metrics': {'coco/bbox_mAP': 0.25}},
+]
+TIMED = {
+    'original': {'macs': 8, 'latency_ms': 10.0, 'latency_ratio': 1.0},
+    'pruned': {'macs': 4, 'latency_ms': 6.0, 'latency_ratio': 0.5},
+}
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+def test_tables_of_every_tool(tmp_path):
+    write(tmp_path / 'results.json', {'rows': ROWS, 'seed': 0})
+    write(tmp_path / 'deploy/summary.json', {'input_shape': [3, 8, 8], **TIMED})
+    untrained = [
+        {'model': m, 'macs': 2, 'metric': v} for m, v in (('a', 57.1), ('b', 5))
+    ]
+    write(tmp_path / 'summary.json', {'rows': untrained, 'metric': 'top-1'})
+    results, summary, deployed = read_run(tmp_path, 'run').tables
+    assert (results.metric, summary.metric, deployed.metric) == ('mAP', 'top-1', None)
+    assert [row.metric for row in results.rows] == [37.5, 25.0]
+    assert [row.metric for row in summary.rows] == [57.1, 5]
+    first, second = deployed.rows
+    assert (first.name, second.name) == ('original', 'pruned')
+    macs, time = deployed.quantities
+    assert (macs.label, time.label) == ('MACs', 'CPU latency, PyTorch')
+    assert second.ratio(macs, first) == 0.5
+    assert second.ratio(time, first) == 0.5  # of the rounds, not 6 / 10
+    assert results.rows[1].ratio(time, results.rows[0]) is None
+
+
+def test_names_tell_runs_apart(tmp_path):
+    for name in ('a/work', 'b/work', 'b/other'):
+        write(tmp_path / name / 'results.json', {'rows': ROWS})
+    folders = [tmp_path / 'a/work', tmp_path / 'b/work', tmp_path / 'b/other']
+    names = [run.name for run in read_runs(folders)]
+    assert names == ['a/work', 'b/work', 'b/other']
+    assert [run.name for run in read_runs(folders[1:])] == ['work', 'other']
+    assert [run.name for run in read_runs(folders[:1] * 2)] == ['work', 'work']
+
+
+@pytest.mark.parametrize(
+    ('files', 'words'),
+    [
+        ({}, 'the folder of a run .*, where nothing says what was pruned'),
+        ({'x.txt': 1}, 'where nothing says what was pruned'),
+        ({'summary.json': []}, r'summary\.json must be a summary of mmgfp'),
+        ({'summary.json': {'rows': []}}, r'summary\.json must be a summary'),
+        ({'results.json': {'rows': [{'macs': 1}]}}, r'results\.json must be a summary'),
+    ],
+)
+def test_other_folders_are_refused(files, words, tmp_path):
+    for name, data in files.items():
+        write(tmp_path / name, data)
+    with pytest.raises(ConfigError, match=words):
+        read_run(tmp_path, 'run')
