@@ -93,6 +93,18 @@ def test_import_is_light(heavy):
     assert subprocess.run([sys.executable, '-c', code], check=False).returncode == 0
 
 
+def test_a_wheel_has_all_files():
+    text = (ROOT / 'pyproject.toml').read_text()
+    shipped = re.search(r'^mmgfp = \[(.*)\]', text, re.MULTILINE)[1]
+    others = {
+        p for p in PACKAGE.rglob('*') if p.is_file() and '__pycache__' not in p.parts
+    }
+    others = {
+        str(p.relative_to(PACKAGE)) for p in others if p.suffix not in ('.py', '.pyc')
+    }
+    assert others == set(re.findall("'(.*?)'", shipped))
+
+
 def test_nothing_is_too_long_to_read():
     for path in [*PACKAGE.rglob('*.py'), *(ROOT / 'tools').glob('*.py')]:
         for node in ast.walk(ast.parse(path.read_text())):

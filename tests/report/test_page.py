@@ -116,7 +116,7 @@ def run_named(name, **parts):
 def test_several_runs_are_side_by_side():
     slow = Quantity('latency_ms', 'CPU latency, PyTorch', 'ms')
     rows = (Row('a', {MACS: 5e9, slow: 8.0}, {}, 50.0), Row('b', {slow: 6.0}, {}, None))
-    timed = CostTable(Path('x/results.json'), rows, 'mAP')
+    timed = CostTable(Path('two/results.json'), rows, 'mAP')
     runs = [run_named('one'), run_named('two', tables=(timed,))]
     read = Page(page.render(runs))
     (header, *rows) = read.tables['compared'][0]
