@@ -10,8 +10,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmgfp.apps.cli import run_cli
+from mmgfp.apps.cli import (
+    Overrides,
+    check_checkpoint,
+    load_config,
+    run_cli,
+    whole_number,
+)
+from mmgfp.apps.detections import draw_detections
 from mmgfp.report.page import write_report
+from mmgfp.report.run import read_runs
 from mmgfp.utils.errors import ConfigError
 
 
@@ -26,6 +34,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--out', type=Path, default=Path('report.html'), help='default: report.html'
     )
+    parser.add_argument(
+        '--config', help='config of the unpruned model, to show what it detects'
+    )
+    parser.add_argument(
+        '--checkpoints',
+        nargs='+',
+        metavar='FILE',
+        help='the original, pruned and deployed weights whose detections are shown',
+    )
+    parser.add_argument(
+        '--images', type=whole_number(1), default=3, help='validation images to show'
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=Overrides)
     return parser.parse_args()
 
 
@@ -40,12 +61,32 @@ def check_out(path: Path) -> None:
         raise ConfigError('--out', 'a file to write', got, 'name another one')
 
 
+def check_models(args: argparse.Namespace) -> None:
+    """Check what is to be drawn, before anything is read.
+
+    Raises:
+        ConfigError: If the config or the checkpoints are missing.
+        StructureError: If a checkpoint is damaged.
+    """
+    if (args.config is None) != (args.checkpoints is None):
+        got = f'{"--config" if args.config else "--checkpoints"} alone'
+        both = '--config and --checkpoints'
+        raise ConfigError(both, 'given together', got, 'add the other')
+    for path in args.checkpoints or ():
+        check_checkpoint('--checkpoints', path)
+
+
 def main() -> None:
     """Run from the command line."""
     args = parse_args()
     check_out(args.out)
-    path = write_report(args.work_dirs, args.out)
-    print(f'wrote {path} ({path.stat().st_size / 1e3:.0f} kB)')
+    check_models(args)
+    cfg = load_config(args.config, args.cfg_options) if args.config else None
+    runs, gallery = read_runs(args.work_dirs), None
+    if cfg is not None:
+        gallery = draw_detections(cfg, args.checkpoints, args.images)
+    write_report(runs, args.out, gallery)
+    print(f'wrote {args.out} ({args.out.stat().st_size / 1e3:.0f} kB)')
 
 
 if __name__ == '__main__':

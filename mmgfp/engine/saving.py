@@ -17,6 +17,7 @@ from mmgfp.engine.artifact import (
 from mmgfp.engine.runner_access import averaged_models
 from mmgfp.pruner import ChannelPruner
 from mmgfp.report.page import write_report
+from mmgfp.report.run import read_runs
 
 
 def save_compact(
@@ -65,7 +66,7 @@ def save_compact(
 def _report(runner: Runner) -> None:
     path = Path(runner.work_dir) / 'report.html'
     try:
-        write_report([path.parent], path)
+        write_report(read_runs([path.parent]), path)
     except Exception as error:  # of any kind: training goes on without a report
         reason = ' '.join(str(error).split())
         runner.logger.warning(f'no report: {type(error).__name__}: {reason}')

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mmgfp.report import charts
-from mmgfp.report.run import Run, read_runs
+from mmgfp.report.gallery import Gallery
+from mmgfp.report.run import Run
 from mmgfp.runtimes.base import require
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import atomic_write
@@ -18,38 +19,38 @@ from mmgfp.version import __version__
 MOST_BYTES = 500_000
 
 
-def write_report(folders: Sequence[Path], path: Path) -> Path:
-    """Write a page about the runs in some folders.
+def write_report(
+    runs: Sequence[Run], path: Path, gallery: Gallery | None = None
+) -> None:
+    """Write a page about some runs.
 
     Args:
-        folders: The folders.
-        path: The file to write, in a folder that is there.
-
-    Returns:
-        The file.
+        runs: The runs, each of another name.
+        path: The file to write.
+        gallery: Detections to show.
 
     Raises:
-        ConfigError: If one of them is no folder, or of no run, if there are too many
-            for one page, or a package is not installed.
+        ConfigError: If there are too many runs for one page, or a package is not
+            installed.
         SavingError: If it cannot be written.
     """
-    text = render(read_runs(folders))
+    text = render(runs, gallery)
     atomic_write(path, lambda tmp: tmp.write_text(text, encoding='utf-8'))
-    return path
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[Run], gallery: Gallery | None = None) -> str:
     """Return the text of the page.
 
     Args:
         runs: The runs, each of another name.
+        gallery: Detections to show.
 
     Raises:
         ConfigError: If the page were too large, or a package is not installed.
     """
     # Members of groups are most of the text of a large model.
     for with_members in (True, False):
-        text = _page(runs, with_members)
+        text = _page(runs, gallery, with_members)
         size = len(text.encode())
         if size <= MOST_BYTES:
             return text
@@ -61,7 +62,7 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def _page(runs: Sequence[Run], with_members: bool) -> str:
+def _page(runs: Sequence[Run], gallery: Gallery | None, with_members: bool) -> str:
     jinja2: Any = require('jinja2', 'report')
     require('matplotlib', 'report')
     template = files(__package__).joinpath('page.html').read_text(encoding='utf-8')
@@ -77,6 +78,7 @@ def _page(runs: Sequence[Run], with_members: bool) -> str:
         runs=drawn,
         compared=charts.compared(have_both) if len(have_both) > 1 else '',
         costs=_common_costs(runs),
+        gallery=gallery,
         with_members=with_members,
         version=__version__,
     )

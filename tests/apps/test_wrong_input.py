@@ -157,6 +157,11 @@ def folder(tmp_path, monkeypatch):
                 (['{tmp}'], 'tensors.pth must hold a dict (got list)'),
                 (['.', '--out', '{tmp}/no/r.html'], '--out must be a file to write'),
                 (['.', '--out', '{tmp}'], '--out must be a file to write'),
+                (['.', '--config', DEMO], 'given together (got --config alone)'),
+                (
+                    ['.', '--config', DEMO, '--checkpoints', '{tmp}/no.pth'],
+                    '--checkpoints must be a checkpoint file',
+                ),
             ]
         ],
     ],
