@@ -172,6 +172,8 @@ def _table(path: Path) -> CostTable:
         metric = data.get('metric')
         if rows[0].get('metrics'):
             metric = main_metric(rows[0]['metrics'])[0]
+        elif isinstance(rows[0].get('metric'), Mapping):  # of several seeds
+            metric = f'{rows[0]["metric"]["name"]} (mean)'
         return CostTable(path, tuple(map(_row, rows)), metric)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         got = f'{type(error).__name__}: {error}'
@@ -183,8 +185,11 @@ def _row(raw: Mapping[str, Any]) -> Row:
     metric = raw.get('metric')
     if raw.get('metrics'):
         metric = main_metric(raw['metrics'])[1]
+    elif isinstance(metric, Mapping):
+        metric = metric['mean']
     values = quantities_of(raw)
     ratios = {q.key: raw.get(ratio_key(q.key)) for q in values}
     # By batch size, they would be told apart by their labels alone: divided anew.
     measured = {k: float(r) for k, r in ratios.items() if isinstance(r, int | float)}
-    return Row(str(raw['model']), values, measured, metric)
+    name = ' '.join(filter(None, (str(raw['model']), raw.get('target'))))
+    return Row(name, values, measured, metric)

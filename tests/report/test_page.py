@@ -131,6 +131,21 @@ def test_several_runs_are_side_by_side():
     assert 'not known' in read.text and 'Every layer may lose channels.' in read.text
 
 
+def test_several_targets_are_in_one_chart_and_table():
+    (first,) = run_named('x').snapshots
+    widths = {'backbone.a': (2, 8), 'head': (3, 3)}
+    second = replace(first, label='flops30', iteration=9, widths=widths)
+    read = Page(page.render([run_named('x', snapshots=(first, second))]))
+    header, rows = read.table('channels')
+    assert header == ['layer', 'original', 'flops50', 'flops30']
+    assert [c.text for c in rows['backbone.a']] == ['8', '4', '2']
+    assert list(read.table('costs')[1]) == ['original', 'flops50', 'flops30']
+    assert read.tags.count('svg') == 2
+    other = replace(second, widths={'head': (3, 3)})
+    read = Page(page.render([run_named('x', snapshots=(first, other))]))
+    assert 'of several originals' in read.text and 'channels' not in read.tables
+
+
 def test_what_is_not_there_is_said():
     nothing = run_named('x', snapshots=(), history=History())
     read = Page(page.render([nothing]))

@@ -42,6 +42,20 @@ def test_tables_of_every_tool(tmp_path):
     assert results.rows[1].ratio(time, results.rows[0]) is None
 
 
+def test_means_of_a_comparison(tmp_path):
+    metric = {'name': 'mAP', 'mean': 31.5, 'std': 0.5, 'values': [31, 32]}
+    rows = [{'model': '-M', 'target': 'flops=0.5', 'macs': 4, 'metric': metric}]
+    rows[0]['latency_ms'] = {'1': 2.0, '64': 90.0}
+    write(tmp_path / 'results.json', {'rows': rows})
+    (table,) = read_run(tmp_path, 'run').tables
+    assert table.metric == 'mAP (mean)'
+    assert (table.rows[0].name, table.rows[0].metric) == ('-M flops=0.5', 31.5)
+    assert [q.label for q in table.quantities[1:]] == [
+        'CPU latency, PyTorch',
+        'CPU latency, PyTorch, batch 64',
+    ]
+
+
 def test_names_tell_runs_apart(tmp_path):
     for name in ('a/work', 'b/work', 'b/other'):
         write(tmp_path / name / 'results.json', {'rows': ROWS})
