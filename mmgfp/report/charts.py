@@ -65,7 +65,7 @@ def tradeoff(history: History, snapshots: Sequence[Snapshot]) -> str:
             percent = {step: 100 * value for step, value in points.items()}
             _line(share, percent, number, COSTS[name].label)
         share.set_ylabel('% of the unpruned model')
-        share.set_xlabel('iteration')
+        _count_iterations(share)
         share.legend(ncols=4, loc='lower left')
         for snapshot in snapshots:
             if snapshot.iteration is not None:
@@ -83,8 +83,15 @@ def finetuning(history: History) -> str:
         axes = figure.subplots()
         _line(axes, history.loss, 0, 'loss')
         axes.set_ylabel('training loss')
-        axes.set_xlabel('iteration')
+        _count_iterations(axes)
     return svg('The loss while fine-tuning')
+
+
+def _count_iterations(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel('iteration')
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def channels(snapshots: Sequence[Snapshot]) -> str:

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mmgfp.report.history import SCALARS, History, read_history
-from mmgfp.report.quantities import Quantity, main_metric, quantities_of, ratio_key
+from mmgfp.report.quantities import (
+    PROCESSOR,
+    RUNTIMES,
+    Quantity,
+    main_metric,
+    quantities_of,
+    ratio_key,
+)
 from mmgfp.report.snapshot import Snapshot, read_snapshot
 from mmgfp.utils.errors import ConfigError
 
@@ -28,20 +35,20 @@ class Row:
     Attributes:
         name: Its name for people.
         values: What it costs.
-        ratios: Shares of the first row's, by the key of a quantity, where they were
-            measured otherwise than by dividing two values.
+        ratios: Shares of the first row's, where they were measured otherwise than by
+            dividing two values.
         metric: How well it does, if it was tested.
     """
 
     name: str
     values: dict[Quantity, float]
-    ratios: dict[str, float] = field(default_factory=dict)
+    ratios: dict[Quantity, float] = field(default_factory=dict)
     metric: float | None = None
 
     def ratio(self, quantity: Quantity, first: Row) -> float | None:
         """Return the share of the first row's; None if one of them lacks it."""
-        if quantity.key in self.ratios:
-            return self.ratios[quantity.key]
+        if quantity in self.ratios:
+            return self.ratios[quantity]
         if quantity not in self.values or not first.values.get(quantity):
             return None
         return self.values[quantity] / first.values[quantity]
@@ -187,9 +194,7 @@ def _row(raw: Mapping[str, Any]) -> Row:
         metric = main_metric(raw['metrics'])[1]
     elif isinstance(metric, Mapping):
         metric = metric['mean']
-    values = quantities_of(raw)
-    ratios = {q.key: raw.get(ratio_key(q.key)) for q in values}
-    # By batch size, they would be told apart by their labels alone: divided anew.
-    measured = {k: float(r) for k, r in ratios.items() if isinstance(r, int | float)}
+    ratios = {key: raw.get(ratio_key(key)) for key in (*RUNTIMES, *PROCESSOR)}
+    measured = quantities_of({k: r for k, r in ratios.items() if r is not None})
     name = ' '.join(filter(None, (str(raw['model']), raw.get('target'))))
-    return Row(name, values, measured, metric)
+    return Row(name, quantities_of(raw), measured, metric)

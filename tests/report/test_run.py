@@ -7,6 +7,8 @@ import pytest
 from mmgfp.report.run import read_run, read_runs
 from mmgfp.utils.errors import ConfigError
 
+TIMES = [{'latency_ms': {'1': 10.0, '8': 60.0}}, {'latency_ms': {'1': 6.0, '8': 30.0}}]
+TIMES[1]['latency_ratio'] = {'1': 0.5, '8': 0.4}
 ROWS = [
     {'model': 'baseline', 'macs': 4e9, 'metrics': {'coco/bbox_mAP': 0.375}},
     {'model': 'pruned', 'macs': 1e9, 'metrics': {'coco/bbox_mAP': 0.25}},
@@ -40,6 +42,11 @@ def test_tables_of_every_tool(tmp_path):
     assert second.ratio(macs, first) == 0.5
     assert second.ratio(time, first) == 0.5  # of the rounds, not 6 / 10
     assert results.rows[1].ratio(time, results.rows[0]) is None
+    rows = [row | times for row, times in zip(ROWS, TIMES, strict=True)]
+    write(tmp_path / 'results.json', {'rows': rows})
+    results = read_run(tmp_path, 'run').tables[0]
+    ratios = [results.rows[1].ratio(q, results.rows[0]) for q in results.quantities]
+    assert ratios == [0.25, 0.5, 0.4]
 
 
 def test_means_of_a_comparison(tmp_path):
