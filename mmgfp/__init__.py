@@ -1,8 +1,8 @@
 """mmgfp: Group Fisher Pruning for OpenMMLab (arXiv 2108.00708).
 
 ``custom_imports = dict(imports=['mmgfp'])`` in a config registers `FisherPruningHook`,
-`DistillationHook`, `ExactResumeHook` and `PrunedModel`. Without MMEngine,
-`GroupFisherPruner` works on its own.
+`SparsityHook`, `DistillationHook`, `ExactResumeHook` and `PrunedModel`. Without
+MMEngine, `GroupFisherPruner` works on its own.
 """
 
 import importlib
@@ -28,12 +28,13 @@ __all__ = [
 if importlib.util.find_spec('mmengine') is not None:
     importlib.import_module('mmgfp.engine.registry')
     __all__ += ['ChannelPruningHook', 'DistillationHook', 'ExactResumeHook']
-    __all__ += ['FisherPruningHook', 'PrunedModel']
+    __all__ += ['FisherPruningHook', 'PrunedModel', 'SparsityHook']
 
 if TYPE_CHECKING:
     from mmgfp.engine.hooks.distillation import DistillationHook
     from mmgfp.engine.hooks.exact_resume import ExactResumeHook
     from mmgfp.engine.hooks.pruning import ChannelPruningHook, FisherPruningHook
+    from mmgfp.engine.hooks.sparsity import SparsityHook
     from mmgfp.engine.pruned_model import PrunedModel
 else:
     # Imported on first use: MMEngine's hooks bring OpenCV along.
@@ -43,6 +44,7 @@ else:
         'ExactResumeHook': 'mmgfp.engine.hooks.exact_resume',
         'FisherPruningHook': 'mmgfp.engine.hooks.pruning',
         'PrunedModel': 'mmgfp.engine.pruned_model',
+        'SparsityHook': 'mmgfp.engine.hooks.sparsity',
     }
 
     def __getattr__(name: str) -> Any:

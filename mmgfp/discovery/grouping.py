@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from mmgfp.groups import (
 )
 from mmgfp.tracing import Trace
 from mmgfp.utils.errors import ConfigError
-from mmgfp.utils.layers import is_layer, output_dim
+from mmgfp.utils.layers import is_layer, matches, output_dim
 from mmgfp.utils.modules import weight_owners
 
 #: A tensor's name and one of its dimensions.
@@ -47,11 +46,6 @@ class _Components:
     of_label: np.ndarray
     prunable: np.ndarray
     reasons: dict[int, list[str]]
-
-
-def matches(layer: str, pattern: str) -> bool:
-    """Return whether a pattern names the layer, a module around it, or is its glob."""
-    return fnmatchcase(layer, pattern) or layer.startswith(f'{pattern}.')
 
 
 def build_groups(

@@ -20,6 +20,7 @@ HOOKS = Registry(
         'mmgfp.engine.hooks.distillation',
         'mmgfp.engine.hooks.exact_resume',
         'mmgfp.engine.hooks.pruning',
+        'mmgfp.engine.hooks.sparsity',
     ],
 )
 MODELS = Registry(
@@ -45,7 +46,7 @@ def _forward(registry: Registry, name: str) -> None:
 #: Hooks that prune.
 PRUNING_HOOKS = ('ChannelPruningHook', 'FisherPruningHook')
 #: Hooks that concern training alone: a deployed model goes without.
-TRAINING_HOOKS = (*PRUNING_HOOKS, 'DistillationHook')
+TRAINING_HOOKS = (*PRUNING_HOOKS, 'DistillationHook', 'SparsityHook')
 for _name in ('ExactResumeHook', *TRAINING_HOOKS):
     _forward(HOOKS, _name)
 _forward(MODELS, 'PrunedModel')

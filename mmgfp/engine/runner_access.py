@@ -70,8 +70,17 @@ def rewrap_model(runner: Runner) -> None:
         runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), model)
 
 
-def check_model_wrapper(runner: Runner) -> None:
-    """Refuse wrappers that `rewrap_model` cannot build again.
+def check_model_wrapper(
+    runner: Runner,
+    where: str = 'where compact_interval is set',
+    remedy: str = 'leave compact_interval off; units stay masked until the end',
+) -> None:
+    """Refuse wrappers that split parameters, or that `rewrap_model` cannot build again.
+
+    Args:
+        runner: The runner.
+        where: The circumstances, for the error.
+        remedy: The change that helps.
 
     Raises:
         ConfigError: If the model is in such a wrapper.
@@ -80,9 +89,9 @@ def check_model_wrapper(runner: Runner) -> None:
     if is_model_wrapper(model) and not isinstance(model, DistributedDataParallel):
         raise ConfigError(
             'model_wrapper_cfg.type',
-            'MMDistributedDataParallel where compact_interval is set',
+            f'MMDistributedDataParallel {where}',
             type(model).__name__,
-            'leave compact_interval off; units stay masked until the end',
+            remedy,
         )
 
 

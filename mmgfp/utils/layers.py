@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,3 +50,8 @@ def output_dim(module: nn.Module) -> int:
     as (C_out, C_in, ...).
     """
     return int(getattr(module, 'transposed', False))
+
+
+def matches(layer: str, pattern: str) -> bool:
+    """Return whether a pattern names the layer, a module around it, or is its glob."""
+    return fnmatchcase(layer, pattern) or layer.startswith(f'{pattern}.')

@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmgfp.discovery.discover import discover
-from mmgfp.discovery.grouping import build_groups, matches
+from mmgfp.discovery.grouping import build_groups
 from mmgfp.discovery.unit_sets import random_units
 from mmgfp.discovery.verify import disagreement, find_disagreements
 from mmgfp.groups import module_of
@@ -481,21 +481,6 @@ def test_the_last_layer_is_an_output():
     (frozen,) = grouped(ConvPair()).frozen
     words = 'an output: reaches the loss without a further layer'
     assert (frozen.layer, frozen.channels, frozen.reason) == ('conv2', 4, words)
-
-
-@pytest.mark.parametrize(
-    ('layer', 'pattern', 'fits'),
-    [
-        ('neck.conv', 'neck', True),
-        ('neck.conv', 'neck.conv', True),
-        ('neck.conv', 'neck.*', True),
-        ('necklace.conv', 'neck', False),
-        ('head.neck.conv', 'neck', False),
-        ('head.neck.conv', '*.neck.conv', True),
-    ],
-)
-def test_matches(layer, pattern, fits):
-    assert matches(layer, pattern) == fits
 
 
 def test_module_of():

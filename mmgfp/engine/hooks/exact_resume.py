@@ -173,3 +173,21 @@ class ExactResumeHook(Hook):
                 'resume with the version of mmgfp that the run was started with',
             )
         self._resumed_states = state['random_states']
+
+
+def exact_resume_of(runner: Runner, agree_interval: int) -> ExactResumeHook:
+    """Return the runner's `ExactResumeHook`; register one where there is none.
+
+    To be called in `before_run` of a hook that comes before it.
+
+    Args:
+        runner: The runner.
+        agree_interval: The argument of a new one.
+    """
+    hooks = [hook for hook in runner.hooks if isinstance(hook, ExactResumeHook)]
+    if not hooks:
+        hooks = [ExactResumeHook(agree_interval=agree_interval)]
+        runner.register_hook(hooks[0])
+        # The runner passes it by if it comes before the hook that is being called.
+        hooks[0].before_run(runner)
+    return hooks[0]

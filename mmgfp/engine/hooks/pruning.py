@@ -14,7 +14,7 @@ from mmgfp.checkpoint import REMEDY, discovery_from_dict, discovery_to_dict
 from mmgfp.config import PruningConfig
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.distributed import broadcast_result, sum_over_processes
-from mmgfp.engine.hooks.exact_resume import ExactResumeHook
+from mmgfp.engine.hooks.exact_resume import exact_resume_of
 from mmgfp.engine.initial_weights import weights_lacking
 from mmgfp.engine.progress import Progress
 from mmgfp.engine.refitting import check_refitting, step_and_refit
@@ -100,13 +100,8 @@ class ChannelPruningHook(Hook):
         self.pruner = self.progress = self._resumed = None  # of another run
         during_training(runner, lambda: closing(self))
         during_training(runner, lambda: warnings_in_log(runner.logger))
-        hooks = [h for h in runner.hooks if isinstance(h, ExactResumeHook)]
-        if not hooks:
-            hooks = [ExactResumeHook(agree_interval=self.config.interval)]
-            runner.register_hook(hooks[0])
-            # The runner passes it by if it comes before this one.
-            hooks[0].before_run(runner)
-        hooks[0].before_each_checkpoint(self._gather)
+        resume = exact_resume_of(runner, self.config.interval)
+        resume.before_each_checkpoint(self._gather)
 
     def before_train(self, runner: Runner) -> None:
         """Go on where an interrupted run was, if this one resumes it."""
