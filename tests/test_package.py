@@ -62,6 +62,7 @@ def test_no_package_imports_one_that_imports_it():
     for stage in (f'mmgfp.{s}' for s in stages):
         assert graph[stage] <= {f'mmgfp.{s}' for s in (*stages, 'groups')}
         assert order.index(stage) < order.index('mmgfp.pruner')
+    assert graph['mmgfp.sparsity'] <= {'mmgfp.selection', 'mmgfp.utils'}
     beside = {f'mmgfp.{s}' for s in ('groups', 'surgery', 'tracing', 'utils')}
     assert graph['mmgfp.compensation'] <= beside
     assert 'mmgfp.engine' not in graph['mmgfp.pruner'] | graph['mmgfp.checkpoint']

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmgfp.sparsity.config import SparsityConfig
 from mmgfp.sparsity.sparsifier import KeptAside, largest_of
+from mmgfp.utils.errors import StatisticsError
 
 
 class Movement(KeptAside):
@@ -29,7 +30,18 @@ class Movement(KeptAside):
         self.scores = {n: torch.zeros_like(w.detach()) for n, w in self.weights.items()}
 
     def choose(self, density: float) -> dict[str, Tensor]:
-        """Return masks of the largest scores."""
+        """Return masks of the largest scores.
+
+        Raises:
+            StatisticsError: If there are none yet.
+        """
+        if not any(score.any() for score in self.scores.values()):
+            raise StatisticsError(
+                'begin',
+                'after a step of the optimizer',
+                'scores of 0 alone',
+                'begin later, or lower the scale of the loss that a scaler begins with',
+            )
         assert self.config.scope is not None
         return largest_of(self.scores, density, self.config.scope)
 
