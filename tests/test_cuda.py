@@ -26,8 +26,12 @@ from support.runs import artifacts
 from support.small_configs import config_of
 from support.toy_runner import hook_of
 from support.toys import TOYS, images, square_loss
+from torch import nn
 
 from mmgfp.compensation.options import CompensationConfig
+from mmgfp.sparsity.config import SparsityConfig
+from mmgfp.sparsity.kinds import build_sparsifier
+from mmgfp.sparsity.semi_structured import has_sparse_cores, to_semi_structured
 from mmgfp.without_training import prune_without_training
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
@@ -204,3 +208,46 @@ def test_the_tools_from_a_config_that_knows_nothing_of_pruning(
         table,
     )
     assert json.loads(table.read_text())['origin']['device'] == CUDA
+
+
+@pytest.mark.parametrize(
+    'options', [dict(sparsity=0.7), dict(kind='movement'), dict(kind='nm')], ids=str
+)
+def test_zeros_are_those_of_the_cpu(options):
+    """After a step of an optimizer, too, that undoes a scale of the loss itself."""
+    kept = []
+    for device in (CPU, CUDA):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 4))
+        model, x = model.to(device), torch.randn(2, 4, 3, 3).to(device)
+        sparsifier = build_sparsifier(model, SparsityConfig(**options))
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01, fused=True)
+        sparsifier.attach(optimizer)
+        scaler = torch.amp.GradScaler(device)
+        for decides in (False, True, False):
+            if decides:
+                sparsifier.decide(sparsifier.config.density)
+            optimizer.zero_grad()
+            scaler.scale(model(x).square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        kept.append(sparsifier.kept_bits())
+        for name, mask in sparsifier.masks.items():
+            assert not sparsifier.weights[name][~mask].any()
+    assert (kept[0] == kept[1]).all() and not kept[0].all()
+
+
+def test_linear_layers_compute_on_sparse_tensor_cores():
+    if not has_sparse_cores(torch.device(CUDA)):
+        pytest.skip('no sparse tensor cores')
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128))
+    model = model.half().to(CUDA).eval()
+    build_sparsifier(model, SparsityConfig(kind='nm')).decide(0.5)
+    x = torch.randn(64, 128).half().to(CUDA)
+    with torch.inference_mode():
+        expected = model(x)
+        assert to_semi_structured(model) == {}
+        found = model(x)
+    assert 'SemiStructured' in type(model[0].weight.data).__name__
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)

@@ -135,6 +135,10 @@ def main() -> None:
     exported = export(cfg, item, shape, args.out, name, args)
     paths = deploy(cfg, item, args.out, name)
     summary = {'input_shape': list(shape), **rows, **reports(exported)}
+    sparsity = item.meta.get('sparsity')
+    if sparsity is not None:  # of the run that the checkpoint is from
+        summary['sparsity'] = sparsity
+        print(f'{sparsity["density"]:.2%} of the weights that could go are left')
     write_json(args.out / 'summary.json', summary)
     show(rows, Console())
     if 'onnxruntime_ms' in rows['original'] and hasattr(item.original, 'roi_head'):

@@ -33,10 +33,7 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
         ConfigError: If the model is not on such a GPU, or no layer can be converted.
     """
     device = next(model.parameters()).device
-    has_cores = device.type == 'cuda' and (
-        torch.cuda.get_device_capability(device) >= CAPABILITY
-    )
-    if not has_cores:
+    if not has_sparse_cores(device):
         raise ConfigError(
             'model',
             'on a GPU with sparse tensor cores (compute capability 8.0 or above)',
@@ -60,6 +57,12 @@ def to_semi_structured(model: nn.Module) -> dict[str, str]:
             'run it dense; TensorRT has sparse convolutions',
         )
     return dense
+
+
+def has_sparse_cores(device: torch.device) -> bool:
+    """Return whether a device has sparse tensor cores."""
+    is_gpu = device.type == 'cuda' and torch.version.hip is None
+    return is_gpu and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def _convert(layer: Any) -> str | None:

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import EMAHook
-from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS
+from mmengine.registry import (
+    HOOKS,
+    MODEL_WRAPPERS,
+    MODELS,
+    TRANSFORMS,
+    init_default_scope,
+)
 from mmengine.runner import Runner
-from support.configs import FASTER, slim, small_prune_config
+from support.configs import FASTER, MASK, slim, small_prune_config
 from support.roundtrip import pruned_model
 from support.runs import (
     Cut,
@@ -60,9 +67,10 @@ def toy(folder, kind, **options):
 def assert_sparse(state, sparsifier):
     """Compare zeros of a state dict with the masks, and with the pattern."""
     for name, mask in sparsifier.masks.items():
-        assert not state[name][~mask].any() and state[name][mask].any()
+        weight, mask = state[name].cpu(), mask.cpu()  # a runner may be on a GPU
+        assert not weight[~mask].any() and weight[mask].any()
         if sparsifier.config.kind == 'nm':
-            assert follows_pattern(state[name], 2, 4)
+            assert follows_pattern(weight, 2, 4)
 
 
 # -- one process --------------------------------------------------------------
@@ -153,6 +161,15 @@ def test_what_stays_dense_is_in_the_log(tmp_path):
     assert text.count('net.stem stays dense: 3 input channels, no multiple of 4') == 1
     assert '132 of 264 weights stay (50.00%)' in text
     assert 'net.stage1: 50.00% of the weights stay' in text
+
+
+def test_layers_that_lose_all_are_in_the_log_once(tmp_path):
+    runner = toy(tmp_path, 'magnitude')
+    runner.model.net.stage2.weight.data *= 1e-3
+    runner.train()
+    (log,) = Path(runner.work_dir).glob('*/*.log')
+    words = "WARNING - no weight of net.stage2 is left; keep it, or take scope='local'"
+    assert log.read_text().count(words) == 1
 
 
 def test_run_that_ends_too_early_says_so(tmp_path):
@@ -346,6 +363,7 @@ def test_channels_then_weights_in_one_run(tmp_path):
     structure = PruneStructure.from_dict(torch.load(artifact)['prune_structure'])
     checkpoint = torch.load(newest_checkpoint(config.work_dir), weights_only=False)
     assert PruneStructure.from_dict(checkpoint['prune_structure']) == structure
+    init_default_scope('mmpretrain')
     model = pruned_model(config.model, artifact)
     model.load_state_dict(checkpoint['state_dict'])
     report = checkpoint['meta']['sparsity']
@@ -364,7 +382,7 @@ def test_weights_wait_for_channels(tmp_path):
 
 
 @pytest.mark.slow
-def test_fine_tuning_a_pruned_model(tmp_path):
+def test_fine_tuning_a_pruned_model(run_tool, tmp_path):
     """Prune, then fine-tune with zeros: the ordinary way."""
     first = pruned_then_sparse(tmp_path / 'prune')
     del first.custom_hooks[1:]
@@ -378,11 +396,45 @@ def test_fine_tuning_a_pruned_model(tmp_path):
     second.load_from = str(artifact)
     assert train(second) == [0]
     checkpoint = torch.load(newest_checkpoint(second.work_dir), weights_only=False)
-    for name in checkpoint['meta']['sparsity']['layers']:
+    report = checkpoint['meta']['sparsity']
+    for name in report['layers']:
         assert follows_pattern(checkpoint['state_dict'][f'{name}.weight'], 2, 4)
+    out = deployed(run_tool, second, tmp_path)
+    assert json.loads((out / 'summary.json').read_text())['sparsity'] == report
+    names = [h.type for h in Config.fromfile(out / 'small.py').custom_hooks]
+    assert names == ['EMAHook']
+    assert_equal(torch.load(out / 'small.pth')['state_dict'], checkpoint['state_dict'])
+
+
+def deployed(run_tool, config, folder):
+    """The folder that tools/deploy_pruned.py writes for a run."""
+    config.dump(folder / 'config.py')
+    checkpoint, out = newest_checkpoint(config.work_dir), folder / 'out'
+    command = [folder / 'config.py', checkpoint, '--out', out, '--name', 'small']
+    command += ['--rounds', 0, '--input-shape', 3, 16, 16]
+    done = run_tool('deploy_pruned.py', *command)
+    assert done.returncode == 0, done.stderr
+    assert '50.00% of the weights that could go are left' in done.stdout
+    return out
 
 
 # -- real models --------------------------------------------------------------
+
+
+@TRANSFORMS.register_module(force=True)
+class BoxesAsMasks:
+    """Takes the box of each object for its mask."""
+
+    def __call__(self, results):
+        import numpy as np
+        from mmdet.structures.mask import BitmapMasks
+
+        boxes = results['gt_bboxes'].tensor.int().tolist()
+        masks = np.zeros((len(boxes), *results['img_shape']), dtype=np.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
+            mask[top:bottom, left:right] = 1
+        results['gt_masks'] = BitmapMasks(masks, *results['img_shape'])
+        return results
 
 
 def detector(folder, name, kind):
@@ -393,8 +445,13 @@ def detector(folder, name, kind):
         config.model.roi_head.bbox_head.num_classes = 10
         if 'mask_head' in config.model.roi_head:
             config.model.roi_head.mask_head.num_classes = 10
+            pipeline = config.train_dataloader.dataset.pipeline
+            pipeline.insert(-1, dict(type='BoxesAsMasks'))
         config.model.backbone.init_cfg = None
-    config.custom_hooks = [dict(type='SparsityHook', **KINDS[kind]), EMA]
+    hook = dict(type='SparsityHook', **KINDS[kind])
+    if 'sparsity' in hook:  # heads of random weights would lose all to the backbone
+        hook['scope'] = 'local'
+    config.custom_hooks = [hook, EMA]
     return config
 
 

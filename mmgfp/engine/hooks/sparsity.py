@@ -79,6 +79,7 @@ class SparsityHook(Hook):
         self._start = 0
         self._times: Timetable | None = None
         self._pruning: ChannelPruningHook | None = None
+        self._emptied: set[str] = set()
 
     def before_run(self, runner: Runner) -> None:
         """Refuse what cannot work before anything is loaded; let resuming be exact.
@@ -194,6 +195,12 @@ class SparsityHook(Hook):
             f'{report["kept"]} of {report["weights"]} weights stay '
             f'({report["density"]:.2%})'
         )
+        for name, layer in report['layers'].items():
+            if not layer['kept'] and name not in self._emptied:
+                self._emptied.add(name)
+                runner.logger.warning(
+                    f"no weight of {name} is left; keep it, or take scope='local'"
+                )
 
     def _check_agreement(self) -> None:
         if get_world_size() > 1:
@@ -210,8 +217,6 @@ class SparsityHook(Hook):
         report = self.sparsifier.report()
         for name, layer in report['layers'].items():
             runner.logger.info(f'{name}: {layer["density"]:.2%} of the weights stay')
-            if not layer['kept']:
-                runner.logger.warning(f'no weight of {name} is left; use keep or scope')
         assert self._times is not None
         if runner.iter - self._start < self._times.end:
             runner.logger.warning(
