@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from support.tooling import ROOT
 
-from mmgfp import DistillationHook, FisherPruningHook
+from mmgfp import DistillationHook, FisherPruningHook, SparsityHook
 
 CONFIGS = ROOT / 'configs'
 #: Lists of runs; tests/apps/test_compare.py reads them.
@@ -113,6 +113,18 @@ def test_teacher_is_what_pruning_started_from(path):
     DistillationHook(**hook)  # raises on anything out of range
     prune = path.with_name(path.name.replace('_finetune_distill', '_prune'))
     assert hook['checkpoint'] == Config.fromfile(prune).load_from
+
+
+@pytest.mark.parametrize('name', ['sparse80', '2to4'])
+def test_sparse_configs_train_the_baseline_on(name):
+    config = read(f'cifar10/resnet20_cifar10_{name}.py')
+    baseline = read('cifar10/resnet20_cifar10.py')
+    [hook] = config.custom_hooks
+    assert hook.pop('type') == 'SparsityHook'
+    assert SparsityHook(**hook).config.density == (0.2 if name == 'sparse80' else 0.5)
+    assert config.load_from == 'work_dirs/resnet20_cifar10/epoch_3.pth'
+    for key in ('model', 'train_cfg', 'param_scheduler', 'optim_wrapper'):
+        assert config[key] == baseline[key]
 
 
 @pytest.mark.parametrize('path', stage('prune'), ids=by_name)

@@ -70,14 +70,15 @@ def keep_n_of_m(weight: Tensor, n: int, m: int) -> Tensor:
         >>> keep_n_of_m(torch.tensor([[1.0, -3.0, 2.0, 2.0]]), 2, 4).tolist()
         [[False, True, True, False]]
     """
-    size = in_groups(weight.detach().abs(), m)
-    # The rank within the group, by m comparisons: a sort takes several times as long.
-    rank = torch.zeros(size.shape, dtype=torch.int16, device=size.device)
-    for k in range(m):
-        other = size[..., k : k + 1]
-        rank += other > size
-        rank[..., k + 1 :] += other == size[..., k + 1 :]
-    return (rank < n).flatten(-2).movedim(-1, 1).contiguous()
+    parts = in_groups(weight.detach().abs(), m).movedim(-1, 0).contiguous()
+    # Ranks within groups by comparing pairs: a sort takes several times as long.
+    rank = torch.zeros(parts.shape, dtype=torch.int16, device=parts.device)
+    for first in range(m):
+        for second in range(first + 1, m):
+            is_larger = parts[second] > parts[first]
+            rank[first] += is_larger
+            rank[second] += ~is_larger
+    return (rank < n).movedim(0, -1).flatten(-2).movedim(-1, 1).contiguous()
 
 
 def in_groups(weight: Tensor, m: int) -> Tensor:

@@ -16,7 +16,7 @@ from mmgfp.utils.errors import StatisticsError
 class Movement(KeptAside):
     """Keeps the weights that moved away from zero most.
 
-    Scores add up ``-w · ∂L/∂w`` over the steps (arXiv 2005.07683, section 4, eq. 3),
+    Scores add up ``-w · ∂L/∂w`` over the steps (arXiv 2005.07683, section 4),
     for weights that are zero as well: with their value as it was when they went, and
     the gradient of the loss by the zero in its place. Thus they may come back with that
     value, which stands still meanwhile.

@@ -15,7 +15,7 @@ from mmgfp.sparsity.sparsifier import FixedZeros, KeptAside
 class FixedNOfM(FixedZeros):
     """Keeps the n largest of every m weights, chosen once, as NVIDIA's recipe does.
 
-    The recipe (Mishra et al. 2021, arXiv 2104.08378, section 4) is to train, to choose
+    The recipe (Mishra et al. 2021, arXiv 2104.08378) is to train, to choose
     by magnitude, and to train again as long.
     """
 
@@ -27,8 +27,8 @@ class FixedNOfM(FixedZeros):
 class SRSTE(KeptAside):
     """Keeps the n largest of every m weights, chosen anew at each step.
 
-    The "sparse-refined straight-through estimator" (Zhou et al. 2021, arXiv 2102.04010,
-    section 4.2, eq. 9): a step moves the dense weight W by the gradient of the loss by
+    The "sparse-refined straight-through estimator" (Zhou et al. 2021, arXiv
+    2102.04010): a step moves the dense weight W by the gradient of the loss by
     the sparse one, plus ``decay · (1 - mask) · W``.
     """
 

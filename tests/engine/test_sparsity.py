@@ -153,6 +153,23 @@ def test_weights_go_as_scheduled(tmp_path):
     assert shares == [counts[min((t + 1) // 2, 3)] for t in range(8)]
 
 
+def test_times_in_epochs(tmp_path):
+    """Four iterations each: from the end of the first to that of the second one."""
+    shares = []
+    times = dict(by_epoch=True, begin=1, end=2, interval=2, schedule='linear')
+    runner = toy_runner(
+        tmp_path,
+        train_dataloader=toy_loader(2),
+        train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=3),
+        custom_hooks=[
+            dict(type='SparsityHook', **times),
+            Call(after_train_iter=lambda r: shares.append(sparse(r).report()['kept'])),
+        ],
+    )
+    runner.train()
+    assert shares == 5 * [2343] + 2 * [round(0.6 * 2343)] + 5 * [round(0.2 * 2343)]
+
+
 def test_what_stays_dense_is_in_the_log(tmp_path):
     runner = toy(tmp_path, 'sr_ste')
     runner.train()
