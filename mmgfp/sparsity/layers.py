@@ -15,6 +15,7 @@ from mmgfp.utils.modules import weight_owners
 #: Layers of mmcv, MMDetection and timm that standardise their weight in each pass.
 STANDARDISING = ('ConvWS2d', 'ConvAWS2d', 'StdConv2d', 'ScaledStdConv2d')
 OTHER = 'no weight of a convolution or linear layer'
+COMPUTED = 'its weight is computed from other parameters'
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,20 @@ def select_weights(
             left_out[users[0]] = reasons[0]
         else:
             weights[name] = parameter
-    computed = [n for n in layers if _computes_weight(modules[n])]
-    left_out |= {n: 'its weight is computed from other parameters' for n in computed}
+    left_out |= {n: COMPUTED for n in layers if _computes_weight(modules[n])}
+    _check_any(weights, left_out)
+    return Selection(weights, left_out)
+
+
+def _check_any(weights: Mapping[str, Tensor], left_out: Mapping[str, str]) -> None:
     if not weights:
-        reason = next(iter(left_out.items()), ('the model', 'it has no such layers'))
+        name, reason = next(iter(left_out.items()), ('it', 'no such layers'))
         raise ConfigError(
             'model',
             'one with weights that can be set to zero',
-            f'none; of {reason[0]}: {reason[1]}',
+            f'none; of {name}: {reason}',
             'loosen keep, or choose another kind',
         )
-    return Selection(weights, left_out)
 
 
 def _computes_weight(module: nn.Module) -> bool:

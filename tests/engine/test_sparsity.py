@@ -41,7 +41,7 @@ from mmgfp.utils.errors import ConfigError
 
 KINDS = {
     'magnitude': dict(sparsity=0.8, end=6, interval=2),
-    'movement': dict(kind='movement', sparsity=0.5, end=6, interval=2),
+    'movement': dict(kind='movement', sparsity=0.5, end=6, interval=3),
     'sr_ste': dict(kind='nm', interval=2),
     'fixed': dict(kind='nm', sr_ste=False, begin=2),
 }

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmgfp.sparsity.config import SparsityConfig, Timetable, timetable
-from mmgfp.sparsity.layers import OTHER, select_weights
+from mmgfp.sparsity.layers import COMPUTED, OTHER, select_weights
 from mmgfp.utils.errors import ConfigError
 
 BAD = [
@@ -126,7 +126,6 @@ class Mixed(nn.Module):
         self.line = nn.Conv1d(4, 2, 3)
 
 
-COMPUTED = 'its weight is computed from other parameters'
 ALWAYS = {
     'standard': 'its weight is standardised in each pass, after which no zero is left',
     'frozen': 'frozen: nothing would make up for its zeros',
