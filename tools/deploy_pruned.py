@@ -136,7 +136,7 @@ def main() -> None:
     paths = deploy(cfg, item, args.out, name)
     summary = {'input_shape': list(shape), **rows, **reports(exported)}
     sparsity = item.meta.get('sparsity')
-    if sparsity is not None:  # of the run that the checkpoint is from
+    if isinstance(sparsity, dict) and isinstance(sparsity.get('density'), float):
         summary['sparsity'] = sparsity
         print(f'{sparsity["density"]:.2%} of the weights that could go are left')
     write_json(args.out / 'summary.json', summary)
