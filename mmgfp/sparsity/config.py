@@ -78,7 +78,10 @@ class SparsityConfig:
         is_list = is_list and all(isinstance(k, str) for k in self.keep)
         check('keep', is_list, 'a list of layer names or patterns', self.keep)
         object.__setattr__(self, 'keep', tuple(self.keep))
-        self._check_n_of_m() if self.kind == 'nm' else self._check_unstructured()
+        if self.kind == 'nm':
+            self._check_n_of_m()
+        else:
+            self._check_unstructured()
 
     def _take_defaults(self) -> None:
         """Fill in what was not given; refuse what has no meaning for the kind."""

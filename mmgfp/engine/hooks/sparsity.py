@@ -85,8 +85,8 @@ class SparsityHook(Hook):
         """Refuse what cannot work before anything is loaded; let resuming be exact.
 
         Raises:
-            ConfigError: If the model is compiled, there are two such hooks, or channels
-                end at other numbers than an interrupted run could be resumed with.
+            ConfigError: If the model is compiled, there are two such hooks, or pruned
+                channels could stay in the model.
         """
         self.close()
         self._reset()
