@@ -58,6 +58,8 @@ class Sparsifier(ABC):
             for name, weight in self.weights.items()
         }
         self.begun = False
+        #: Whether the optimizer leaves out the step that it is at.
+        self._skips = False
         self._copies: list[dict[str, Tensor]] = []
         self._handles: list[Any] = []
 
@@ -112,11 +114,12 @@ class Sparsifier(ABC):
         # Fused optimizers undo the scale of the loss, and skip a step, by themselves.
         scale = getattr(optimizer, 'grad_scale', None)
         overflow = getattr(optimizer, 'found_inf', None)
-        if overflow is None or not float(overflow):
+        self._skips = overflow is not None and bool(overflow)
+        if not self._skips:
             self.before_step(1.0 if scale is None else float(scale))
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.begun:
+        if self.begun and not self._skips:
             self.after_step()
 
     def track_copy(self, copied: nn.Module) -> None:
