@@ -167,7 +167,7 @@ class _Compensation:
         for layer in layers:
             fit = LayerFit(layer, self.config)
             size = sum(f.nbytes for f in [*part, fit])
-            if part and (size > self.config.memory / 2 or len(fit.blocks) > 1):
+            if part and (size > self.config.memory / 3 or len(fit.blocks) > 1):
                 yield part
                 part = []
             part.append(fit)

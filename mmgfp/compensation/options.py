@@ -34,8 +34,9 @@ class CompensationConfig:
             sample by their weights.
         max_inputs: Layers with more inputs (channels by taps) are refitted in blocks of
             so many or less, one after the other.
-        memory: Bytes that moments and outputs of the original model may take, half
-            each; more where those of one layer do.
+        memory: Bytes that moments, outputs of the original model at sampled rows, and
+            all of them while it runs may take, a third each; more where those of one
+            layer do.
         norms: Whose statistics are taken anew: of ``'all'`` batch norms whose inputs
             change, of the ``'others'``, which do not read refitted layers alone, or of
             ``'none'``.

@@ -60,22 +60,30 @@ class Teacher:
     def _next(self, layers: Sequence[Layer]) -> list[Layer]:
         """Return layers, and those whose turn is next as far as memory allows."""
         chosen = {layer.weight: layer for layer in layers}
-        numbers = sum(self._numbers(layer) for layer in layers)
+        limit = self.config.memory / 3 / self._size
+        kept = sum(self._kept_numbers(layer) for layer in layers)
+        whole = sum(self._whole_numbers(layer) for layer in layers)
         waiting = [x for n, x in self.layers.items() if n not in self._done]
         for layer in sorted(waiting, key=lambda x: x.level):
             if layer.weight in chosen:
                 continue
-            numbers += self._numbers(layer)
-            if numbers * len(self.calls) * self._size > self.config.memory / 2:
+            kept += self._kept_numbers(layer)
+            whole += self._whole_numbers(layer)
+            if max(kept * len(self.calls), whole) > limit:
                 break
             chosen[layer.weight] = layer
         return [*chosen.values()]
 
-    def _numbers(self, layer: Layer) -> int:
+    def _kept_numbers(self, layer: Layer) -> int:
         """Return how many numbers are kept of a layer for a batch."""
         system = layer.system
         rows = min(layer.positions, layer.calls * self.config.rows)
         return rows * system.groups * (system.outputs + 1)
+
+    def _whole_numbers(self, layer: Layer) -> int:
+        """Return how many outputs and gradients there are before rows are sampled."""
+        tensors = 2 if self.config.method == 'fisher' else 1
+        return layer.positions * layer.system.groups * layer.system.outputs * tensors
 
     def forget(self, layers: Sequence[Layer]) -> None:
         """Drop what is kept of layers that are done."""
