@@ -54,7 +54,7 @@ lint:  ## quality without building an environment (pre-commit runs it)
 	done
 	$(LINTER) -m ruff check .
 	$(LINTER) -m ruff format --check .
-	$(LINTER) -m mypy mmgfp tools benchmarks
+	$(LINTER) -m mypy mmgfp mmgfp_command.py tools benchmarks
 
 format: $(STAMP)  ## apply what quality would complain about
 	$(BIN)/ruff check --fix .
