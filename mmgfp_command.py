@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(tool: Path) -> None:
-    """Run a tool as the main module, as runpy does, which names the file in its help."""
+    """Run a tool as the main module (runpy would set `sys.argv[0]` to its path)."""
     spec = importlib.util.spec_from_file_location('__main__', tool)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -15,13 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmgfp.apps.cli import run_cli
+from mmgfp.apps.cli import load_config, run_cli
 from mmgfp.apps.compare.report import compare
 from mmgfp.apps.compare.settings import Comparison, Variant
 from mmgfp.apps.comparison import draw
 from mmgfp.apps.pipeline import Candidate
-from mmgfp.apps.stages import add_arguments, check_arguments, parse_options
+from mmgfp.apps.stages import add_timing_arguments, parse_options
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.io import check_folder
 
 TOOLS = Path(__file__).resolve().parent
 
@@ -36,7 +37,20 @@ PAPER = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
+    parser.add_argument('baseline', help='config that trains the original model')
+    parser.add_argument('prune', help='config that prunes it')
+    parser.add_argument('finetune', help='config that fine-tunes the pruned model')
+    parser.add_argument('--work-dir', type=Path, required=True)
+    parser.add_argument(
+        '--checkpoint', help='weights of the original model, which is not trained then'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        default=[],
+        help='config entries to override in every stage, as key.sub=value',
+    )
+    add_timing_arguments(parser)
     parser.add_argument(
         '--variant',
         nargs='+',
@@ -104,7 +118,10 @@ def main() -> None:
     """Run every stage, measure, write the results."""
     args = parse_args()
     comparison = comparison_of(args)
-    check_arguments(args)
+    # What would only fail in a later stage.
+    for config in (args.baseline, args.prune, args.finetune):
+        load_config(config, parse_options(args.cfg_options))
+    check_folder(args.work_dir)
     (baseline, *results), failures = compare(comparison, TOOLS, args.work_dir)
     original = Candidate('baseline', baseline['config'], baseline['checkpoint'])
     for result in results:

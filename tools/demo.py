@@ -13,13 +13,14 @@ WEIGHTS = CONFIGS / f'{NAME}.pth'  # converged, so that training is no stage her
 
 
 def main() -> int:
-    """Run the pipeline on the demo's configs and weights, with any further flags."""
-    stages = [CONFIGS / f'{NAME}{stage}.py' for stage in ('', '_prune', '_finetune')]
+    """Run all stages on the demo's configs and weights, with any further flags."""
+    folder = CONFIGS.relative_to(ROOT)
     command = [
         sys.executable,
-        str(ROOT / 'tools' / 'pipeline.py'),
-        *(str(path.relative_to(ROOT)) for path in stages),
-        *('--checkpoint', str(WEIGHTS.relative_to(ROOT))),
+        str(ROOT / 'tools' / 'prune.py'),
+        *(str(folder / f'{NAME}.py'), str(WEIGHTS.relative_to(ROOT))),
+        *('--prune-config', str(folder / f'{NAME}_prune.py')),
+        *('--finetune-config', str(folder / f'{NAME}_finetune.py')),
         *('--work-dir', 'work_dirs/demo'),
         *sys.argv[1:],
     ]

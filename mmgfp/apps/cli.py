@@ -63,6 +63,25 @@ class Overrides(DictAction):
             raise ConfigError(option, 'KEY=VALUE', got, remedy) from None
 
 
+class Targets(Overrides):
+    """Targets of pruning, as ``COST=SHARE``: a dict, or a list of them if several."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Parse each argument into a dict of its own, so that none replaces another."""
+        targets = []
+        for value in values:
+            parsed = argparse.Namespace()
+            super().__call__(parser, parsed, [value], option_string)
+            targets.append(getattr(parsed, self.dest))
+        setattr(namespace, self.dest, targets if len(targets) > 1 else targets[0])
+
+
 def whole_number(least: int) -> Callable[[str], int]:
     """Return a type of arguments: whole numbers of at least ``least``."""
 

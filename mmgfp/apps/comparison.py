@@ -1,8 +1,7 @@
-"""Comparison of the models that `tools/pipeline.py` produced."""
+"""Comparison of the models that `tools/prune.py` produced."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,10 @@ from mmgfp.utils.io import atomic_write
 def measure(
     pipeline: Pipeline,
     candidates: Sequence[Candidate],
-    shape: tuple[int, ...],
-    args: argparse.Namespace,
+    shape: Sequence[int],
+    rounds: int,
+    batches: Sequence[int],
+    tested: bool = True,
 ) -> list[dict[str, Any]]:
     """Test candidates, count their costs for one image and time them on the CPU.
 
@@ -36,7 +37,9 @@ def measure(
         pipeline: Runs the tests.
         candidates: The models to compare.
         shape: Size (C, H, W) of the image.
-        args: The command line with `latency_rounds` and `batches`.
+        rounds: How often models are timed; 0 times nothing.
+        batches: Batch sizes that are timed.
+        tested: Whether models are tested.
 
     Returns:
         The rows of `mmgfp.apps.tables.table_cells`.
@@ -44,18 +47,17 @@ def measure(
     rows = []
     models: dict[str, torch.nn.Module] = {}
     for candidate in candidates:
-        row: dict[str, Any] = {
-            'model': candidate.name,
-            'metrics': pipeline.test(candidate, f'test_{candidate.name}'),
-        }
+        row: dict[str, Any] = {'model': candidate.name}
+        if tested:
+            row['metrics'] = pipeline.test(candidate, f'test_{candidate.name}')
         model, calls = build(candidate, pipeline.options)
         models[candidate.name] = model
         rows.append({**row, **costs_of(model, calls.profile(model, shape))})
-    for count in args.batches if args.latency_rounds else ():
+    for count in batches if rounds else ():
         # The calls of any candidate do, as all of them read the same images.
         infer = calls.inference(model, shape, count)
         size = (count, *shape)
-        times, reason = measure_runtimes(models, infer, size, args.latency_rounds)
+        times, reason = measure_runtimes(models, infer, size, rounds)
         if reason:
             print(reason)
         for row in rows:
@@ -80,7 +82,7 @@ def write_results(
     pipeline: Pipeline,
     rows: Sequence[Mapping[str, Any]],
     shape: Sequence[int],
-    args: argparse.Namespace,
+    configs: Sequence[str],
 ) -> None:
     """Write results.json and results.md, and print the table.
 
@@ -88,11 +90,11 @@ def write_results(
         pipeline: Its work directory gets the files; they tell how long its stages took.
         rows: The rows of `measure`.
         shape: Size (C, H, W) of the image.
-        args: The command line with the three configs.
+        configs: Those of training, pruning and fine-tuning.
     """
-    cfg = load_config(args.baseline, parse_options(pipeline.options))
+    cfg = load_config(configs[0], parse_options(pipeline.options))
     facts = {
-        'configs': [args.baseline, args.prune, args.finetune],
+        'configs': list(configs),
         'seed': cfg.get('randomness', {}).get('seed'),
         'seconds': pipeline.seconds(),
         **machine_facts(),
@@ -114,6 +116,7 @@ def draw(candidate: Candidate, options: Sequence[str], pruned: str, path: Path) 
         pruned: A checkpoint with the structure.
         path: The image file to write.
     """
+    options = [*options, *candidate.options]
     model = build_from(load_config(candidate.config, parse_options(options)))
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     plot_channels(layer_widths(PruneStructure.load(pruned), shapes), path)

@@ -5,9 +5,11 @@ A finished stage is not run again, so the same command continues after an interr
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -17,9 +19,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmgfp.apps.cli import write_json
 from mmgfp.utils.errors import MMGFPError
+from mmgfp.utils.io import check_folder
 
 #: Lines of a stage's output that are shown while it runs.
 PROGRESS = re.compile(
@@ -123,7 +127,9 @@ class Pipeline:
         self.label = f'{label}: ' if label else ''
         self.processes = processes or Processes()
 
-    def run(self, stage: str, tool: str, *args: str, options: Sequence[str]) -> None:
+    def run(
+        self, stage: str, tool: str, *args: str, options: Sequence[str] = ()
+    ) -> None:
         """Run `<tools>/<tool>.py args` unless this very command has finished.
 
         Raises:
@@ -216,3 +222,34 @@ class Pipeline:
         """Print lines in one go, as other pipelines may print at the same time."""
         lines = (f'{self.label}{line}\n' for line in text.splitlines())
         print(''.join(lines), end='', flush=True)
+
+
+@contextmanager
+def working_alone(work_dir: Path, threads: int | None = None) -> Iterator[Processes]:
+    """Lock a folder against a second command, and end all tools with this process.
+
+    Where the process was killed, tools that it had started go on for a while: they
+    hold on to the lock, and the next command waits for them.
+
+    Args:
+        work_dir: The folder.
+        threads: Threads of each tool.
+    """
+    check_folder(work_dir)
+    with (work_dir / '.lock').open('w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f'waiting for tools that are still at work in {work_dir}', flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        processes = Processes(threads, lock.fileno())
+        before = signal.signal(signal.SIGTERM, _leave)
+        try:
+            yield processes
+        finally:
+            # None is a handler that was not set by Python, which cannot set it again.
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _leave(number: int, frame: Any) -> None:
+    sys.exit(128 + number)

@@ -126,6 +126,29 @@ def spread_variables(cfg: Config, options: Mapping[str, Any] | None) -> None:
             cfg.merge_from_dict(_replaced(cfg.to_dict(), old, new))
 
 
+def data_root_options(cfg: Config, folder: str) -> list[str]:
+    """Return the overrides that let a config read its data from a folder.
+
+    Raises:
+        ConfigError: If there is no such folder, or the config does not say in one place
+            where its data is.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError('--data-root', 'a folder', folder, 'check the path')
+    if isinstance(cfg.get('data_root'), str):
+        return [f'data_root={folder}']
+    names = [f'{s}_dataloader' for s in ('train', 'val', 'test')]
+    loaders = [name for name in names if cfg.get(name)]
+    if not all((cfg[name].get('dataset') or {}).get('data_root') for name in loaders):
+        raise ConfigError(
+            '--data-root',
+            'given with a config that has a variable data_root, or one in each dataset',
+            str(cfg.filename),
+            'name the entries by --cfg-options train_dataloader.dataset...=DIR',
+        )
+    return [f'{name}.dataset.data_root={folder}' for name in loaders]
+
+
 def _replaced(node: Any, old: str, new: str) -> Any:
     if isinstance(node, dict):
         return {key: _replaced(value, old, new) for key, value in node.items()}

@@ -1,4 +1,4 @@
-"""Stages that `tools/pipeline.py` and comparisons share."""
+"""Stages that `tools/prune.py` and comparisons share."""
 
 from __future__ import annotations
 
@@ -14,24 +14,10 @@ from mmgfp.apps.cli import Overrides, check_checkpoint, load_config, whole_numbe
 from mmgfp.apps.pipeline import Candidate, Pipeline, StageError
 from mmgfp.engine.registry import PRUNING_HOOKS, is_named
 from mmgfp.utils.errors import ConfigError
-from mmgfp.utils.io import check_folder
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that the pipeline and the ablation share."""
-    parser.add_argument('baseline', help='config that trains the original model')
-    parser.add_argument('prune', help='config that prunes it')
-    parser.add_argument('finetune', help='config that fine-tunes the pruned model')
-    parser.add_argument('--work-dir', type=Path, required=True)
-    parser.add_argument(
-        '--checkpoint', help='weights of the original model, which is not trained then'
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        default=[],
-        help='config entries to override in every stage, as key.sub=value',
-    )
+def add_timing_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add how often, and in which batches, models are timed."""
     parser.add_argument(
         '--latency-rounds',
         type=whole_number(0),
@@ -46,18 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='N',
         help='batch sizes that are timed',
     )
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Check what would only fail in a later stage; make the work directory.
-
-    Raises:
-        ConfigError: If a config cannot be read.
-        SavingError: If nothing can be written to the work directory.
-    """
-    for config in (args.baseline, args.prune, args.finetune):
-        load_config(config, parse_options(args.cfg_options))
-    check_folder(args.work_dir)
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -94,42 +68,60 @@ def pruned_checkpoint(folder: Path, config: str) -> str:
     return str(max(reached, key=lambda path: path.stat().st_mtime))
 
 
-def original(pipeline: Pipeline, config: str, checkpoint: str | None) -> Candidate:
+def original(
+    pipeline: Pipeline,
+    config: str,
+    checkpoint: str | None,
+    options: Sequence[str] = (),
+) -> Candidate:
     """Train the original model, or take the weights that the user has.
+
+    Args:
+        pipeline: Trains it.
+        config: Its config.
+        checkpoint: Its weights, if there are any.
+        options: Overrides of its config beside those of the pipeline.
 
     Raises:
         ConfigError: If there is no such checkpoint.
     """
     if checkpoint is None:
-        checkpoint = last_checkpoint(pipeline.train('baseline', config))
+        checkpoint = last_checkpoint(pipeline.train('baseline', config, options))
     check_checkpoint('--checkpoint', checkpoint)
-    return Candidate('baseline', config, checkpoint)
+    return Candidate('baseline', config, checkpoint, tuple(options))
 
 
-def prune_and_finetune(
-    pipeline: Pipeline, args: argparse.Namespace, baseline: Candidate
-) -> tuple[Candidate, Candidate]:
-    """Prune the original model, then fine-tune the result.
+def prune(
+    pipeline: Pipeline, config: str, finetuning: str, baseline: Candidate
+) -> Candidate:
+    """Prune the original model.
 
     Args:
-        pipeline: Runs both stages.
-        args: The command line with the two configs `prune` and `finetune`.
+        pipeline: Runs the stage.
+        config: The config that prunes.
+        finetuning: The config of the pruned model.
         baseline: The original model.
-
-    Returns:
-        The pruned and the fine-tuned model.
     """
     options = [f'load_from={baseline.checkpoint}']
-    folder = pipeline.train('prune', args.prune, options)
-    pruned = pruned_checkpoint(folder, args.prune)
-    rebuild = (f'model.structure={pruned}',)
-    cfg = load_config(args.finetune, parse_options(args.cfg_options))
-    options = finetuning_start(cfg, pruned, baseline.checkpoint)
-    folder = pipeline.train('finetune', args.finetune, options)
-    return (
-        Candidate('pruned', args.finetune, pruned, rebuild),
-        Candidate('fine-tuned', args.finetune, last_checkpoint(folder), rebuild),
-    )
+    pruned = pruned_checkpoint(pipeline.train('prune', config, options), config)
+    return Candidate('pruned', finetuning, pruned, (f'model.structure={pruned}',))
+
+
+def finetune(
+    pipeline: Pipeline, config: str, pruned: Candidate, baseline: Candidate
+) -> Candidate:
+    """Fine-tune the pruned model.
+
+    Args:
+        pipeline: Runs the stage.
+        config: The config that fine-tunes.
+        pruned: The pruned model.
+        baseline: The original model.
+    """
+    cfg = load_config(config, parse_options(pipeline.options))
+    options = finetuning_start(cfg, pruned.checkpoint, baseline.checkpoint)
+    checkpoint = last_checkpoint(pipeline.train('finetune', config, options))
+    return Candidate('fine-tuned', config, checkpoint, pruned.options)
 
 
 def finetuning_start(cfg: Config, pruned: Any, original: Any) -> list[str]:

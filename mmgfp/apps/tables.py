@@ -45,7 +45,8 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Format results, with costs also as a share of the first row's.
 
     Args:
-        rows: For each model its name `model`, the dict `metrics` and its costs by
+        rows: For each model its name `model`, the dict `metrics` unless none was
+            tested, and its costs by
             their names in `COSTS`; optionally milliseconds by batch size under the keys
             of `RUNTIMES`.
 
@@ -61,11 +62,13 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         >>> cells
         ['small', '76.1', '4.000 (100%)', '10.00 (100%)', '2.000 (100%)']
     """
-    metric = main_metric(rows[0]['metrics'])[0]
+    tested = 'metrics' in rows[0]
     header, sizes = size_cells(rows)
-    cells = [['model', metric, *header]]
+    names = [main_metric(rows[0]['metrics'])[0]] if tested else []
+    cells = [['model', *names, *header]]
     for row, size in zip(rows, sizes, strict=True):
-        cells.append([row['model'], f'{main_metric(row["metrics"])[1]:.1f}', *size])
+        metric = [f'{main_metric(row["metrics"])[1]:.1f}'] if tested else []
+        cells.append([row['model'], *metric, *size])
     return cells
 
 

@@ -20,8 +20,9 @@ def succeed(done):
 def test_every_tool(kind, run_tool, tmp_path):
     configs, work = stages(tmp_path, kind), tmp_path / 'work'
     common = ('--work-dir', work, '--latency-rounds', 1)
+    own = ('--prune-config', configs[1], '--finetune-config', configs[2])
     # train thrice, test thrice, deploy, and all costs and times
-    done = run_tool('pipeline.py', *configs, *common, limit=1800)
+    done = run_tool('prune.py', configs[0], *own, *common, limit=1800)
     assert 'fine-tuned' in succeed(done)
     rows = json.loads((work / 'results.json').read_text())['rows']
     baseline, pruned, tuned = rows

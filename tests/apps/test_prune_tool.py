@@ -322,7 +322,6 @@ def test_what_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ('flags', 'words'),
     [
-        ([], 'tools/train.py with a config'),
         (['--no-train'], 'checkpoint must be'),
         (['--no-train', '--export', 'tflite'], 'one of onnx.*got tflite'),
         (['--no-train', '--nms'], '--nms must be given with --export'),

@@ -15,11 +15,13 @@ TUNE = DEMO.replace('.py', '_finetune.py')
 TOOLS = {
     name: load_tool(name)
     for name in (
-        *('train', 'test', 'analyze', 'deploy_pruned', 'pipeline', 'ablation'),
+        *('train', 'test', 'analyze', 'deploy_pruned', 'prune', 'ablation'),
         *('compare', 'sensitivity', 'report'),
     )
 }
 ALL = [DEMO, PRUNE, TUNE, '--work-dir', '{tmp}/work']
+GOAL = ['--work-dir', 'w', '--target', 'flops=0.5']
+OWN = [DEMO, '--prune-config', PRUNE, '--finetune-config', TUNE]
 NOWHERE = 'a folder to write to'
 NO_FILE = ['--cfg-options', 'model.structure={tmp}/x.json']
 FILES = {
@@ -120,7 +122,7 @@ def folder(tmp_path, monkeypatch):
             for tool, start in [
                 ('analyze', [DEMO]),
                 ('train', [PRUNE]),
-                ('pipeline', ALL),
+                ('prune', [*OWN, '--work-dir', '{tmp}/work']),
                 ('ablation', ALL),
             ]
             for option in [
@@ -131,8 +133,36 @@ def folder(tmp_path, monkeypatch):
             ]
         ],
         ('ablation', [*ALL, '--variant', 'slow', 'interval'], 'KEY=VALUE'),
-        ('pipeline', [DEMO, PRUNE, 'no.py', '--work-dir', 'w'], 'got no.py'),
-        ('pipeline', [*ALL[:3], '--work-dir', '{tmp}/plain.pth'], NOWHERE),
+        ('prune', [*OWN[:-1], 'no.py', '--work-dir', 'w'], 'got no.py'),
+        ('prune', [*OWN, '--work-dir', '{tmp}/plain.pth'], NOWHERE),
+        *[
+            (
+                'prune',
+                [*start, *['--work-dir', 'w', '--target', 'flops=0.5'], *args],
+                words,
+            )
+            for start, args, words in [
+                (['no.py', 'no.pth'], [], 'config must be a config file (got no.py'),
+                ([DEMO, 'no.pth'], [], 'checkpoint must be a checkpoint file'),
+                ([PRUNE], [], 'with FisherPruningHook); give that, or'),
+                ([TUNE], [], 'finetune.py with a PrunedModel); give'),
+                ([DEMO], ['--data-root', 'nowhere'], '--data-root must be a folder'),
+                ([DEMO], ['--target', 'flops'], '--target must be KEY=VALUE'),
+                ([DEMO], ['--target', 'speed=2'], 'target must be a cost among'),
+                ([DEMO], ['--target', 'flops=2'], 'target.flops must be a ratio'),
+                ([DEMO], ['--target', 'flops=.5', 'macs=.5'], 'targets that differ'),
+                ([DEMO], ['--criterion', 'luck'], 'luck'),
+                ([DEMO], ['--images', '9'], '--images must be given with --no-train'),
+                (OWN, [], '--target must be given without --prune-config, which'),
+                (OWN[:3], [], 'must be both (got one of them)'),
+                ([DEMO], ['--no-train', '--epochs', '2'], 'given without --no-train'),
+                ([DEMO], ['--no-train', '--dry-run'], 'given without --no-train'),
+                ([DEMO], ['--no-train'], 'checkpoint must be given with --no-train'),
+                ([DEMO], ['--export', 'tflite'], 'one of onnx'),
+                ([DEMO], ['--nms'], '--nms must be given with --export'),
+            ]
+        ],
+        ('prune', [DEMO, '--work-dir', 'w'], 'give --target flops=0.5, say'),
         ('ablation', [*ALL[:3], '--work-dir', '{tmp}/plain.pth/x'], NOWHERE),
         ('analyze', [DEMO, '--json', '{tmp}/plain.pth/r.json'], NOWHERE),
         ('compare', ['{tmp}/empty.py', '--work-dir', 'w'], 'with baseline, prune'),
@@ -184,7 +214,8 @@ def test_it_is_said_in_one_line(tool, args, words, folder, monkeypatch, capsys):
     ('tool', 'args'),
     [
         ('deploy_pruned', [DEMO, 'x.pth', '--out', 'o', '--rounds', '-1']),
-        ('pipeline', [*ALL, '--latency-rounds', '-1']),
+        ('prune', [*OWN, '--work-dir', 'w', '--latency-rounds', '-1']),
+        ('prune', [DEMO, '--work-dir', 'w', '--epochs', '0']),
         ('ablation', [*ALL, '--batches', '0']),
         ('compare', [DEMO, '--work-dir', 'w', '-j', '0']),
         ('sensitivity', [PRUNE, 'a.pth', '--work-dir', 'w', '--batches', '0']),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import signal
-import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +25,7 @@ from mmgfp.apps.stages import (
     pruned_checkpoint,
 )
 from mmgfp.utils.errors import MMGFPError
-from mmgfp.utils.io import atomic_write, check_folder
+from mmgfp.utils.io import atomic_write
 
 Result = dict[str, Any]
 
@@ -236,34 +232,3 @@ def _reason(error: Exception) -> str:
     return (
         words if isinstance(error, MMGFPError) else f'{type(error).__name__}: {words}'
     )
-
-
-@contextmanager
-def working_alone(work_dir: Path, threads: int | None) -> Iterator[Processes]:
-    """Lock a folder against a second comparison, and end all tools with this process.
-
-    Where the process was killed, tools that it had started go on for a while: they
-    hold on to the lock, and the next comparison waits for them.
-
-    Args:
-        work_dir: The folder.
-        threads: Threads of each tool.
-    """
-    check_folder(work_dir)
-    with (work_dir / '.lock').open('w') as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f'waiting for tools that are still at work in {work_dir}', flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        processes = Processes(threads, lock.fileno())
-        before = signal.signal(signal.SIGTERM, _leave)
-        try:
-            yield processes
-        finally:
-            # None is a handler that was not set by Python, which cannot set it again.
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
-
-
-def _leave(number: int, frame: Any) -> None:
-    sys.exit(128 + number)

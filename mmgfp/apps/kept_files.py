@@ -1,0 +1,57 @@
+"""Files that a tool writes once, and that belong to their user from then on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mmgfp.apps.cli import write_json
+from mmgfp.apps.rounds_file import digest_of
+from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.io import atomic_write
+
+
+class KeptFiles:
+    """Writes text files, and leaves alone what a user has made of them.
+
+    Args:
+        notes: A JSON file with digests of what was written, to tell edited files.
+    """
+
+    def __init__(self, notes: Path) -> None:
+        self._notes = notes
+
+    def write(self, path: Path, text: str, used: bool, remedy: str) -> str:
+        """Write a file unless its user has edited it.
+
+        Args:
+            path: The file.
+            text: What it shall hold.
+            used: Whether work has begun that went by what it holds.
+            remedy: What helps if it has.
+
+        Returns:
+            What was done, in a line; nothing if it holds that already.
+
+        Raises:
+            ConfigError: If there is an unedited one of other settings that is in use.
+        """
+        digests = json.loads(self._notes.read_text()) if self._notes.is_file() else {}
+        digest = digest_of(text.encode())
+        before = path.read_text() if path.is_file() else None
+        if before == text:
+            said = ''
+        elif before is not None and digest_of(before.encode()) != digests.get(
+            path.name
+        ):
+            return f'{path}: kept as you edited it (delete it to have it written anew)'
+        elif before is not None and used:
+            raise ConfigError(
+                str(path), 'what this command writes', 'that of other settings', remedy
+            )
+        else:
+            atomic_write(path, lambda tmp: tmp.write_text(text))
+            said = f'{path}: written' + (' anew' if before is not None else '')
+        if digests.get(path.name) != digest:
+            write_json(self._notes, {**digests, path.name: digest})
+        return said

@@ -1,0 +1,73 @@
+"""Pruning without training on the command line: `tools/prune.py --no-train`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mmengine.config import Config
+
+from mmgfp.apps.cli import check_checkpoint, load_config, write_json
+from mmgfp.apps.exporting import check_export, export, print_exported, reports
+from mmgfp.apps.prune_recipe import Recipe, pruning_options, shares_of
+from mmgfp.apps.prune_run import (
+    Outcome,
+    cells,
+    deployable,
+    left_alone,
+    prune,
+    summary,
+    validation_of,
+)
+from mmgfp.apps.rounds_file import RoundsFile
+from mmgfp.apps.stages import parse_options
+from mmgfp.apps.tables import print_table
+from mmgfp.engine.deploy import check_destination, deploy
+from mmgfp.utils.io import check_folder
+
+
+def prune_only(args: argparse.Namespace) -> None:
+    """Prune, test and write what the command line asks for.
+
+    Args:
+        args: The command line of `tools/prune.py`; ``cfg_options`` as a list of texts.
+
+    Raises:
+        MMGFPError: If an argument is wrong, or the model cannot be pruned.
+    """
+    check_export(args)
+    check_checkpoint('checkpoint', args.checkpoint)
+    cfg = load_config(args.config, parse_options(args.cfg_options))
+    names = ('target', 'criterion', 'normalize', 'divisor', 'keep', 'input_shape')
+    options = pruning_options(cfg, **{name: getattr(args, name) for name in names})
+    shares = shares_of(options, args.rounds)
+    data = (args.images, args.batch_size, args.label_free)
+    recipe = Recipe(options, args.compensate, shares, *data)
+    (target,) = options.targets
+    name = args.name or f'{Path(args.config).stem}_{target.label}'
+    check_destination(args.work_dir, name, '--work-dir')
+    check_folder(args.work_dir)
+    file = RoundsFile(args.work_dir, recipe.settings(cfg, args.checkpoint))
+    testing = (args.metric, args.max_images, args.work_dir / 'logs')
+    validation = validation_of(cfg, args.checkpoint, *testing)
+    outcome = prune(cfg, args.checkpoint, recipe, validation, file)
+    write(cfg, outcome, name, args)
+    file.remove()
+
+
+def write(cfg: Config, outcome: Outcome, name: str, args: argparse.Namespace) -> None:
+    """Write all files, and print what they are of."""
+    item, out = deployable(cfg, outcome), args.work_dir
+    paths = deploy(cfg, item, out, name)
+    write_json(out / 'summary.json', summary(outcome))
+    for line in left_alone(outcome):
+        print(line)
+    print_table(cells(outcome))
+    rounds = len(outcome.pruned.rounds)
+    cuts = '1 cut' if rounds == 1 else f'{rounds} cuts'
+    print(f'{cuts} in {outcome.seconds / 60:.1f} min, without training')
+    print(f'wrote {", ".join(str(p) for p in paths.values())}', flush=True)
+    # Last, as the model is there even if a format is refused.
+    if files := export(cfg, item, outcome.shape, out, name, args):
+        write_json(out / 'summary.json', summary(outcome) | reports(files))
+        print_exported(files, args)
