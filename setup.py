@@ -5,6 +5,7 @@ from shutil import copytree, ignore_patterns
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+from setuptools.command.dist_info import dist_info
 
 
 class BuildWithMim(build_py):
@@ -25,4 +26,19 @@ class BuildWithMim(build_py):
                 )
 
 
-setup(cmdclass={'build_py': BuildWithMim})
+class DistInfoWithMim(dist_info):
+    """Let ``mim run mmgfp ...`` find the tools of an editable install.
+
+    It looks below the first name in ``top_level.txt`` if site-packages has no folder of
+    the package, and nothing else reads that file. An absolute path leads it here.
+    """
+
+    def run(self) -> None:
+        """Write the metadata, in which an editable install names this folder."""
+        super().run()
+        if self.distribution.get_command_obj('editable_wheel', create=False):
+            folder = Path(__file__).resolve().parent
+            Path(self.dist_info_dir, 'top_level.txt').write_text(f'{folder}\n')
+
+
+setup(cmdclass={'build_py': BuildWithMim, 'dist_info': DistInfoWithMim})
