@@ -1,7 +1,7 @@
 """Build steps that pyproject.toml has no words for."""
 
 from pathlib import Path
-from shutil import copytree, ignore_patterns
+from shutil import copy, copytree, ignore_patterns
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
@@ -9,21 +9,24 @@ from setuptools.command.dist_info import dist_info
 
 
 class BuildWithMim(build_py):
-    """Ship configs and tools in ``mmgfp/.mim``, where OpenMMLab's tools look."""
+    """Ship configs, tools and their index in ``mmgfp/.mim``, where mim looks."""
 
     def run(self) -> None:
-        """Build the package, then copy the two folders into it."""
+        """Build the package, then copy them into it."""
         super().run()
         if self.editable_mode:
             return
+        mim = Path(self.build_lib, 'mmgfp', '.mim')
         for name in ('configs', 'tools'):
             if Path(name).is_dir():
                 copytree(
                     name,
-                    Path(self.build_lib, 'mmgfp', '.mim', name),
+                    mim / name,
                     ignore=ignore_patterns('__pycache__'),
                     dirs_exist_ok=True,
                 )
+        if mim.is_dir():
+            copy('model-index.yml', mim)
 
 
 class DistInfoWithMim(dist_info):

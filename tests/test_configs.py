@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from support.tooling import ROOT
@@ -56,6 +57,19 @@ def test_config_is_thin_and_complete_and_names_relative_data(path):
     for split in ('train', 'val', 'test'):
         loader = config.get(f'{split}_dataloader')
         assert loader is None or loader.dataset.data_root == config.data_root
+
+
+def test_metafiles_list_every_config():
+    """For mim; none of them claims a result."""
+    files = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
+    metas = [yaml.safe_load((ROOT / file).read_text()) for file in files]
+    [collection] = [c for meta in metas for c in meta.get('Collections', [])]
+    models = [model for meta in metas for model in meta.get('Models', [])]
+    assert {m['In Collection'] for m in models} == {collection['Name']}
+    assert {(m['Name'], m['Config']) for m in models} == {
+        (path.stem, str(path.relative_to(ROOT))) for path in LEAVES
+    }
+    assert len(models) == len(LEAVES) and not any('Results' in m for m in models)
 
 
 @pytest.mark.parametrize(('name', 'kind'), BASELINES.items())
