@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmgfp.apps.run_config import spread_variables
+from mmgfp.apps.upstream_noise import without_onedl_notice
 from mmgfp.engine.model_building import build_model
 from mmgfp.utils.errors import ConfigError, MMGFPError, StructureError
 from mmgfp.utils.io import atomic_write, load_weights_only
@@ -33,7 +34,8 @@ READ_BY_RUNNERS = {
 def run_cli(main: Callable[[], None]) -> None:
     """Run ``main``; print an error that is the user's as one line and exit with 2."""
     try:
-        main()
+        with without_onedl_notice():
+            main()
     except (MMGFPError, OSError) as error:
         print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(2)

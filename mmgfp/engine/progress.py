@@ -5,14 +5,17 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmgfp.config import RUNNER_DIVISOR
 from mmgfp.engine.artifact import costs_in_numbers
 from mmgfp.pruner import ChannelPruner, PruneStep
 from mmgfp.selection.latency import best_divisor
+from mmgfp.selection.schedules import TimedSchedule
 from mmgfp.selection.targets import Target
 
 
@@ -29,6 +32,14 @@ class Progress:
         self.pruner = pruner
         self._started = time.time()
         self._first_gap = self._gap()
+        self._first_iteration = pruner.iteration
+        #: When the last target is met, at the pace so far; None if there is no telling.
+        self._due: float | None = None
+        for hook in runner.hooks:
+            if isinstance(hook, TimeToTarget):
+                hook.progress = self
+                return
+        runner.register_hook(TimeToTarget(self))
 
     def log_groups(self, shape: Sequence[int] | None) -> None:
         """Log costs for one image of ``shape`` (C, H, W), and why layers stay."""
@@ -72,6 +83,7 @@ class Progress:
             for kind, value in kinds.items()
         }
         self.runner.visualizer.add_scalars(scalars, step=self.runner.iter + 1)
+        self._estimate()
         # The schedule may wait, as a linear one does ahead of its line.
         waits = not len(step.units) and not step.exhausted
         why = ' (ahead of schedule)' if waits else ''
@@ -91,14 +103,60 @@ class Progress:
         pending = self.pruner.pending
         return max((self.ratio(t) - t.ratio for t in pending), default=0.0)
 
+    def _estimate(self) -> None:
+        """Work out when the last target is met, at the pace so far."""
+        now = time.time()
+        spent = now - self._started
+        schedule = self.pruner.config.build_schedule()
+        done: float
+        left: float
+        if isinstance(schedule, TimedSchedule):
+            done = self.pruner.iteration - self._first_iteration
+            left = max(schedule.iterations - self.pruner.iteration, 0)
+        else:
+            gap = self._gap()
+            done, left = self._first_gap - gap, gap
+        if not self.pruner.pending:
+            self._due = now
+        else:
+            self._due = now + spent * left / done if done > 0 else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds to the last target, None if there is no telling yet."""
+        return None if self._due is None else max(self._due - time.time(), 0.0)
+
     def _eta(self) -> str:
-        """Return the time to the last target at the pace so far."""
-        gap = self._gap()
-        covered = self._first_gap - gap
-        if covered <= 0:
+        seconds = self.seconds_left
+        if seconds is None:
             return 'unknown'
-        seconds = (time.time() - self._started) * gap / covered
-        return str(datetime.timedelta(seconds=int(seconds)))
+        return str(datetime.timedelta(seconds=round(seconds)))
+
+
+class TimeToTarget(Hook):
+    """Lets the ``eta`` in MMEngine's log lines be that of the last target.
+
+    MMEngine counts to the end of the training loop, which is but an upper bound.
+
+    Args:
+        progress: What knows better.
+    """
+
+    #: After MMEngine's timer and before its logger.
+    priority = 'NORMAL'
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def after_train_iter(self, runner: Runner, *args: Any, **kwargs: Any) -> None:
+        """Replace the time left, or take it away if there is no telling yet."""
+        known = runner.message_hub.runtime_info
+        if 'eta' in known:
+            seconds = self.progress.seconds_left
+            if seconds is None:
+                known.pop('eta')
+            else:
+                runner.message_hub.update_info('eta', seconds)
 
 
 def costs_text(pruner: ChannelPruner) -> str:
