@@ -121,6 +121,8 @@ def planned_configs(args: argparse.Namespace, cfg: Config) -> Configs:
     check_pruning(pruning)
     given = (args.config, args.checkpoint, parse_options(args.cfg_options))
     recipe = RecipeConfigs(Sources(*given, args.work_dir, pruning, args.epochs))
+    for note in recipe.notes:
+        print(note)
     paths = str(recipe.sources.prune), str(recipe.sources.finetune)
     return Configs(*paths, shape, profile, partial(_write, recipe))
 

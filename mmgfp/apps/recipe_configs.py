@@ -113,6 +113,28 @@ class RecipeConfigs:
         """Iterations of fine-tuning."""
         return self.length.iterations_for(self.sources.epochs)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the configs leave to their user, a line for each."""
+        notes = []
+        if self._rate() is None:
+            notes.append(
+                f'{self.sources.prune}: no optim_wrapper.optimizer.lr to take a tenth '
+                'of, so that the rate is that of training'
+            )
+        counting = [
+            f'{hook.get("type")} ({key})'
+            for hook in self.cfg.get('custom_hooks') or []
+            for key in hook
+            if 'epoch' in key and key != 'by_epoch'
+        ]
+        if counting and self.sources.epochs is not None:
+            notes.append(
+                f'{self.sources.finetune}: {", ".join(counting)} as for the whole '
+                'training, as --epochs scales schedulers alone'
+            )
+        return notes
+
     def prune(self) -> str:
         """Return the text of the config that prunes."""
         cfg, sources = self.cfg, self.sources

@@ -142,6 +142,22 @@ def test_epochs_and_options_of_the_command_line(tmp_path):
     assert (warmup.begin, warmup.end) == (0, 20) and steps.milestones == [24, 36]
 
 
+def test_what_is_left_to_the_user_is_said(tmp_path):
+    switch = dict(type='PipelineSwitchHook', switch_epoch=70)
+    config = net(tmp_path, 'classifier', custom_hooks=[switch])
+    given = (str(tmp_path / 'net.py'), 'net.pth', {}, tmp_path / 'work')
+    pruning = dict(target=dict(flops=0.5))
+    assert RecipeConfigs(Sources(*given, pruning)).notes == []
+    [note] = RecipeConfigs(Sources(*given, pruning, 8)).notes
+    assert 'net_finetune.py: PipelineSwitchHook (switch_epoch) as for' in note
+    del config.optim_wrapper.optimizer['lr']
+    config.dump(tmp_path / 'net.py')
+    recipe = RecipeConfigs(Sources(*given, pruning))
+    [note] = recipe.notes
+    assert 'net_prune.py: no optim_wrapper.optimizer.lr' in note
+    assert 'optim_wrapper' not in recipe.prune()
+
+
 def test_what_was_pruned_already_is_refused(tmp_path):
     net(tmp_path, 'classifier', custom_hooks=[dict(type='ChannelPruningHook')])
     with pytest.raises(ConfigError, match='CONFIG must be the one that trained'):
