@@ -50,7 +50,7 @@ def config_text(title: str, base: str, entries: Sequence[Entry]) -> str:
     for entry in entries:
         parts += [_comment(entry.comment)] if entry.comment else []
         start = f'{entry.name} = '
-        parts.append(f'{start}{literal(entry.value, WIDTH - len(start))}\n')
+        parts.append(f'{start}{literal(entry.value, len(start))}\n')
     return EXPRESSION.sub(_expression, ''.join(parts))
 
 
@@ -67,18 +67,21 @@ def _expression(match: re.Match[str]) -> str:
     return f'{{{{{name}}}}}' if name.startswith('_base_.') else name
 
 
-def literal(value: Any, room: int = WIDTH) -> str:
+def literal(value: Any, used: int = 0, indent: int = 0, width: int = WIDTH) -> str:
     """Return an expression for a value of plain types, dicts by keywords.
+
+    It is spread over several lines if it is too long for one.
 
     Args:
         value: The value.
-        room: Characters that its first line may take; it is spread over several lines
-            if it takes more.
+        used: Characters before it in its line, beside the indent.
+        indent: Spaces that its line begins with.
+        width: Columns of a line.
 
     Examples:
         >>> literal(dict(type='Resize', scale=(32, 32), keep_ratio=True))
         "dict(type='Resize', scale=(32, 32), keep_ratio=True)"
-        >>> print(literal(dict(type='Resize', scale=(32, 32)), 20))
+        >>> print(literal(dict(type='Resize', scale=(32, 32)), width=20))
         dict(
             type='Resize',
             scale=(32, 32),
@@ -89,14 +92,14 @@ def literal(value: Any, room: int = WIDTH) -> str:
     start, end, items = _parts(value)
     if items is None:
         return start
-    flat = f'{start}{", ".join(n + literal(v, 10**6) for n, v in items)}{end}'
+    flat = f'{start}{", ".join(n + literal(v, width=10**6) for n, v in items)}{end}'
     if isinstance(value, tuple) and len(value) == 1:
         flat = f'{flat[:-1]},)'
-    if len(flat) <= room or not items:
+    if indent + used + len(flat) < width or not items:  # with a comma behind it
         return flat
-    # Inner lines are measured as if they began at the margin of this one.
-    inner = [f'{n}{literal(v, room - len(n) - 5)},\n' for n, v in items]
-    return f'{start}\n{textwrap.indent("".join(inner), "    ")}{end}'
+    inner = (f'{n}{literal(v, len(n), indent + 4, width)},' for n, v in items)
+    lines = ''.join(f'{" " * (indent + 4)}{line}\n' for line in inner)
+    return f'{start}\n{lines}{" " * indent}{end}'
 
 
 def _parts(value: Any) -> tuple[str, str, list[tuple[str, Any]] | None]:

@@ -42,7 +42,7 @@ class Sources:
 
     Attributes:
         config: The config that trained the model, a path or ``library::path``.
-        checkpoint: Its weights.
+        checkpoint: Its weights; None if the model is trained first.
         options: Config entries that override it, as the command line parses them.
         work_dir: The folder of the run, which gets the configs.
         pruning: Options of the pruning hook.
@@ -51,7 +51,7 @@ class Sources:
     """
 
     config: str
-    checkpoint: str
+    checkpoint: str | None
     options: Mapping[str, Any]
     work_dir: Path
     pruning: Mapping[str, Any]
@@ -109,6 +109,14 @@ class RecipeConfigs:
         return INTERVALS.get(scope_of(self.cfg) or '', 10)
 
     @property
+    def _trained(self) -> str:
+        """The file that training writes last."""
+        length = self.length
+        epochs = f'epoch_{length.iterations // length.epoch}'
+        name = epochs if length.by_epoch else f'iter_{length.iterations}'
+        return str(self.sources.work_dir / 'baseline' / f'{name}.pth')
+
+    @property
     def _finetuning(self) -> int:
         """Iterations of fine-tuning."""
         return self.length.iterations_for(self.sources.epochs)
@@ -143,7 +151,7 @@ class RecipeConfigs:
         last = self.iterations + self.iterations // 10 + 10 * self.interval
         entries = [
             *self._start(),
-            Entry('load_from', _absolute(sources.checkpoint)),
+            Entry('load_from', _absolute(sources.checkpoint or self._trained)),
             Entry(
                 'model',
                 self._backbone(),
@@ -242,9 +250,10 @@ class RecipeConfigs:
         """
         names = {entry.name for entry in entries}
         given = [
-            Entry(name, value, 'From the command line:')
-            for name, value in self._given.items()
-            if name not in names
+            Entry(name, value, '' if index else 'From the command line:')
+            for index, (name, value) in enumerate(
+                (n, v) for n, v in self._given.items() if n not in names
+            )
         ]
         result = []
         for entry in entries:
@@ -269,7 +278,11 @@ class RecipeConfigs:
         sampler = self.cfg.train_dataloader.get('sampler') or {}
         if not is_named(sampler.get('type', 'DefaultSampler'), 'DefaultSampler'):
             return None
-        extra = {'_delete_': True} if sampler.keys() - {'type', 'shuffle'} else {}
+        extra = (
+            {'_delete_': True}
+            if sampler.keys() - {'type', 'shuffle', '_scope_'}
+            else {}
+        )
         new = dict(extra, type='InfiniteSampler', shuffle=sampler.get('shuffle', True))
         return Entry('train_dataloader', dict(sampler=new))
 

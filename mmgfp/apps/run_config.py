@@ -136,7 +136,8 @@ def data_root_options(cfg: Config, folder: str) -> list[str]:
     if not Path(folder).is_dir():
         raise ConfigError('--data-root', 'a folder', folder, 'check the path')
     if isinstance(cfg.get('data_root'), str):
-        return [f'data_root={folder}']
+        slash = cfg.data_root.endswith('/')  # paths are put together without another
+        return [f'data_root={os.path.join(folder, "") if slash else folder}']
     names = [f'{s}_dataloader' for s in ('train', 'val', 'test')]
     loaders = [name for name in names if cfg.get(name)]
     if not all((cfg[name].get('dataset') or {}).get('data_root') for name in loaders):

@@ -40,12 +40,12 @@ def net(folder, kind, **entries):
     return config
 
 
-def written(folder, options=None, epochs=None, **pruning):
+def written(folder, options=None, epochs=None, checkpoint='net.pth', **pruning):
     """Write both configs for it, and return them as they are read."""
     work = folder / 'work'
     work.mkdir(exist_ok=True)
     pruning = {'target': dict(flops=0.5), 'input_shape': (3, 64, 64), **pruning}
-    given = (str(folder / 'net.py'), 'net.pth', options or {}, work, pruning, epochs)
+    given = (str(folder / 'net.py'), checkpoint, options or {}, work, pruning, epochs)
     recipe = RecipeConfigs(Sources(*given))
     files = {'prune': recipe.prune(), 'finetune': recipe.finetune()}
     for stage, text in files.items():
@@ -106,13 +106,15 @@ def test_an_iteration_based_config(tmp_path):
         param_scheduler=[dict(type='CosineAnnealingLR', T_max=4030, by_epoch=False)],
         custom_hooks=[dict(type='EMAHook')],
     )
-    prune, tune = written(tmp_path)
+    prune, tune = written(tmp_path, checkpoint=None)
     ema, hook = prune.custom_hooks
     assert ema == dict(type='EMAHook')
     assert hook.iterations == 1000  # a quarter, in whole intervals of 25
     assert prune.train_cfg.max_iters == 1000 + 100 + 250
     assert prune.default_hooks.checkpoint.interval == 50
     assert tune.train_cfg.max_iters == 4030
+    # Where the weights of a model that is trained first will be.
+    assert prune.load_from == str(tmp_path / 'work/baseline/iter_4030.pth')
     # 90 epochs of 4 iterations.
     prune, tune = written(tmp_path, epochs=90)
     assert prune.custom_hooks[1].iterations == 500
@@ -183,7 +185,7 @@ def test_text_of_configs_is_python(tmp_path):
         nested=dict(text="it's", none=None, one=(1,), empty=[], numbers={0: 1.5}),
         long=['a' * 30, 'b' * 30, 'c' * 30],
     )
-    assert eval(literal(value, 40)) == value == eval(literal(value, 10**4))
+    assert eval(literal(value, width=40)) == value == eval(literal(value, width=10**4))
     text = config_text(
         'T ' * 60, 'mmdet::a.py', [Entry('a', value), Entry('b', '{{a}}')]
     )
@@ -213,9 +215,9 @@ def test_edited_files_are_kept_and_used_ones_not_replaced(tmp_path):
 
 def test_data_root_is_a_variable_or_each_dataset_s(tmp_path):
     folder, data = str(tmp_path), dict(dataset=dict(data_root='data/x'))
-    assert data_root_options(Config(dict(data_root='a/')), folder) == [
-        f'data_root={folder}'
-    ]
+    for old, slash in (('a/', '/'), ('a', '')):
+        options = data_root_options(Config(dict(data_root=old)), folder)
+        assert options == [f'data_root={folder}{slash}']
     loaders = dict(train_dataloader=data, val_dataloader=data, test_dataloader=None)
     assert data_root_options(Config(loaders), folder) == [
         f'{split}_dataloader.dataset.data_root={folder}' for split in ('train', 'val')
