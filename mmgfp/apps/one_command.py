@@ -137,10 +137,7 @@ def _write(recipe: RecipeConfigs, pruned: Path | None) -> None:
     files = KeptFiles(work_dir / 'done' / 'configs.json')
     if pruned is None and (work_dir / 'done' / 'prune.json').is_file():
         pruned = Path(pruned_checkpoint(work_dir / 'prune', str(sources.prune)))
-    for path, text, stage in (
-        (sources.prune, recipe.prune(), 'prune'),
-        (sources.finetune, recipe.finetune(pruned), 'finetune'),
-    ):
+    for path, text, stage in recipe.files(pruned):
         remedy = f'run the command that began {work_dir}, or name another --work-dir'
         if said := files.write(path, text, (work_dir / stage).exists(), remedy):
             print(said, flush=True)

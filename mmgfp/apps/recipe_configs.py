@@ -20,7 +20,7 @@ from mmgfp.apps.config_text import Entry, changes, config_text, merged
 from mmgfp.apps.training_length import length_of, shortened_schedule
 from mmgfp.config import PruningConfig
 from mmgfp.engine.config_search import scope_of
-from mmgfp.engine.registry import PRUNING_HOOKS, is_named
+from mmgfp.engine.registry import PRUNING_HOOKS
 from mmgfp.selection.targets import parse_targets
 from mmgfp.utils.errors import ConfigError
 
@@ -68,6 +68,11 @@ class Sources:
         return self.work_dir / f'{self._stem}_finetune.py'
 
     @property
+    def flat(self) -> Path:
+        """The config that trained the model in one text, where others need it so."""
+        return self.work_dir / f'{self._stem}_base.py'
+
+    @property
     def _stem(self) -> str:
         return Path(self.config).stem
 
@@ -90,10 +95,12 @@ class RecipeConfigs:
 
     def __init__(self, sources: Sources) -> None:
         self.sources = sources
-        original = load_config(sources.config)
-        self.cfg = load_config(sources.config, dict(sources.options))
-        check_unpruned(self.cfg, sources.config)
-        self._given = changes(original.to_dict(), self.cfg.to_dict())
+        self._original = load_config(sources.config)
+        cfg = load_config(sources.config, dict(sources.options))
+        check_unpruned(cfg, sources.config)
+        # Names in place of classes, which some configs import.
+        self.cfg = Config(cfg.to_dict(), filename=cfg.filename)
+        self._given = changes(self._original.to_dict(), self.cfg.to_dict())
         self.length = length_of(copy.deepcopy(self.cfg))  # which completes it
 
     @property
@@ -142,6 +149,29 @@ class RecipeConfigs:
                 'training, as --epochs scales schedulers alone'
             )
         return notes
+
+    def files(self, pruned: Path | None = None) -> list[tuple[Path, str, str]]:
+        """Return the files to write, their texts, and the stages that use them first.
+
+        Args:
+            pruned: The file that pruning wrote last, if it is known.
+        """
+        sources = self.sources
+        files = [
+            (sources.prune, self.prune(), 'prune'),
+            (sources.finetune, self.finetune(pruned), 'finetune'),
+        ]
+        if self._needs_flat:
+            title = f'# {sources.config} in the style of the configs that inherit it.\n'
+            text = title + self._original.pretty_text
+            files.insert(0, (sources.flat, text, 'prune'))
+        return files
+
+    @property
+    def _needs_flat(self) -> bool:
+        """Whether the config imports what it names, so that no plain one inherits it."""
+        config = self.sources.config
+        return '::' not in config and Config._is_lazy_import(config)
 
     def prune(self) -> str:
         """Return the text of the config that prunes."""
@@ -228,6 +258,8 @@ class RecipeConfigs:
         config = self.sources.config
         if '::' in config:
             return config
+        if self._needs_flat:
+            return f'./{self.sources.flat.name}'
         return Path(os.path.relpath(config, self.sources.work_dir)).as_posix()
 
     def _start(self) -> list[Entry]:
@@ -276,14 +308,11 @@ class RecipeConfigs:
     def _sampler(self) -> Entry | None:
         """Return the sampler of an iteration-based run; others than usual stay."""
         sampler = self.cfg.train_dataloader.get('sampler') or {}
-        if not is_named(sampler.get('type', 'DefaultSampler'), 'DefaultSampler'):
+        if _name_of(sampler.get('type', 'DefaultSampler')) != 'DefaultSampler':
             return None
-        extra = (
-            {'_delete_': True}
-            if sampler.keys() - {'type', 'shuffle', '_scope_'}
-            else {}
-        )
-        new = dict(extra, type='InfiniteSampler', shuffle=sampler.get('shuffle', True))
+        others = sampler.keys() - {'type', 'shuffle', '_scope_'}
+        new = dict({'_delete_': True} if others else {}, type='InfiniteSampler')
+        new['shuffle'] = sampler.get('shuffle', True)
         return Entry('train_dataloader', dict(sampler=new))
 
     def _rate(self) -> Entry | None:
@@ -323,7 +352,7 @@ class RecipeConfigs:
             'normalize': 'memory',
             **self.sources.pruning,
         }
-        fisher = is_named(options.get('criterion', 'fisher'), 'fisher')
+        fisher = options.get('criterion', 'fisher') == 'fisher'
         kind = 'FisherPruningHook' if fisher else 'ChannelPruningHook'
         hooks = [*(self.cfg.get('custom_hooks') or []), dict(type=kind, **options)]
         return Entry(
@@ -345,9 +374,9 @@ def check_unpruned(cfg: Config, name: str) -> None:
     Raises:
         ConfigError: If it is one.
     """
-    kinds = [hook.get('type') for hook in cfg.get('custom_hooks') or []]
-    hooks = [str(kind) for kind in kinds if is_named(kind, *PRUNING_HOOKS)]
-    if is_named(cfg.model.get('type'), 'PrunedModel'):
+    names = [_name_of(hook.get('type')) for hook in cfg.get('custom_hooks') or []]
+    hooks = [name for name in names if name in PRUNING_HOOKS]
+    if _name_of((cfg.get('model') or {}).get('type')) == 'PrunedModel':
         hooks = ['a PrunedModel']
     if hooks:
         raise ConfigError(
@@ -380,6 +409,11 @@ def needs_profile(options: Mapping[str, Any]) -> bool:
 
 def _checkpoint_hook(cfg: Config) -> Mapping[str, Any]:
     return (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+
+
+def _name_of(kind: Any) -> str:
+    """Return the last part of the name of a ``type``, a text or a class."""
+    return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
 
 
 def _absolute(path: str) -> str:

@@ -47,11 +47,14 @@ def written(folder, options=None, epochs=None, checkpoint='net.pth', **pruning):
     pruning = {'target': dict(flops=0.5), 'input_shape': (3, 64, 64), **pruning}
     given = (str(folder / 'net.py'), checkpoint, options or {}, work, pruning, epochs)
     recipe = RecipeConfigs(Sources(*given))
-    files = {'prune': recipe.prune(), 'finetune': recipe.finetune()}
-    for stage, text in files.items():
-        assert all(len(line) <= 88 or folder.name in line for line in text.splitlines())
-        (work / f'net_{stage}.py').write_text(text)
-    return [Config.fromfile(work / f'net_{stage}.py') for stage in files]
+    for path, text, _ in recipe.files():
+        path.write_text(text)
+        if path != recipe.sources.flat:
+            lines = text.splitlines()
+            assert all(len(line) <= 88 or folder.name in line for line in lines)
+    return [
+        Config.fromfile(work / f'net_{stage}.py') for stage in ('prune', 'finetune')
+    ]
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -142,6 +145,29 @@ def test_epochs_and_options_of_the_command_line(tmp_path):
     assert tune.train_cfg.max_epochs == 40 and tune.train_cfg.val_interval == 10
     warmup, steps = tune.param_scheduler
     assert (warmup.begin, warmup.end) == (0, 20) and steps.milestones == [24, 36]
+
+
+def test_a_config_that_imports_what_it_names(tmp_path):
+    """MMEngine lets no config in plain text inherit it, so a copy in text does."""
+    net(tmp_path, 'classifier', custom_hooks=[dict(type='EMAHook')])
+    (tmp_path / 'net.py').rename(tmp_path / 'old.py')
+    (tmp_path / 'net.py').write_text(
+        'from mmengine.config import read_base\n'
+        'from mmengine.dataset import DefaultSampler\n'
+        'from mmengine.hooks import EMAHook\n'
+        'from torch.optim import SGD\n\n'
+        'with read_base():\n    from .old import *\n\n'
+        'optim_wrapper.update(optimizer=dict(type=SGD, lr=0.5))\n'
+        'train_dataloader.update(sampler=dict(type=DefaultSampler, shuffle=False))\n'
+        'custom_hooks = [dict(type=EMAHook)]\n'
+    )
+    prune, tune = written(tmp_path)
+    assert prune.optim_wrapper.optimizer.lr == 0.05
+    assert prune.optim_wrapper.optimizer.type == 'torch.optim.SGD'
+    sampler = prune.train_dataloader.sampler
+    assert sampler == dict(type='InfiniteSampler', shuffle=False)
+    assert prune.custom_hooks[0].type.endswith('EMAHook')
+    assert tune.model.architecture.type == 'ImageClassifier'
 
 
 def test_what_is_left_to_the_user_is_said(tmp_path):
