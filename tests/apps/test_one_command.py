@@ -16,7 +16,8 @@ from support.tooling import ROOT
 
 from mmgfp.apps.config_text import Entry, config_text, literal
 from mmgfp.apps.kept_files import KeptFiles
-from mmgfp.apps.recipe_configs import RecipeConfigs, Sources, check_pruning
+from mmgfp.apps.recipe_configs import RecipeConfigs
+from mmgfp.apps.recipe_sources import Sources, check_pruning
 from mmgfp.apps.run_config import data_root_options
 from mmgfp.apps.training_length import scaled_scheduler
 from mmgfp.engine.model_building import build_model
@@ -183,7 +184,7 @@ def test_what_is_left_to_the_user_is_said(tmp_path):
     recipe = RecipeConfigs(Sources(*given, pruning))
     [note] = recipe.notes
     assert 'net_prune.py: no optim_wrapper.optimizer.lr' in note
-    assert 'optim_wrapper' not in recipe.prune()
+    assert 'optim_wrapper' not in recipe.files()[0][1]
 
 
 def test_what_was_pruned_already_is_refused(tmp_path):
