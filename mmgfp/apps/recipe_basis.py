@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class RecipeBasis:
         return [Entry('custom_imports', custom), *resume]
 
     def merge(
-        self, entries: Sequence[Entry], complete: Sequence[str] = ()
+        self, entries: Iterable[Entry], complete: Sequence[str] = ()
     ) -> list[Entry]:
         """Put what the command line changed into its places among the entries.
 
@@ -103,6 +103,7 @@ class RecipeBasis:
             entries: The entries of a config.
             complete: Names of those that hold it already, beside those of lists.
         """
+        entries = list(entries)
         names = {entry.name for entry in entries}
         given = [
             Entry(name, value, '' if index else 'From the command line:')

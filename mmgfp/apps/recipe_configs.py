@@ -60,7 +60,7 @@ class PruneRecipe:
         entries = [
             *basis.start(),
             Entry('load_from', absolute(sources.checkpoint or basis.trained)),
-            *([m] if (m := self._model()) else []),
+            self._model(),
             Entry(
                 'train_cfg',
                 dict(
@@ -73,20 +73,20 @@ class PruneRecipe:
                 f' ({PRUNING_SHARE:.0%} of fine-tuning, at least {LEAST_DECISIONS} '
                 'decisions); max_iters is an upper bound.',
             ),
-            *([s] if (s := self._sampler()) else []),
+            self._sampler(),
             *(
                 Entry(name, None)
                 for name in ('val_cfg', 'val_dataloader', 'val_evaluator')
                 if self.cfg.get(name) is not None
             ),
-            *([r] if (r := self.rate()) else []),
+            self.rate(),
             Entry('param_scheduler', []),
             self._checkpoints(),
             Entry('log_processor', dict(by_epoch=False)),
             self._hooks(),
         ]
         title = f'Prunes the model of {sources.config} to {goal}, then stops.'
-        return config_text(title, basis.base(), basis.merge(entries))
+        return config_text(title, basis.base(), basis.merge(filter(None, entries)))
 
     def _model(self) -> Entry | None:
         if not self.basis.backbone:
@@ -176,7 +176,7 @@ def finetune_text(basis: RecipeBasis, pruned: Path | None = None) -> str:
         Entry('model', model),
         Entry('load_from', '{{pruned}}'),
         *schedule,
-        *([k] if (k := _kept_checkpoints(basis)) else []),
+        _kept_checkpoints(basis),
         Entry(
             'custom_hooks',
             hooks,
@@ -186,7 +186,9 @@ def finetune_text(basis: RecipeBasis, pruned: Path | None = None) -> str:
     lasts = 'as long as the original was trained'
     lasts = lasts if epochs is None else f'for {epochs} epochs'
     title = f'Fine-tunes the pruned model of {sources.config} {lasts}.'
-    return config_text(title, basis.base(), basis.merge(entries, ('model',)))
+    return config_text(
+        title, basis.base(), basis.merge(filter(None, entries), ('model',))
+    )
 
 
 def _kept_checkpoints(basis: RecipeBasis) -> Entry | None:
