@@ -1,7 +1,7 @@
 """Write one HTML file about a run, or about several side by side.
 
 A run is the folder that tools/train.py left with a pruning hook, or one that
-tools/prune.py, tools/deploy_pruned.py or tools/pipeline.py wrote. The page needs no
+tools/prune.py or tools/deploy_pruned.py wrote. The page needs no
 other file and asks for none (docs/report.md).
 """
 

@@ -23,8 +23,7 @@ from mmgfp.utils.errors import ConfigError
 #: Checkpoints of training, which are large and say nothing of what was pruned.
 TRAINING = ('iter_*', 'epoch_*', 'best_*', 'rounds')
 REMEDY = (
-    'name a folder that a pruning run, tools/prune.py, tools/deploy_pruned.py or '
-    'tools/pipeline.py wrote'
+    'name a folder that a pruning run, tools/prune.py or tools/deploy_pruned.py wrote'
 )
 
 
@@ -119,8 +118,8 @@ def read_run(folder: Path, name: str) -> Run:
     """Read what a run left in its folder.
 
     Args:
-        folder: The work directory of a pruning run, of tools/prune.py or of
-            tools/pipeline.py, or what tools/deploy_pruned.py wrote.
+        folder: The work directory of a pruning run or of tools/prune.py, or what
+            tools/deploy_pruned.py wrote.
         name: Its name for people.
 
     Raises:
