@@ -1,9 +1,11 @@
-"""Files that a tool writes once, and that belong to their user from then on."""
+"""Configs that a tool writes once, and that belong to their user from then on."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+from mmengine.config import Config
 
 from mmgfp.apps.cli import write_json
 from mmgfp.apps.rounds_file import digest_of
@@ -12,7 +14,7 @@ from mmgfp.utils.io import atomic_write
 
 
 class KeptFiles:
-    """Writes text files, and leaves alone what a user has made of them.
+    """Writes config files, and leaves alone what a user has made of them.
 
     Args:
         notes: A JSON file with digests of what was written, to tell edited files.
@@ -45,6 +47,8 @@ class KeptFiles:
             path.name
         ):
             return f'{path}: kept as you edited it (delete it to have it written anew)'
+        elif before is not None and used and says_the_same(path, text):
+            return ''  # in other words, as another version of mmgfp wrote it
         elif before is not None and used:
             raise ConfigError(
                 str(path), 'what this command writes', 'that of other settings', remedy
@@ -55,3 +59,14 @@ class KeptFiles:
         if digests.get(path.name) != digest:
             write_json(self._notes, {**digests, path.name: digest})
         return said
+
+
+def says_the_same(path: Path, text: str) -> bool:
+    """Return whether a config file and a text to replace it are the same config."""
+    other = path.with_name(f'.{path.stem}_anew.py')  # where relative paths hold
+    try:
+        other.write_text(text)
+        configs = [Config.fromfile(file).to_dict() for file in (path, other)]
+    finally:
+        other.unlink(missing_ok=True)
+    return configs[0] == configs[1]

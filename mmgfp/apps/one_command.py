@@ -198,8 +198,7 @@ def _run(
     names = (args.config, configs.prune, configs.finetune)
     write_results(pipeline, rows, configs.shape, names)
     files = ['results.md', 'results.json', 'channels.png', 'deploy/']
-    if (tools / 'report.py').is_file():
-        files.append(_report(tools, work_dir, processes))
+    files += _report(tools, work_dir, processes)
     print(f'in {work_dir}: {", ".join(files)}')
 
 
@@ -208,10 +207,18 @@ def _export_flags(args: argparse.Namespace) -> list[str]:
     return [*formats, *(['--nms'] if args.nms else [])]
 
 
-def _report(tools: Path, work_dir: Path, processes: Processes) -> str:
-    """Write the report anew, as what it is about may be new; return its name."""
+def _report(tools: Path, work_dir: Path, processes: Processes) -> list[str]:
+    """Write the report anew, as what it is about may be new.
+
+    Returns:
+        Its name; nothing without it, as where its packages are not installed.
+    """
     name = 'report.html'
     (work_dir / 'done' / 'report.json').unlink(missing_ok=True)
     plain = Pipeline(tools, work_dir, processes=processes)
-    plain.run('report', 'report', str(work_dir), '--out', str(work_dir / name))
-    return name
+    try:
+        plain.run('report', 'report', str(work_dir), '--out', str(work_dir / name))
+    except StageError as error:
+        print(f'no report: {error}')
+        return []
+    return [name]

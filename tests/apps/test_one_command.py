@@ -228,16 +228,19 @@ def test_edited_files_are_kept_and_used_ones_not_replaced(tmp_path):
     def write(text, used=False):
         return files.write(path, text, used, 'name another folder')
 
-    assert write('one') == f'{path}: written' and write('one', used=True) == ''
-    assert write('two') == f'{path}: written anew' and path.read_text() == 'two'
+    assert write('a = 1') == f'{path}: written' and write('a = 1', used=True) == ''
+    assert write('a = 2') == f'{path}: written anew' and path.read_text() == 'a = 2'
+    # What another version has put in other words is no reason to begin anew.
+    assert write('# Two.\na = 2', used=True) == '' and path.read_text() == 'a = 2'
     with pytest.raises(ConfigError, match='that of other settings.*another folder'):
-        write('three', used=True)
-    path.write_text('mine')
+        write('a = 3', used=True)
+    assert [p.name for p in tmp_path.glob('*.py')] == ['a.py']
+    path.write_text('a = 9')
     for used in (False, True):
-        assert 'kept as you edited it' in write('two', used)
-    assert path.read_text() == 'mine'
+        assert 'kept as you edited it' in write('a = 2', used)
+    assert path.read_text() == 'a = 9'
     path.unlink()
-    assert write('three') == f'{path}: written'
+    assert write('a = 3') == f'{path}: written'
 
 
 def test_data_root_is_a_variable_or_each_dataset_s(tmp_path):
@@ -333,7 +336,8 @@ def test_killed_in_each_stage_it_goes_on_to_the_end(kind, tmp_path):
     names = {path.name for path in (work / 'deploy').iterdir()}
     suffixes = ('.py', '.pth', '.onnx')
     assert {f'net_finetune{s}' for s in suffixes} | {'structure.json'} <= names
-    assert (work / 'channels.png').stat().st_size > 0
+    for name in ('channels.png', 'report.html'):
+        assert (work / name).stat().st_size > 0
 
     # Another target is not taken for the same run.
     command[command.index('flops=0.7')] = 'flops=0.5'
