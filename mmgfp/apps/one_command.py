@@ -21,7 +21,7 @@ from mmgfp.apps.comparison import draw, measure, write_results
 from mmgfp.apps.exporting import check_export
 from mmgfp.apps.input_shape import profiled_shape
 from mmgfp.apps.kept_files import KeptFiles
-from mmgfp.apps.pipeline import Pipeline, Processes, working_alone
+from mmgfp.apps.pipeline import Pipeline, Processes, StageError, working_alone
 from mmgfp.apps.recipe_configs import RecipeConfigs
 from mmgfp.apps.recipe_sources import (
     Sources,
