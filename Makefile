@@ -22,7 +22,7 @@ export TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow quality lint format
+.PHONY: help env demo test test-slow docs quality lint format
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: $(STAMP)  ## run the tests that take seconds
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
+
+docs: $(STAMP)  ## build the site of docs/ in docs/_build/html (needs no network)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs docs/_build/html $(ARGS)
 
 quality: $(STAMP)  ## lint, formatting and types
 	@$(MAKE) --no-print-directory lint LINTER=$(BIN)/python
@@ -77,7 +80,8 @@ $(STAMP): $(wildcard requirements/*.txt) setup.py
 	$(PIP) -r requirements/runtime.txt torchvision
 	$(MMCV_ENV) $(PIP) --no-build-isolation -r requirements/$(STACK).txt \
 		-r requirements/demo.txt -r requirements/onnx.txt -r requirements/nncf.txt \
-		-r requirements/report.txt -r requirements/tests.txt -r requirements/lint.txt
+		-r requirements/report.txt -r requirements/docs.txt \
+		-r requirements/tests.txt -r requirements/lint.txt
 	$(PIP) --no-deps --force-reinstall opencv-python-headless
 	$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@

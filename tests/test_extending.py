@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 from support.configs import small_prune_config
-from support.tooling import ROOT
+from support.pages import read
 from support.toy_runner import hook_of
 from support.toys import Net, conv, images, toy_loss
 from torch.nn import functional as F
@@ -21,8 +21,7 @@ from mmgfp.criteria.base import CRITERIA
 from mmgfp.selection.costs import COSTS
 from mmgfp.selection.schedules import SCHEDULES
 
-PAGE = (ROOT / 'docs' / 'extending.md').read_text()
-BLOCKS = re.findall(r'```python\n(.*?)```', PAGE, re.DOTALL)
+BLOCKS = read('docs/extending.md').blocks()
 FILES = {b.split('\n')[0].removeprefix('# '): b for b in BLOCKS if b.startswith('# ')}
 
 

@@ -1,23 +1,11 @@
 """What the README shows is run."""
 
-import re
-
 import torch
 from mmengine.config import Config
-from support.tooling import ROOT
+from support.pages import read
 from torch import nn
 
-README = (ROOT / 'README.md').read_text()
-
-
-def blocks():
-    found = re.findall(r'^( *)```python\n(.*?)^ *```', README, re.M | re.S)
-    return [re.sub(f'^{indent}', '', code, flags=re.M) for indent, code in found]
-
-
-def block(word):
-    (code,) = [b for b in blocks() if word in b]
-    return code
+block = read('README.md').block
 
 
 def test_plain_pytorch_example_prunes_to_its_target():

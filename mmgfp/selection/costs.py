@@ -126,7 +126,7 @@ class Cost(ABC):
         """
 
     def count_smoothly(self, sizes: TensorSizes) -> np.ndarray:
-        """Return what savings are taken from, (R,): by default what it `count`s.
+        """Return what savings are taken from, (R,): by default the same as `count`.
 
         A cost that falls in steps gives its slope here, or a unit would save nothing
         until the last one of a step, and all others would go before it.

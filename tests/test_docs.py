@@ -1,0 +1,120 @@
+"""Pages lead where they say, what they show runs, and the site can be built."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import HOOKS
+from support.latency import made_up, write
+from support.pages import PAGES, Page, read
+from support.tooling import ROOT, load_tool
+
+from mmgfp.selection.costs import LayerProfile
+
+RECIPES = read('docs/recipes.md')
+#: Configs and parts of them that pages show; test_extending.py runs that of its page.
+CONFIGS = [
+    pytest.param(block, id=f'{path.stem}-{number}')
+    for path in PAGES
+    for number, block in enumerate(Page(path.read_text()).blocks())
+    if path.stem != 'extending'
+    and re.search(r'^(custom_hooks = |model = dict)', block, re.M)
+]
+#: Commands of the tools that pages show in blocks of their own.
+COMMANDS = sorted(
+    {
+        command
+        for path in PAGES
+        for block in Page(path.read_text()).blocks('bash')
+        for command in re.findall(
+            r'tools/\w+\.py [^\n#|;]*', block.replace('\\\n', ' ')
+        )
+    }
+)
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings_that_exist(path):
+    for link in Page(path.read_text()).links():
+        name, _, anchor = link.partition('#')
+        target = path.parent / name if name else path
+        assert target.exists(), f'{link} leads nowhere'
+        if anchor:
+            known = Page(target.read_text()).anchors()
+            assert anchor in known, f'{link} names none of the headings {known}'
+
+
+def test_links_and_headings_are_found():
+    page = Page(
+        '# What it is, and `why`\n[a](b.md#c) ![d](e.png) [w](https://x.y)\n'
+        'and [f\n](g.md), not `[h](i)`\n```python\n# [j](k)\nl = 1\n```\n'
+    )
+    assert page.links() == ['b.md#c', 'e.png', 'g.md']
+    assert page.anchors() == {'what-it-is-and-why'}
+    assert page.blocks() == ['# [j](k)\nl = 1\n']
+
+
+def test_every_page_is_in_the_menu_of_the_site():
+    menu = (ROOT / 'docs/index.md').read_text()
+    for path in ROOT.glob('docs/*.md'):
+        assert path.stem == 'index' or f'\n{path.stem}\n' in menu, path.name
+
+
+@pytest.mark.parametrize('block', CONFIGS)
+def test_config_of_a_page_can_be_read_and_its_hooks_built(block, tmp_path, monkeypatch):
+    """Where it builds on others, or on a latency profile, they are there."""
+    monkeypatch.chdir(tmp_path)
+    layer = LayerProfile(macs_positions=64 * 64, out_positions=64 * 64)
+    profile = made_up({'a.weight': (4, 3, 1, 1)}, {'a.weight': layer})
+    write(profile, tmp_path / 'table.json')
+    base = "_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'"
+    (tmp_path / 'my_config.py').write_text(base)
+    for name in ('my_prune.py', 'my_finetune.py'):
+        (tmp_path / name).write_text(RECIPES.block(f'# {name}\n'))
+    (tmp_path / 'shown.py').write_text(block)
+    config = Config.fromfile('shown.py')
+    for hook in config.get('custom_hooks', []):
+        HOOKS.build(hook)
+    if config.get('model', {}).get('type') == 'PrunedModel':
+        assert config.model.architecture.type == 'RetinaNet'
+        assert config.model.structure == config.load_from
+
+
+def test_recipe_for_plain_pytorch_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    scope = {'__name__': 'recipe'}
+    exec(RECIPES.block('GroupFisherPruner('), scope)
+    small, again, images = (scope[n] for n in ('small', 'again', 'images'))
+    assert small.stem.out_channels == small.body.out_channels < 16
+    torch.testing.assert_close(small(images), again(images))
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_tools_take_the_arguments_that_pages_give_them(command, monkeypatch):
+    command = command.removeprefix('tools/').replace(' C H W', ' 3 64 64')
+    name, *arguments = shlex.split(command)
+    monkeypatch.setattr(sys, 'argv', [name, *arguments])
+    load_tool(name.removesuffix('.py')).parse_args()
+
+
+@pytest.mark.slow
+def test_site_is_built_without_a_warning(tmp_path):
+    if missing := [n for n in ('sphinx', 'furo', 'myst_parser') if not find_spec(n)]:
+        pytest.skip(f'needs {", ".join(missing)}: pip install "mmgfp[docs]"')
+    command = [sys.executable, '-m', 'sphinx', '--fail-on-warning', '--keep-going']
+    command += ['-q', '-d', tmp_path / 'doctrees', ROOT / 'docs', tmp_path / 'html']
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    options = (tmp_path / 'html/options.html').read_text()
+    assert 'compact_interval' in options and 'max_inputs' in options
+    # A link out of the folder offers the file.
+    (readme,) = (tmp_path / 'html/_downloads').glob('*/README.md')
+    assert readme.read_text() == (ROOT / 'README.md').read_text()
