@@ -32,7 +32,7 @@ IMAGES = Path(__file__).parent / 'images'
 COLOURS = ('#2b6cb0', '#dd6b20', '#2f855a', '#b83280', '#6b46c1', '#b7791f', '#0d9488')
 STAYS = '#1a202c'
 OTHER = '#cbd5e0'
-WIDTH, HEIGHT, EDGE = 1.75, 0.5, 0.12
+HEIGHT, EDGE = 0.5, 0.12
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def arrows(*paths: str) -> tuple[tuple[str, str], ...]:
 
 def bottleneck(stage: str, block: int, x: float) -> dict[str, Node]:
     """Return the three convolutions and the addition of a residual block."""
-    nodes = {f'{block}+': Node(x + 5.75, 0, '+')}
+    nodes = {f'{block}+': Node(x + 4.2, 0, '+')}
     for i in (1, 2, 3):
         layer = f'backbone.{stage}.{block}.conv{i}'
-        nodes[f'{block}{i}'] = Node(x + (i - 1) * 2.15, 0, f'{block}.conv{i}', layer)
+        nodes[f'{block}{i}'] = Node(x + (i - 1) * 1.6, 0, f'{block}.conv{i}', layer)
     return nodes
 
 
@@ -88,9 +88,9 @@ RESNET = Picture(
     'retinanet/retinanet_r50_fpn_1x_coco.py',
     {
         'stem': Node(0, 0, 'conv1', 'backbone.conv1'),
-        **bottleneck('layer1', 0, 2.3),
-        'down': Node(4.45, 1, '0.downsample', 'backbone.layer1.0.downsample.0'),
-        **bottleneck('layer1', 1, 9.4),
+        **bottleneck('layer1', 0, 1.6),
+        'down': Node(3.2, 1, '0.downsample', 'backbone.layer1.0.downsample.0'),
+        **bottleneck('layer1', 1, 7),
     },
     arrows('stem 01 02 03 0+ 11 12 13 1+', 'stem down 0+', '0+ 1+'),
 )
@@ -191,7 +191,8 @@ def draw(picture: Picture, grouping: Grouping) -> None:
 
 def reach(node: Node) -> float:
     """Return how far a node goes to each side of its middle."""
-    return WIDTH / 2 if node.layer is not None else 0.1 + 0.04 * len(node.text)
+    letters = len(node.text)
+    return 0.1 + 0.04 * letters if node.layer is None else 0.3 + 0.043 * letters
 
 
 def connect(axes, start: Node, end: Node) -> None:
@@ -213,11 +214,10 @@ def place(axes, node: Node, grouping: Grouping, colours: Mapping[str, str]) -> N
         white = dict(boxstyle='round,pad=0.15', fc='white', ec='#4a5568', lw=0.8)
         axes.text(node.x, node.y, node.text, bbox=white if node.text else None, **text)
         return
-    left, top = node.x - WIDTH / 2, node.y - HEIGHT / 2
-    axes.add_patch(
-        Rectangle((left, top), WIDTH, HEIGHT, fc='white', ec='#4a5568', lw=0.8)
-    )
-    both = zip(sides(grouping, node.layer), (left, left + WIDTH - EDGE), strict=True)
+    left, top, width = node.x - reach(node), node.y - HEIGHT / 2, 2 * reach(node)
+    frame = dict(fc='white', ec='#4a5568', lw=0.8)
+    axes.add_patch(Rectangle((left, top), width, HEIGHT, **frame))
+    both = zip(sides(grouping, node.layer), (left, left + width - EDGE), strict=True)
     for name, x in both:
         colour = STAYS if name is None else colours.get(name, OTHER)
         axes.add_patch(Rectangle((x, top), EDGE, HEIGHT, fc=colour, ec='none'))

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from support.pages import PAGES, Page, read
 from support.tooling import ROOT, load_tool
 
 from mmgfp.selection.costs import LayerProfile
+from mmgfp_command import TOOLS
 
 RECIPES = read('docs/recipes.md')
 #: Configs and parts of them that pages show; test_extending.py runs that of its page.
@@ -26,14 +28,14 @@ CONFIGS = [
     if path.stem != 'extending'
     and re.search(r'^(custom_hooks = |model = dict)', block, re.M)
 ]
-#: Commands of the tools that pages show in blocks of their own.
+#: Command lines of the tools that pages show in blocks of their own.
 COMMANDS = sorted(
     {
-        command
+        line
         for path in PAGES
         for block in Page(path.read_text()).blocks('bash')
-        for command in re.findall(
-            r'tools/\w+\.py [^\n#|;]*', block.replace('\\\n', ' ')
+        for line in re.findall(
+            r'(?:tools/\w+\.py|^mmgfp \w+) [^\n#|;]*', block.replace('\\\n', ' '), re.M
         )
     }
 )
@@ -98,10 +100,11 @@ def test_recipe_for_plain_pytorch_runs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_tools_take_the_arguments_that_pages_give_them(command, monkeypatch):
-    command = command.removeprefix('tools/').replace(' C H W', ' 3 64 64')
-    name, *arguments = shlex.split(command)
-    monkeypatch.setattr(sys, 'argv', [name, *arguments])
-    load_tool(name.removesuffix('.py')).parse_args()
+    words = shlex.split(command.replace(' C H W', ' 3 64 64'))
+    if words[0] == 'mmgfp':
+        words[:2] = [TOOLS[words[1]]]
+    monkeypatch.setattr(sys, 'argv', words)
+    load_tool(Path(words[0]).stem).parse_args()
 
 
 @pytest.mark.slow
