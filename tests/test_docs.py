@@ -12,6 +12,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import HOOKS
+from support.browser import BROWSER, NAMES, dom_of
 from support.latency import made_up, write
 from support.pages import PAGES, Page, read
 from support.tooling import ROOT, load_tool
@@ -107,17 +108,43 @@ def test_tools_take_the_arguments_that_pages_give_them(command, monkeypatch):
     load_tool(Path(words[0]).stem).parse_args()
 
 
-@pytest.mark.slow
-def test_site_is_built_without_a_warning(tmp_path):
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    """The site, built with warnings as errors."""
     if missing := [n for n in ('sphinx', 'furo', 'myst_parser') if not find_spec(n)]:
         pytest.skip(f'needs {", ".join(missing)}: pip install "mmgfp[docs]"')
+    folder = tmp_path_factory.mktemp('site')
     command = [sys.executable, '-m', 'sphinx', '--fail-on-warning', '--keep-going']
-    command += ['-q', '-d', tmp_path / 'doctrees', ROOT / 'docs', tmp_path / 'html']
+    command += ['-q', '-d', folder / 'doctrees', ROOT / 'docs', folder / 'html']
     env = os.environ | {'PYTHONPATH': str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    options = (tmp_path / 'html/options.html').read_text()
+    return folder / 'html'
+
+
+@pytest.mark.slow
+def test_site_has_the_options_and_the_files_outside_of_its_folder(site):
+    options = (site / 'options.html').read_text()
     assert 'compact_interval' in options and 'max_inputs' in options
-    # A link out of the folder offers the file.
-    (readme,) = (tmp_path / 'html/_downloads').glob('*/README.md')
+    (readme,) = (site / '_downloads').glob('*/README.md')
     assert readme.read_text() == (ROOT / 'README.md').read_text()
+
+
+@pytest.mark.slow
+def test_site_takes_nothing_from_the_network(site):
+    pages = list(site.rglob('*.html'))
+    assert len(pages) > 30
+    for page in pages:
+        taken = re.findall(r'(?:src|<link [^>]*href)="([^"]*)"', page.read_text())
+        assert not [address for address in taken if '//' in address], page.name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason=f'needs one of {", ".join(NAMES)}')
+def test_search_of_the_site_works_in_a_browser(site, tmp_path):
+    page, said = dom_of(site / 'search.html', 'q=latency', tmp_path)
+    assert said == []
+    found = re.findall(r'<li class="kind-\w+"><a href="([\w/-]+)\.html', page)
+    assert found[0] == 'latency' and 'paper' not in found
+    page, _ = dom_of(site / 'search.html', 'q=xyzzyx', tmp_path)
+    assert '<li class="kind-' not in page and 'did not match any documents' in page

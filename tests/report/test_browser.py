@@ -1,21 +1,13 @@
 """The page in a real browser: nothing to complain about, no request, a picture."""
 
 import re
-import shutil
 import subprocess
 from urllib.parse import urlsplit
 
 import cv2
 import pytest
+from support.browser import BROWSER, FLAGS, NAMES
 
-NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
-BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
-FLAGS = (
-    *('--headless=new', '--no-sandbox', '--disable-gpu', '--no-first-run'),
-    *('--disable-background-networking', '--disable-component-update'),
-    *('--enable-logging=stderr', '--hide-scrollbars', '--window-size=1200,2400'),
-    '--host-resolver-rules=MAP * ~NOTFOUND',  # what it asks for on its own account
-)
 BAD = '<!DOCTYPE html><img src="http://127.0.0.1:9/x.png"><script>nothing()</script>'
 
 pytestmark = [
