@@ -113,12 +113,16 @@ def show(result: dict[str, Any], console: Console) -> None:
     )
     costs = {name: COSTS[name] for name in COSTS.names() if name in result}
     amounts = (
-        f'{cost.label} {result[name] / cost.scale:.2f} {cost.unit}'
+        f'{cost.label} {amount} {cost.unit}'
         for name, cost in costs.items()
+        for amount in [f'{result[name] / cost.scale:#.4g}'.rstrip('.')]
     )
     size = 'x'.join(map(str, result['input_shape']))
     console.print(', '.join(amounts), f'for one {size} image')
-    console.print('one multiply-add counts as one; RoIs are those of training')
+    console.print(
+        'one multiply-add counts as one; of a two-stage detector, RoIs are those of '
+        'training'
+    )
     if 'latency' in result:
         console.print(f'latency is predicted for {result["latency_profile"]}')
 

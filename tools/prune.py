@@ -78,7 +78,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument('--keep', nargs='+', help='layers that are never pruned')
     add_shape_argument(
-        parser, 'image for costs; default: its size in testing, or in the first batch'
+        parser,
+        'image for costs; default: its size in testing, or, where the config names '
+        "none, the library's default; that of the first batch with --no-train",
     )
     add_export_arguments(parser)
     parser.add_argument(

@@ -240,7 +240,11 @@ def working_alone(work_dir: Path, threads: int | None = None) -> Iterator[Proces
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f'waiting for tools that are still at work in {work_dir}', flush=True)
+            print(
+                f'waiting for tools that are still at work in {work_dir}; '
+                'the newest log below it shows how far they are',
+                flush=True,
+            )
             fcntl.flock(lock, fcntl.LOCK_EX)
         processes = Processes(threads, lock.fileno())
         before = signal.signal(signal.SIGTERM, _leave)

@@ -131,7 +131,7 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
         *(f'- {note}' for note in facts.get('notes', ())),
         f'- seed {facts["seed"]}; {facts["cpu"]}, {facts["threads"]} threads',
         f'- Python {facts["python"]}, {versions}',
-        f'- wall-clock time: {stages}',
+        f'- wall-clock time: {stages} (of the last run, where one was cut off)',
     ]
     return '\n'.join(lines) + '\n'
 

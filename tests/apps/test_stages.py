@@ -1,14 +1,16 @@
 """Stages that run as processes of their own, by a tool that only takes notes."""
 
+import fcntl
 import os
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
 from support.tooling import ROOT
 
 from mmgfp.apps.cli import load_config
-from mmgfp.apps.pipeline import Pipeline, StageError
+from mmgfp.apps.pipeline import Pipeline, StageError, working_alone
 from mmgfp.apps.stages import (
     finetuning_start,
     input_shape,
@@ -50,6 +52,16 @@ def test_failed_stage_stops_and_is_run_again(fake_tools, tmp_path):
         with pytest.raises(StageError, match='one must exit with status 0'):
             stages.run('one', 'fake', 'fail', options=[])
     assert len(fake_tools()) == 2
+
+
+def test_tools_at_work_are_waited_for_and_it_is_said(tmp_path, capfd):
+    with (tmp_path / '.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Timer(0.2, lock.close).start()
+        with working_alone(tmp_path):
+            assert lock.closed
+    said = capfd.readouterr().out
+    assert f'still at work in {tmp_path}' in said and 'the newest log' in said
 
 
 def test_progress_is_shown_and_the_rest_logged(fake_tools, tmp_path, capfd):

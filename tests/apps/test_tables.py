@@ -88,5 +88,6 @@ def test_markdown_tells_how_the_numbers_came_about():
     for part in ('| 45.7 |', '3×128×160', '`a.py`, `b.py`', 'seed 7', 'baseline 12 s'):
         assert part in text
     assert '- U: `normalize=none`' in text
+    assert 'of the last run, where one was cut off' in text
     assert 'torch ' in text
     json.dumps(facts)

@@ -48,6 +48,7 @@ def test_analyze_counts_at_the_size_of_the_hook(run_tool, tmp_path):
     config = DEMO.with_name(f'{DEMO.stem}_prune.py')
     done = run_tool('analyze.py', config, '--json', out)
     assert 'for one 3x128x128 image' in done.stdout, done.stderr
+    assert 'MACs 0.09882 G' in done.stdout
     report = json.loads(out.read_text())
     assert report['input_shape'] == [3, 128, 128]
     assert round(report['macs'] / 1e9, 5) == 0.09882  # as in docs/results.md
