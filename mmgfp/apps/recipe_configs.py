@@ -194,8 +194,9 @@ def finetune_text(basis: RecipeBasis, pruned: Path | None = None) -> str:
 def _kept_checkpoints(basis: RecipeBasis) -> Entry | None:
     """Return a checkpoint each epoch, where the config writes them less often."""
     hook = basis.checkpoint_hook
-    by_epoch = hook.get('by_epoch', True)
-    if not (basis.length.by_epoch and by_epoch and hook.get('interval', 1) > 1):
+    by_epoch = basis.length.by_epoch and hook.get('by_epoch', True)
+    # A hook that names no interval saves at the end alone; runners add one of 1.
+    if not (hook and by_epoch) or hook.get('interval', -1) == 1:
         return None
     value = dict(checkpoint=dict(interval=1, max_keep_ckpts=1))
     return Entry('default_hooks', value, 'To go on from after an interruption.')

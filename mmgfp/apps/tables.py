@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmgfp.report.quantities import RUNTIMES, main_metric
+from mmgfp.report.quantities import RUNTIMES, main_metric, ratio_key
 from mmgfp.selection.costs import COSTS
 
 #: Names of the packages whose versions are reported: both OpenMMLab lines, and torch.
@@ -48,7 +48,7 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         rows: For each model its name `model`, the dict `metrics` unless none was
             tested, and its costs by
             their names in `COSTS`; optionally milliseconds by batch size under the keys
-            of `RUNTIMES`.
+            of `RUNTIMES`, and their shares of the first row's under `ratio_key` of these.
 
     Returns:
         The header, then one list of cells per row.
@@ -91,18 +91,23 @@ def size_cells(
     cells = []
     for row in rows:
         sizes = [
-            _cost(row[key] / cost.scale, first[key] / cost.scale, '#.4g')
+            _cost(row[key] / cost.scale, row[key] / first[key], '#.4g')
             for key, cost in costs.items()
         ]
         for key, n in timed:
             time = row.get(key, {}).get(n)
-            sizes.append('' if time is None else _cost(time, first[key][n], '.1f'))
+            if time is None:
+                sizes.append('')
+                continue
+            # Taken round by round, where all models took turns.
+            share = (row.get(ratio_key(key)) or {}).get(n, time / first[key][n])
+            sizes.append(_cost(time, share, '.1f'))
         cells.append(sizes)
     return [*header, *timed.values()], cells
 
 
-def _cost(value: float, first: float, form: str) -> str:
-    return f'{format(value, form).rstrip(".")} ({value / first:.0%})'
+def _cost(value: float, share: float, form: str) -> str:
+    return f'{format(value, form).rstrip(".")} ({share:.0%})'
 
 
 def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
@@ -124,8 +129,9 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
         '',
         'MACs count one multiply-add as one; memory is the number of elements that',
         f'all layers output; both for one {shape} image. CPU is the median time of the',
-        'network for that image, or for a batch of such, without decoding boxes; of a',
-        'two-stage detector onnxruntime runs what comes before the RoIs.',
+        'network for that image, or for a batch of such, without decoding boxes, with the',
+        'median of the shares of rounds in which models took turns; of a two-stage',
+        'detector onnxruntime runs what comes before the RoIs.',
         '',
         f'- configs: {", ".join(f"`{path}`" for path in facts["configs"])}',
         *(f'- {note}' for note in facts.get('notes', ())),

@@ -126,6 +126,15 @@ def test_an_iteration_based_config(tmp_path):
     assert tune.param_scheduler[0].T_max == 360
 
 
+@pytest.mark.parametrize('interval', [{}, {'interval': 10}, {'interval': 1}])
+def test_fine_tuning_can_go_on_from_each_epoch(interval, tmp_path):
+    """A hook without an interval would save at the end alone."""
+    hooks = dict(checkpoint=dict(type='CheckpointHook', **interval))
+    net(tmp_path, 'classifier', default_hooks=hooks)
+    _, tune = written(tmp_path)
+    assert tune.default_hooks.checkpoint.interval == 1
+
+
 def test_epochs_and_options_of_the_command_line(tmp_path):
     net(tmp_path, 'faster')
     options = {

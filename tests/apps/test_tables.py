@@ -45,6 +45,11 @@ def test_table_cells():
     ]
 
 
+def test_shares_that_were_taken_round_by_round_come_first():
+    rows = [ROWS[0], {**ROWS[1], 'latency_ratio': {'1': 0.81}}]
+    assert table_cells(rows)[2][-3:] == ['30.0 (81%)', '1000.0 (50%)', '5.0 (25%)']
+
+
 def test_table_cells_of_models_that_were_not_timed():
     rows = [{k: v for k, v in row.items() if k not in HIDDEN} for row in ROWS]
     header, *_, second = table_cells([{**row, 'macs': 40_812_544} for row in rows])
