@@ -46,9 +46,9 @@ def table_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
     Args:
         rows: For each model its name `model`, the dict `metrics` unless none was
-            tested, and its costs by
-            their names in `COSTS`; optionally milliseconds by batch size under the keys
-            of `RUNTIMES`, and their shares of the first row's under `ratio_key` of these.
+            tested, and its costs by their names in `COSTS`; optionally milliseconds by
+            batch size under the keys of `RUNTIMES`, and their shares of the first row's
+            under `ratio_key` of these.
 
     Returns:
         The header, then one list of cells per row.
@@ -129,8 +129,8 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
         '',
         'MACs count one multiply-add as one; memory is the number of elements that',
         f'all layers output; both for one {shape} image. CPU is the median time of the',
-        'network for that image, or for a batch of such, without decoding boxes, with the',
-        'median of the shares of rounds in which models took turns; of a two-stage',
+        'network for that image, or for a batch of such, without decoding boxes; its',
+        'share is the median over rounds in which models took turns; of a two-stage',
         'detector onnxruntime runs what comes before the RoIs.',
         '',
         f'- configs: {", ".join(f"`{path}`" for path in facts["configs"])}',
