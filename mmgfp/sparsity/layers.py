@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.layers import LAYER_TYPES, is_layer, matches
@@ -45,7 +46,8 @@ def select_weights(
         multiple: Weights of a group along the inputs; None without such groups.
 
     Raises:
-        ConfigError: If a pattern fits no layer, or no weight is left.
+        ConfigError: If a pattern fits no layer, a parameter has no shape yet, or no
+            weight is left.
 
     Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -53,6 +55,7 @@ def select_weights(
         >>> list(selection.weights), dict(selection.left_out)
         (['2.weight'], {'0': '3 input channels, no multiple of 4'})
     """
+    _check_shapes(model)
     modules: dict[str, Any] = dict(model.named_modules())
     layers = [n for n, m in modules.items() if is_layer(m) or _computes_weight(m)]
     kept = _kept(layers, keep)
@@ -76,6 +79,17 @@ def select_weights(
     left_out |= {n: COMPUTED for n in layers if _computes_weight(modules[n])}
     _check_any(weights, left_out)
     return Selection(weights, left_out)
+
+
+def _check_shapes(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ConfigError(
+                'model',
+                'one whose parameters all have a shape',
+                f'{name} of a lazy layer, which has none before the first batch',
+                'give the layer its number of inputs',
+            )
 
 
 def _check_any(weights: Mapping[str, Tensor], left_out: Mapping[str, str]) -> None:

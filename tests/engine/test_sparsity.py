@@ -180,6 +180,23 @@ def test_what_stays_dense_is_in_the_log(tmp_path):
     assert 'net.stage1: 50.00% of the weights stay' in text
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_what_a_model_freezes_when_it_trains_stays_as_it_is(kind, tmp_path):
+    """Many backbones freeze their stages in `train`, not when they are built."""
+    runner = toy(tmp_path, kind)
+    frozen, train = runner.model.net.stage1, runner.model.train
+
+    def train_but_one(mode=True):
+        train(mode)
+        frozen.weight.requires_grad_(False)
+
+    runner.model.train = train_but_one
+    before = frozen.weight.clone()
+    runner.train()
+    assert torch.equal(frozen.weight, before)
+    assert sparse(runner).left_out['net.stage1'].startswith('frozen')
+
+
 def test_layers_that_lose_all_are_in_the_log_once(tmp_path):
     runner = toy(tmp_path, 'magnitude')
     runner.model.net.stage2.weight.data *= 1e-3

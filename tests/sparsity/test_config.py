@@ -190,3 +190,12 @@ def test_weight_under_spectral_norm_is_listed_once():
     selection = select_weights(model)
     assert list(selection.weights) == ['0.weight']
     assert dict(selection.left_out) == {'1': COMPUTED}
+
+
+@pytest.mark.parametrize('multiple', [None, 4])
+def test_layers_without_a_shape_are_refused_in_one_line(multiple):
+    net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.LazyConv2d(8, 3))
+    words = r'model must be one whose parameters all have a shape \(got 1.weight of a '
+    with pytest.raises(ConfigError, match=words) as caught:
+        select_weights(net, multiple=multiple)
+    assert '\n' not in str(caught.value)

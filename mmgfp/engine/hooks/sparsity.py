@@ -137,14 +137,18 @@ class SparsityHook(Hook):
 
     def _begin(self, runner: Runner) -> None:
         """Find the weights that take part."""
-        model = unwrap_model(runner.model)
-        self.sparsifier = build_sparsifier(model, self.config)
+        self.sparsifier = self._build(runner)
         for name, reason in self.sparsifier.left_out.items():
             runner.logger.info(f'{name} stays dense: {reason}')
         self._attach(runner)
         assert self._times is not None
         if self._times.is_due(0):
             self._decide(runner, 0)
+
+    def _build(self, runner: Runner) -> Sparsifier:
+        model = unwrap_model(runner.model)
+        model.train()  # where many backbones freeze their stages, and nowhere else
+        return build_sparsifier(model, self.config)
 
     def _attach(self, runner: Runner) -> None:
         assert self.sparsifier is not None
@@ -262,7 +266,7 @@ class SparsityHook(Hook):
         if state['sparsifier'] is None:
             return
         self._start = int(state['start'])
-        sparsifier = build_sparsifier(unwrap_model(runner.model), self.config)
+        sparsifier = self._build(runner)
         sparsifier.load_state_dict(state['sparsifier'])
         self.sparsifier = sparsifier
 
