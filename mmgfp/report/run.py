@@ -176,7 +176,7 @@ def _table(path: Path) -> CostTable:
         if rows is None:  # of deploy_pruned.py, by name
             rows = [{'model': name, **data[name]} for name in ('original', 'pruned')]
         metric = data.get('metric')
-        if rows[0].get('metrics'):
+        if rows[0].get('metrics') is not None:
             metric = main_metric(rows[0]['metrics'])[0]
         elif isinstance(rows[0].get('metric'), Mapping):  # of several seeds
             metric = f'{rows[0]["metric"]["name"]} (mean)'
@@ -189,7 +189,7 @@ def _table(path: Path) -> CostTable:
 
 def _row(raw: Mapping[str, Any]) -> Row:
     metric = raw.get('metric')
-    if raw.get('metrics'):
+    if raw.get('metrics') is not None:  # COCO has none where nothing is detected
         metric = main_metric(raw['metrics'])[1]
     elif isinstance(metric, Mapping):
         metric = metric['mean']

@@ -49,6 +49,14 @@ def test_tables_of_every_tool(tmp_path):
     assert ratios == [0.25, 0.5, 0.4]
 
 
+def test_a_model_that_detects_nothing_has_an_map_of_0(tmp_path):
+    """As in results.md: COCO's evaluation gives no metrics then."""
+    nothing = {**ROWS[1], 'metrics': {}}
+    write(tmp_path / 'results.json', {'rows': [ROWS[0], nothing]})
+    [table] = read_run(tmp_path, 'run').tables
+    assert [row.metric for row in table.rows] == [37.5, 0.0]
+
+
 def test_means_of_a_comparison(tmp_path):
     metric = {'name': 'mAP', 'mean': 31.5, 'std': 0.5, 'values': [31, 32]}
     rows = [{'model': '-M', 'target': 'flops=0.5', 'macs': 4, 'metric': metric}]
