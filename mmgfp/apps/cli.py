@@ -64,6 +64,16 @@ class Overrides(DictAction):
             option = option_string or '--cfg-options'
             raise ConfigError(option, 'KEY=VALUE', got, remedy) from None
 
+    @staticmethod
+    def _parse_iterable(val: str) -> Any:
+        """Return the path of a file or folder that is there as it is.
+
+        MMEngine would take the spaces out of it, and split it at commas.
+        """
+        path = val.strip('\'"')
+        is_path = os.sep in path and os.path.exists(path)
+        return path if is_path else DictAction._parse_iterable(val)
+
 
 class Targets(Overrides):
     """Targets of pruning, as ``COST=SHARE``: a dict, or a list of them if several."""

@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import Any
 
 #: Columns of a line.
@@ -105,13 +106,17 @@ def literal(value: Any, used: int = 0, indent: int = 0, width: int = WIDTH) -> s
 def _parts(value: Any) -> tuple[str, str, list[tuple[str, Any]] | None]:
     """Return brackets and the items, each with its beginning; None without brackets."""
     if isinstance(value, Mapping):
-        if all(isinstance(k, str) and k.isidentifier() for k in value):
+        if all(isinstance(k, str) and _is_name(k) for k in value):
             return 'dict(', ')', [(f'{k}=', v) for k, v in value.items()]
         return '{', '}', [(f'{k!r}: ', v) for k, v in value.items()]
     if isinstance(value, list | tuple):
         brackets = '()' if isinstance(value, tuple) else '[]'
         return *brackets, [('', v) for v in value]
     return repr(value), '', None
+
+
+def _is_name(key: str) -> bool:
+    return key.isidentifier() and not iskeyword(key)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,10 @@ class RecipeBasis:
             return config
         if self.needs_flat:
             return f'./{self.sources.flat.name}'
-        return Path(os.path.relpath(config, self.sources.work_dir)).as_posix()
+        path = Path(os.path.relpath(config, self.sources.work_dir))
+        # Not so where '..' of a link leads to what is above the folder that it names.
+        is_there = (self.sources.work_dir / path).resolve() == Path(config).resolve()
+        return (path if is_there else Path(config).absolute()).as_posix()
 
     def start(self) -> list[Entry]:
         """Return the entries that both configs begin with."""

@@ -214,8 +214,18 @@ def test_schedulers_are_scaled(scheduler, factor, expected):
     assert {'begin': 0, **expected} == scaled_scheduler(scheduler, factor)
 
 
+def test_a_work_dir_on_another_disk(tmp_path):
+    """A link to a folder elsewhere: '..' leads to what is above that one."""
+    net(tmp_path, 'classifier')
+    (tmp_path / 'disk/a/b').mkdir(parents=True)
+    (tmp_path / 'work').symlink_to(tmp_path / 'disk/a/b')
+    prune, _ = written(tmp_path)
+    assert prune.model == Config.fromfile(tmp_path / 'net.py').model
+
+
 def test_text_of_configs_is_python(tmp_path):
     value = dict(
+        {'lambda': 0.5},
         type='Resize',
         scale=[(1333, 640), (1333, 800)],
         nested=dict(text="it's", none=None, one=(1,), empty=[], numbers={0: 1.5}),

@@ -130,6 +130,15 @@ def test_options_are_parsed_like_the_other_tools_do():
     assert parse_options(['a.b=1', 'c=x/y.pth']) == {'a.b': 1, 'c': 'x/y.pth'}
 
 
+@pytest.mark.parametrize('name', ['my data', 'a,b', '1,(2,3)'])
+def test_paths_are_parsed_as_they_are(name, tmp_path):
+    path = tmp_path / name
+    path.mkdir()
+    for text in (path, f'{path}/', f'"{path}"'):
+        options = parse_options([f'load_from={text}'])
+        assert Path(options['load_from']) == path
+
+
 def test_weights_that_the_user_has_are_not_trained(tmp_path):
     pipeline = Pipeline(tmp_path, tmp_path, [])
     with pytest.raises(ConfigError, match='--checkpoint must be a checkpoint file'):
