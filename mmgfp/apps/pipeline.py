@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mmgfp.apps.cli import write_json
+from mmgfp.apps.rounds_file import digest_of_file
 from mmgfp.utils.errors import MMGFPError
 from mmgfp.utils.io import check_folder
 
@@ -140,8 +141,14 @@ class Pipeline:
         overrides = [*self.options, *options]
         command = [tool, *args]
         command += ['--cfg-options', *overrides] if overrides else []
-        # With another config or override the stage is another one and runs again.
-        if done.is_file() and json.loads(done.read_text())['command'] == command:
+        weights = digests_of(command)
+        before = json.loads(done.read_text()) if done.is_file() else {}
+        # With another config or override the stage is another one and runs again, and
+        # so it is with other weights in a file of the same name.
+        if before.get('command') == command and before.get('weights') in (
+            weights,
+            None,  # of an earlier version
+        ):
             self._say(f'{stage}: finished before (to redo it, delete {done})')
             return
         self._say(f'{stage}: {" ".join(command)}')
@@ -154,12 +161,27 @@ class Pipeline:
                 f'{stage} must exit with status 0 (got {code}: {last}); see {log}; '
                 'the same command continues from here'
             )
-        note = {'command': command, 'seconds': time.perf_counter() - began}
-        write_json(done, note)
+        seconds = time.perf_counter() - began
+        write_json(done, {'command': command, 'weights': weights, 'seconds': seconds})
 
     def train(self, stage: str, config: str, options: Sequence[str] = ()) -> Path:
-        """Train, prune or fine-tune; return the stage's folder."""
+        """Train, prune or fine-tune; return the stage's folder.
+
+        Raises:
+            StageError: If the folder is of a run from other weights, which would be
+                resumed, or training fails.
+        """
         folder = self.work_dir / stage
+        note, weights = folder / 'started_from.json', digests_of(options)
+        before = json.loads(note.read_text()) if note.is_file() else weights
+        if others := [name for name in weights if before.get(name) != weights[name]]:
+            done = self.work_dir / 'done' / f'{stage}.json'
+            raise StageError(
+                f'{folder} must be of a run that started from these weights (got one '
+                f'from others: {", ".join(others)}); delete it and {done} to run the '
+                'stage anew, or name another --work-dir'
+            )
+        write_json(note, before)
         where = ('--work-dir', str(folder), '--resume')
         self.run(stage, 'train', config, *where, options=options)
         return folder
@@ -222,6 +244,22 @@ class Pipeline:
         """Print lines in one go, as other pipelines may print at the same time."""
         lines = (f'{self.label}{line}\n' for line in text.splitlines())
         print(''.join(lines), end='', flush=True)
+
+
+def digests_of(words: Sequence[str]) -> dict[str, str]:
+    """Return a digest of each file of weights that the words of a command name.
+
+    Args:
+        words: Paths among them, or overrides as `key=value`.
+    """
+    digests = {}
+    for word in words:
+        key, _, value = word.partition('=')
+        path = word if os.path.isfile(word) else value
+        # Others are configs, which their users may edit, and what tools write.
+        if os.path.isfile(path) and Path(path).suffix not in ('.py', '.json', '.html'):
+            digests[key] = digest_of_file(path)
+    return digests
 
 
 @contextmanager

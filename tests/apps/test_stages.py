@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Timer
 
@@ -44,6 +46,37 @@ def test_finished_stage_is_not_run_again(fake_tools, tmp_path):
     assert stages.seconds() == {'one': 0}
     stages.run('one', 'fake', 'y', options=[])  # another command: run
     assert fake_tools()[1:] == ['y --cfg-options a=1']
+
+
+def test_stage_is_run_again_with_other_weights_of_the_same_name(fake_tools, tmp_path):
+    stages, weights = Pipeline(tmp_path, tmp_path / 'w', []), tmp_path / 'a.pth'
+    for content in 'xxy':
+        weights.write_text(content)
+        stages.run('one', 'fake', str(weights), options=['b=2'])
+    assert len(fake_tools()) == 2
+
+
+def test_training_from_other_weights_is_not_resumed(fake_tools, tmp_path):
+    """Begun or finished, in a file of the same name or of another."""
+    (tmp_path / 'fake.py').rename(tmp_path / 'train.py')
+    stages = Pipeline(tmp_path, tmp_path / 'w', [])
+    for name, content in (('a', 'x'), ('b', 'y'), ('moved', 'x')):
+        (tmp_path / name).write_text(content)
+
+    def train(name, words=None, config='net.py'):
+        with pytest.raises(StageError, match=words) if words else nullcontext():
+            stages.train('prune', config, [f'load_from={tmp_path / name}'])
+
+    others = r'started from these weights \(got .* from others: load_from\); delete it'
+    train('a', 'status 0', config='fail')
+    train('b', others)
+    train('a')
+    train('moved')
+    (tmp_path / 'a').write_text('z')
+    train('a', others)
+    shutil.rmtree(tmp_path / 'w/prune')
+    train('a')
+    assert len(fake_tools()) == 4
 
 
 def test_failed_stage_stops_and_is_run_again(fake_tools, tmp_path):
