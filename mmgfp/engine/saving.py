@@ -24,6 +24,7 @@ def save_compact(
     runner: Runner,
     pruner: ChannelPruner,
     label: str,
+    iteration: int,
     importance: np.ndarray | None = None,
 ) -> None:
     """Write ``<config>_<label>.pth`` into the work directory, and ``report.html``.
@@ -32,6 +33,7 @@ def save_compact(
         runner: The runner; only its main process writes.
         pruner: The pruner of its model.
         label: What the file is called after, such as ``flops50``.
+        iteration: Iterations of the run up to now.
         importance: Importance of the units at the decision that ended here, (U,).
 
     Raises:
@@ -47,7 +49,7 @@ def save_compact(
     meta = {
         'dataset_meta': getattr(runner.train_dataloader.dataset, 'metainfo', {}),
         'cfg': runner.cfg.pretty_text,
-        'iter': runner.iter + 1,
+        'iter': iteration,
         'costs': costs_in_numbers(units.totals, units.full),
         **circumstances(pruner.config),
         **choices(pruner.config, pruner.discovery, units.kept, importance),

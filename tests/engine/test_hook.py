@@ -76,8 +76,9 @@ def test_schedule_that_ends_early_says_so_and_saves(tmp_path, caplog, monkeypatc
     assert f'reached flops={ratio:.4f}' in caplog.text
     assert 'no report: ConfigError: the package jinja2 must be installed' in caplog.text
     (saved,) = Path(config.work_dir).glob('*_unfinished.pth')
-    structure = torch.load(saved, weights_only=True)['prune_structure']
-    assert structure == pruner.units.structure().to_dict()
+    artifact = torch.load(saved, weights_only=True)
+    assert artifact['prune_structure'] == pruner.units.structure().to_dict()
+    assert artifact['meta']['iter'] == 3
 
 
 def test_several_targets_give_one_artifact_each(tmp_path):

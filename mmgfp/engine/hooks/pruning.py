@@ -172,7 +172,7 @@ class ChannelPruningHook(Hook):
         assert self.progress is not None
         self.progress.log_step(step)
         for target in step.reached:
-            save_compact(runner, pruner, target.label, step.importance)
+            save_compact(runner, pruner, target.label, runner.iter + 1, step.importance)
         if pruner.done:
             runner.logger.info('all pruning targets are reached; the run stops')
             runner.train_loop.stop_training = True
@@ -208,7 +208,7 @@ class ChannelPruningHook(Hook):
                 f'choose a faster schedule'
             )
             reached = Target(target.cost, round(ratio, 4)).label
-            save_compact(runner, self.pruner, f'{reached}_unfinished')
+            save_compact(runner, self.pruner, f'{reached}_unfinished', runner.iter)
 
     def close(self) -> None:
         """Take all hooks off the model, as at the end of a run, however it ends."""
