@@ -66,9 +66,15 @@ def check_unpruned(cfg: Config, name: str) -> None:
     """Refuse a config that prunes, or is of a pruned model.
 
     Raises:
-        ConfigError: If it is one.
+        ConfigError: If it is one, or its hooks are no list of dicts.
     """
-    names = [name_of(hook.get('type')) for hook in cfg.get('custom_hooks') or []]
+    hooks = cfg.get('custom_hooks') or []
+    is_list = isinstance(hooks, list | tuple)
+    if not is_list or not all(isinstance(hook, Mapping) for hook in hooks):
+        raise ConfigError(
+            'custom_hooks', "a list of dicts with a 'type'", repr(hooks), f'edit {name}'
+        )
+    names = [name_of(hook.get('type')) for hook in hooks]
     hooks = [name for name in names if name in PRUNING_HOOKS]
     if name_of((cfg.get('model') or {}).get('type')) == 'PrunedModel':
         hooks = ['a PrunedModel']

@@ -196,6 +196,13 @@ def test_what_is_left_to_the_user_is_said(tmp_path):
     assert 'optim_wrapper' not in recipe.files()[0][1]
 
 
+@pytest.mark.parametrize('hooks', [dict(type='EMAHook'), ['EMAHook']])
+def test_hooks_that_are_no_dicts_are_refused(hooks, tmp_path):
+    net(tmp_path, 'classifier', custom_hooks=hooks)
+    with pytest.raises(ConfigError, match='custom_hooks must be a list of dicts with'):
+        written(tmp_path)
+
+
 def test_what_was_pruned_already_is_refused(tmp_path):
     net(tmp_path, 'classifier', custom_hooks=[dict(type='ChannelPruningHook')])
     with pytest.raises(ConfigError, match='CONFIG must be the one that trained'):
