@@ -149,7 +149,9 @@ class Pipeline:
             weights,
             None,  # of an earlier version
         ):
-            self._say(f'{stage}: finished before (to redo it, delete {done})')
+            folder = self.work_dir / stage  # where training would be resumed
+            made = f'{done} and {folder}' if folder.is_dir() else done
+            self._say(f'{stage}: finished before (to redo it, delete {made})')
             return
         self._say(f'{stage}: {" ".join(command)}')
         began = time.perf_counter()

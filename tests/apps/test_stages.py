@@ -56,7 +56,7 @@ def test_stage_is_run_again_with_other_weights_of_the_same_name(fake_tools, tmp_
     assert len(fake_tools()) == 2
 
 
-def test_training_from_other_weights_is_not_resumed(fake_tools, tmp_path):
+def test_training_from_other_weights_is_not_resumed(fake_tools, tmp_path, capsys):
     """Begun or finished, in a file of the same name or of another."""
     (tmp_path / 'fake.py').rename(tmp_path / 'train.py')
     stages = Pipeline(tmp_path, tmp_path / 'w', [])
@@ -71,6 +71,10 @@ def test_training_from_other_weights_is_not_resumed(fake_tools, tmp_path):
     train('a', 'status 0', config='fail')
     train('b', others)
     train('a')
+    train('a')
+    assert f'delete {tmp_path}/w/done/prune.json and {tmp_path}/w/prune)' in (
+        capsys.readouterr().out
+    )
     train('moved')
     (tmp_path / 'a').write_text('z')
     train('a', others)
