@@ -126,8 +126,8 @@ def site(tmp_path_factory):
 def test_site_has_the_options_and_the_files_outside_of_its_folder(site):
     options = (site / 'options.html').read_text()
     assert 'compact_interval' in options and 'max_inputs' in options
-    (readme,) = (site / '_downloads').glob('*/README.md')
-    assert readme.read_text() == (ROOT / 'README.md').read_text()
+    (page,) = (site / '_downloads').glob('*/CONTRIBUTING.md')
+    assert page.read_text() == (ROOT / 'CONTRIBUTING.md').read_text()
 
 
 @pytest.mark.slow
