@@ -105,7 +105,7 @@ def test_tools_take_the_arguments_that_pages_give_them(command, monkeypatch):
     if words[0] == 'mmgfp':
         words[:2] = [TOOLS[words[1]]]
     monkeypatch.setattr(sys, 'argv', words)
-    load_tool(Path(words[0]).stem).parse_args()
+    assert vars(load_tool(Path(words[0]).stem).parse_args())
 
 
 @pytest.fixture(scope='module')

@@ -125,7 +125,7 @@ class RecipeBasis:
 
     @property
     def backbone(self) -> dict[str, Any]:
-        """What lets all stages of the backbone train, and loads no other weights."""
+        """Entries by which all stages train, and no other weights are loaded."""
         backbone = self.cfg.model.get('backbone') or {}
         changed: dict[str, Any] = {}
         if backbone.get('frozen_stages', -1) != -1:

@@ -218,7 +218,7 @@ class RecipeConfigs:
 
     @property
     def notes(self) -> list[str]:
-        """What the configs leave to their user, a line for each."""
+        """Lines on what the configs leave to their user."""
         notes = []
         if PruneRecipe(self.basis).rate() is None:
             notes.append(

@@ -17,7 +17,7 @@ from mmgfp.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sources:
-    """What the configs of pruning and fine-tuning start from.
+    """The start of the configs of pruning and fine-tuning.
 
     Attributes:
         config: The config that trained the model, a path or ``library::path``.

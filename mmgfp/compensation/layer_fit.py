@@ -88,7 +88,7 @@ class LayerFit:
 
     @property
     def report(self) -> LayerReport:
-        """What became of the layer."""
+        """The outcome for the layer."""
         if self.reason is not None:
             return LayerReport(self.layer.weight, reason=self.reason)
         first, last = self._results[0], self._results[-1]

@@ -86,8 +86,9 @@ def add_call(
         start = part.stop
         whole = target.y[:, part]
         inputs, y = block.split(inputs, whole)
+        outputs = None if y is whole else whole  # else they would be squared twice
         for sums, f in zip(moments, ways, strict=True):
-            sums.add(inputs, y, f[:, part], importance, whole)
+            sums.add(inputs, y, f[:, part], importance, outputs)
         importance = torch.zeros_like(importance)  # of the whole call
 
 

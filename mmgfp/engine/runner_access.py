@@ -15,6 +15,22 @@ from mmgfp.surgery.attributes import fix_attributes
 from mmgfp.utils.errors import ConfigError
 
 
+def check_not_compiled(runner: Runner, when: str, remedy: str) -> None:
+    """Refuse models that torch compiles, as hooks on their modules would be left out.
+
+    Args:
+        runner: The runner, before anything is loaded.
+        when: When and why the option must be off.
+        remedy: What helps.
+
+    Raises:
+        ConfigError: If the config says ``compile``.
+    """
+    if runner.cfg.get('compile'):
+        got = repr(runner.cfg.compile)
+        raise ConfigError('compile', f'off {when}', got, remedy)
+
+
 def averaged_models(runner: Runner) -> list[Any]:
     """Return the averaged model of each `EMAHook`; its ``module`` is the copy."""
     return [h.ema_model for h in runner.hooks if isinstance(h, EMAHook)]

@@ -75,7 +75,7 @@ class CostTable:
 
 @dataclass(frozen=True)
 class Run:
-    """What the folder of a run holds.
+    """The content of the folder of a run.
 
     Attributes:
         name: The folder's name.

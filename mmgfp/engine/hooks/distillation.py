@@ -17,7 +17,7 @@ from mmgfp.engine.distillation.outputs import Call, Subject, check_alike, subjec
 from mmgfp.engine.distillation.teacher import build_teacher, check_same_images
 from mmgfp.engine.hooks.pruning import ChannelPruningHook
 from mmgfp.engine.registry import HOOKS
-from mmgfp.engine.runner_access import optimizer_of, unwrap_model
+from mmgfp.engine.runner_access import check_not_compiled, optimizer_of, unwrap_model
 from mmgfp.engine.train_scope import during_training
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.registry import check_known
@@ -109,13 +109,8 @@ class DistillationHook(Hook):
         """
         self.close()
         self._reset()
-        if runner.cfg.get('compile'):
-            raise ConfigError(
-                'compile',
-                'off with a DistillationHook, which looks into the model',
-                repr(runner.cfg.compile),
-                'remove one of them',
-            )
+        why = 'with a DistillationHook, which looks into the model'
+        check_not_compiled(runner, why, 'remove one of them')
         self._prunes = any(isinstance(h, ChannelPruningHook) for h in runner.hooks)
         if self._prunes:
             if self._asks_for_features:

@@ -22,6 +22,7 @@ from mmgfp.engine.registry import HOOKS
 from mmgfp.engine.runner_access import (
     averaged_models,
     check_model_wrapper,
+    check_not_compiled,
     loss_scale,
     optimizer_of,
     rewrap_model,
@@ -89,13 +90,11 @@ class ChannelPruningHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Refuse what cannot work before anything is loaded; let resuming be exact."""
-        if runner.cfg.get('compile'):
-            raise ConfigError(
-                'compile',
-                'off while pruning, which looks into every layer',
-                repr(runner.cfg.compile),
-                'remove it; the compact model can be compiled for fine-tuning',
-            )
+        check_not_compiled(
+            runner,
+            'while pruning, which looks into every layer',
+            'remove it; the compact model can be compiled for fine-tuning',
+        )
         self.close()
         self.pruner = self.progress = self._resumed = None  # of another run
         during_training(runner, lambda: closing(self))

@@ -19,6 +19,7 @@ from mmgfp.engine.registry import HOOKS
 from mmgfp.engine.runner_access import (
     averaged_models,
     check_model_wrapper,
+    check_not_compiled,
     optimizer_of,
     rewrap_model,
     unwrap_model,
@@ -90,13 +91,8 @@ class SparsityHook(Hook):
         """
         self.close()
         self._reset()
-        if runner.cfg.get('compile'):
-            raise ConfigError(
-                'compile',
-                'off with a SparsityHook, which changes weights beside the graph',
-                repr(runner.cfg.compile),
-                'remove one of them',
-            )
+        why = 'with a SparsityHook, which changes weights beside the graph'
+        check_not_compiled(runner, why, 'remove one of them')
         if sum(isinstance(hook, SparsityHook) for hook in runner.hooks) > 1:
             raise ConfigError(
                 'custom_hooks', 'with one SparsityHook', 'two', 'drop one'
