@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgfp.compensation.layer_fit import LayerFit
-from mmgfp.compensation.norms import renew_norms
+from mmgfp.compensation.norms import move_norms
 from mmgfp.compensation.options import CompensationConfig
 from mmgfp.compensation.recording import Call, evaluating, run_until
 from mmgfp.compensation.reports import Compensated, LayerReport
@@ -81,7 +81,7 @@ def compensate(
             config.method == 'fisher',
         )
         run = _Compensation(model, small, calls, found, config, progress)
-        return Compensated(small, tuple(run.run()), tuple(run.renewed))
+        return Compensated(small, tuple(run.run()), tuple(run.moved))
 
 
 def _check(grouping: Grouping, kept: np.ndarray, calls: Sequence[Call]) -> None:
@@ -116,7 +116,7 @@ class _Compensation:
         self.model, self.small, self.calls = model, small, calls
         self.found, self.config, self.progress = found, config, progress
         self.held_out = held_out(len(calls), config.held_out)
-        self.renewed: list[str] = []
+        self.moved: list[str] = []
         for layer in found.layers if config.norms == 'none' else ():
             layer.norms = ()  # nothing would take a shift back
         self.reports = {
@@ -134,7 +134,7 @@ class _Compensation:
         return None
 
     def run(self) -> list[LayerReport]:
-        """Refit, take norms anew, and report."""
+        """Refit, move statistics of norms, and report."""
         config, found = self.config, self.found
         layers = [x for x in found.layers if self.reports[x.weight].reason is None]
         self.done, self.total = 0, len(layers)
@@ -142,12 +142,12 @@ class _Compensation:
         teacher = Teacher(self.model, self.calls, layers, config)
         if config.method == 'bn' or config.one_pass:
             self._refit_all(teacher, layers)
-            self._renew(found.norms)
+            self._move(found.norms)
         else:
             levels = {x.level for x in found.layers} | {x.level for x in found.norms}
             for level in sorted(levels):
                 self._refit_all(teacher, [x for x in layers if x.level == level])
-                self._renew([norm for norm in found.norms if norm.level == level])
+                self._move([norm for norm in found.norms if norm.level == level])
         others = [LayerReport(n, reason=r) for n, r in found.others.items()]
         return [*self.reports.values(), *others]
 
@@ -228,8 +228,8 @@ class _Compensation:
                 weight[:, -1].flatten().to(modules[name].weight)
             )
 
-    def _renew(self, norms: Sequence[Norm]) -> None:
-        """Take statistics anew, but for norms that suit what refitted layers give."""
+    def _move(self, norms: Sequence[Norm]) -> None:
+        """Move statistics, but of norms that suit what refitted layers give."""
         if self.config.norms == 'none':
             return
         if self.config.norms == 'others':
@@ -238,5 +238,5 @@ class _Compensation:
             ]
             fitting = {name for layer in refitted for name in layer.norms}
             norms = [norm for norm in norms if norm.name not in fitting]
-        renew_norms(self.small, self.calls, norms)
-        self.renewed += [norm.name for norm in norms]
+        move_norms(self.model, self.small, self.calls, norms)
+        self.moved += [norm.name for norm in norms]

@@ -21,8 +21,8 @@ class CompensationConfig:
 
     Attributes:
         method: ``'fisher'`` weighs the error at each position by the squared gradient
-            of the loss there, ``'least_squares'`` counts all alike, ``'bn'`` only takes
-            the statistics of batch norms anew.
+            of the loss there, ``'least_squares'`` counts all alike, ``'bn'`` only moves
+            the statistics of batch norms (`mmgfp.compensation.norms`).
         one_pass: Refit all layers to the moments of the original model, which one pass
             over the batches gives; otherwise one after the other, to what the compact
             model gives them, which is better and takes several passes.
@@ -37,7 +37,7 @@ class CompensationConfig:
         memory: Bytes that moments, outputs of the original model at sampled rows, and
             all of them while it runs may take, a third each; more where those of one
             layer do.
-        norms: Whose statistics are taken anew: of ``'all'`` batch norms whose inputs
+        norms: Whose statistics are moved: of ``'all'`` batch norms whose inputs
             change, of the ``'others'``, which do not read refitted layers alone, or of
             ``'none'``.
 

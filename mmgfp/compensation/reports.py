@@ -51,7 +51,7 @@ class Compensated:
         model: The model, of the class of the original.
         layers: What became of each layer that the removed channels reach, in forward
             order.
-        norms: Batch norms whose statistics were taken anew.
+        norms: Batch norms whose statistics were moved.
     """
 
     model: nn.Module

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +77,17 @@ class Norm:
 
     Attributes:
         name: Its name.
+        original: The module in the original model.
         small: The module in the compact model.
+        kept: Its channels that are left, (C,); None if all are.
         level: The highest level of the layers that it reads from.
         calls: How often it is called in a forward pass.
     """
 
     name: str
+    original: nn.Module
     small: Any
+    kept: Tensor | None
     level: int
     calls: int
 
@@ -140,7 +144,7 @@ def survey(
             module,
             small_modules[module_of(weight)],
             _kept_inputs(grouping.inputs.get(weight), kept),
-            _kept_outputs(weight, module, structure),
+            _kept_entries(weight, output_dim(module), structure),
             levels[weight],
             len(entry.nodes),
             entry.positions,
@@ -151,21 +155,19 @@ def survey(
         layer.reason = _reason(layer, len(owners[weight]), entry, graph, above)
         layers.append(layer)
     others = dict.fromkeys(lost - owners.keys(), NOT_CALLED)
-    return Survey(layers, _norms_of(norms, levels, small_modules, seen), others)
-
-
-def _norms_of(
-    names: Iterable[str],
-    levels: Mapping[str, int],
-    modules: Mapping[str, nn.Module],
-    seen: Mapping[str, ModuleCalls],
-) -> list[Norm]:
-    """Return the norms that have a level, as what they read changes."""
-    return [
-        Norm(n, modules[n], levels[n] - 1, len(seen[n].nodes))
-        for n in names
-        if n in levels
+    reached = [
+        Norm(
+            name,
+            module,
+            small_modules[name],
+            _kept_entries(f'{name}.running_mean', 0, structure),
+            levels[name] - 1,
+            len(seen[name].nodes),
+        )
+        for name, module in norms.items()
+        if name in levels
     ]
+    return Survey(layers, reached, others)
 
 
 def _candidates(
@@ -224,11 +226,9 @@ def _kept_inputs(units: np.ndarray | None, kept: np.ndarray) -> Tensor | None:
     return None if stays.all() else torch.from_numpy(np.flatnonzero(stays))
 
 
-def _kept_outputs(
-    weight: str, module: nn.Module, structure: PruneStructure
-) -> Tensor | None:
-    """Return the output channels of a layer that are left, None if all are."""
-    left = structure.kept.get(weight, {}).get(output_dim(module))
+def _kept_entries(name: str, dim: int, structure: PruneStructure) -> Tensor | None:
+    """Return the entries of a tensor's dimension that are left, None if all are."""
+    left = structure.kept.get(name, {}).get(dim)
     return None if left is None else torch.tensor(left)
 
 

@@ -172,7 +172,7 @@ def _summary(result: Compensated, options: InTraining) -> str:
     """Return what became of the layers in one line."""
     parts = [refitting_text(result.layers)]
     if result.norms:
-        parts.append(f'statistics of {len(result.norms)} batch norms anew')
+        parts.append(f'statistics of {len(result.norms)} batch norms moved')
     return f'{", ".join(parts)} (compensate={options.config.method!r})'
 
 

@@ -1,5 +1,7 @@
 """Statistics of batch norms after a cut, by hand."""
 
+import copy
+
 import numpy as np
 import torch
 from support.toys import conv, grouped, images, square_loss
@@ -30,12 +32,13 @@ def run(model, **options):
     return compensate(model, grouping, kept, calls, CompensationConfig(**options))
 
 
-def test_statistics_are_the_average_of_all_batches():
+def test_statistics_move_as_far_as_what_is_read():
+    """By hand: what the norm reads in both models, each batch counting alike."""
     model = net()
     model[4].eval()
     model[4].weight.requires_grad_(False)  # a frozen norm
     model[4].momentum = 0.3
-    before = model.state_dict()
+    before = copy.deepcopy(model.state_dict())
     for options in (
         dict(method='bn'),
         dict(norms='all'),
@@ -48,16 +51,62 @@ def test_statistics_are_the_average_of_all_batches():
         # What the first norm reads has not changed.
         kept = [0, 2, 3]
         assert torch.equal(small[1].running_mean, before['1.running_mean'][kept])
-        small.eval()
-        read = [small[:4](x.double()).detach() for x in batches()]
-        mean = torch.stack([y.mean((0, 2, 3)) for y in read]).mean(0)
-        var = torch.stack([y.var((0, 2, 3)) for y in read]).mean(0)
-        torch.testing.assert_close(small[4].running_mean, mean)
-        torch.testing.assert_close(small[4].running_var, var)
+        (old_mean, old_var), (mean, var) = read_by_norm(model), read_by_norm(small)
+        moved = before['4.running_mean'] + mean - old_mean
+        torch.testing.assert_close(small[4].running_mean, moved)
+        moved = before['4.running_var'] * (var + 1e-5) / (old_var + 1e-5)
+        torch.testing.assert_close(small[4].running_var, moved)
         assert small[4].momentum == 0.3 and not small[4].weight.requires_grad
     assert model[1].training and not model[4].training
+    state = model.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in before.items())
     reasons = {r.reason for r in run(model, method='bn').layers}
     assert reasons == {"the method is 'bn'"}
+
+
+def read_by_norm(model):
+    """Return mean and variance of what the second norm reads, means over batches."""
+    model = copy.deepcopy(model).eval()
+    read = [model[:4](x.double()).detach() for x in batches()]
+    mean = torch.stack([y.mean((0, 2, 3)) for y in read]).mean(0)
+    return mean, torch.stack([y.var((0, 2, 3), correction=0) for y in read]).mean(0)
+
+
+def test_a_norm_behind_a_norm_reads_what_that_one_gives_then():
+    """All move in one pass: the second by what the first one, moved already, gives."""
+    torch.manual_seed(0)
+    parts = conv(3, 4), nn.ReLU(), conv(4, 5), nn.BatchNorm2d(5), conv(5, 4)
+    model = nn.Sequential(*parts, nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).double()
+    for x in batches():
+        model(x.double())
+    model.eval()
+    small = run(model, method='bn').model
+
+    def moved(norm, old, new):
+        old_var, new_var = (y.var((0, 2, 3), correction=0) for y in (old, new))
+        mean = norm.running_mean + new.mean((0, 2, 3)) - old.mean((0, 2, 3))
+        return mean, norm.running_var * (new_var + norm.eps) / (old_var + norm.eps)
+
+    means = []
+    for x in [x.double() for x in batches()]:
+        first = moved(model[3], model[:3](x), small[:3](x))
+        shape = (1, -1, 1, 1)
+        y = (small[:3](x) - first[0].view(shape)) / (first[1] + 1e-5).sqrt().view(shape)
+        y = y * model[3].weight.view(shape) + model[3].bias.view(shape)
+        means.append(moved(model[5], model[:5](x), small[4](y))[0])
+    torch.testing.assert_close(small[5].running_mean, torch.stack(means).mean(0))
+
+
+def test_statistics_of_other_data_stay_apart_from_those_at_hand():
+    """Nothing moves where nothing changed, though the images are others."""
+    model = net().eval()
+    model[4].running_mean.add_(3)
+    model[4].running_var.mul_(7)
+    with torch.no_grad():
+        model[3].weight[:, 1] = 0  # what reads the removed channel reads nothing of it
+    small = run(model, method='bn').model
+    torch.testing.assert_close(small[4].running_mean, model[4].running_mean)
+    torch.testing.assert_close(small[4].running_var, model[4].running_var)
 
 
 def test_norms_may_stay():
