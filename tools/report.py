@@ -17,7 +17,7 @@ from mmgfp.apps.cli import (
     run_cli,
     whole_number,
 )
-from mmgfp.apps.detections import draw_detections
+from mmgfp.apps.detections import IMAGES, draw_checkpoints
 from mmgfp.report.page import write_report
 from mmgfp.report.run import read_runs
 from mmgfp.utils.errors import ConfigError
@@ -44,7 +44,10 @@ def parse_args() -> argparse.Namespace:
         help='the original, pruned and deployed weights whose detections are shown',
     )
     parser.add_argument(
-        '--images', type=whole_number(1), default=3, help='validation images to show'
+        '--images',
+        type=whole_number(1),
+        default=IMAGES,
+        help='validation images to show',
     )
     parser.add_argument('--cfg-options', nargs='+', action=Overrides)
     return parser.parse_args()
@@ -84,7 +87,7 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options) if args.config else None
     runs, gallery = read_runs(args.work_dirs), None
     if cfg is not None:
-        gallery = draw_detections(cfg, args.checkpoints, args.images)
+        gallery = draw_checkpoints(cfg, args.checkpoints, args.images)
     write_report(runs, args.out, gallery)
     print(f'wrote {args.out} ({args.out.stat().st_size / 1e3:.0f} kB)')
 

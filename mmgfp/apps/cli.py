@@ -210,7 +210,7 @@ def load_config(path: str, cfg_options: dict[str, Any] | None = None) -> Config:
         else:
             raise FileNotFoundError('no such file')
     except Exception as error:  # any kind, as it may run any code
-        reason = f'{path} ({_one_line(error)})'
+        reason = f'{path} ({one_line(error)})'
         raise ConfigError('config', 'a config file', reason, remedy) from None
     if cfg_options:
         override(config, cfg_options)
@@ -242,7 +242,7 @@ def override(config: Config, options: Mapping[str, Any]) -> None:
         raise ConfigError(
             '--cfg-options',
             f'entries of {config.filename}',
-            f'{", ".join(options)}: {_one_line(error)}',
+            f'{", ".join(options)}: {one_line(error)}',
             'check the names and the positions in lists',
         ) from None
 
@@ -262,7 +262,7 @@ def reading_config(config: Config) -> Iterator[None]:
         raise ConfigError(
             str(config.filename or 'config'),
             'a config of something that can be built',
-            _one_line(error),
+            one_line(error),
             'correct the entry, or see what the libraries expect of it',
         ) from error
 
@@ -277,7 +277,8 @@ def build_from(config: Config) -> nn.Module:
         return build_model(config)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return the kind and the words of an error that is not one of mmgfp."""
     words = ' '.join(str(error).split())
     return f'{type(error).__name__}: {words[:500]}'
 

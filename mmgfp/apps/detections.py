@@ -1,10 +1,10 @@
-"""Detections of several checkpoints of one config on the same validation images."""
+"""Detections of a model and of those pruned from it, on the same validation images."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from mmgfp.utils.errors import ConfigError
 
 #: The score from which on detections are drawn, as MMDetection draws them.
 THRESHOLD = 0.3
+#: Validation images that are shown, unless told otherwise.
+IMAGES = 3
 
 
-def draw_detections(cfg: Config, checkpoints: Sequence[str], count: int) -> Gallery:
-    """Draw what models detect on validation images, evenly spaced.
+def draw_checkpoints(cfg: Config, checkpoints: Sequence[str], count: int) -> Gallery:
+    """Draw what the models of some checkpoints detect.
 
     Args:
         cfg: The config of the unpruned model.
@@ -39,23 +41,40 @@ def draw_detections(cfg: Config, checkpoints: Sequence[str], count: int) -> Gall
             are too many pictures for a page.
         StructureError: If a checkpoint does not fit.
     """
+    labels = _labels([Path(path) for path in checkpoints])
+    models = (read_trained(cfg, path).model for path in checkpoints)
+    return draw_detections(cfg, dict(zip(labels, models, strict=True)), count)
+
+
+def draw_detections(
+    cfg: Config, models: Mapping[str, nn.Module], count: int = IMAGES
+) -> Gallery:
+    """Draw what models detect on validation images, evenly spaced.
+
+    Args:
+        cfg: The config of the unpruned model.
+        models: Models in eval mode, by the names that are shown.
+        count: Number of images, at most.
+
+    Raises:
+        ConfigError: If the config is of no detector, has no data to look at, or there
+            are too many pictures for a page.
+    """
     init_default_scope(scope_of(cfg) or 'mmengine')
     with reading_config(cfg):
         dataset = _validation_set(cfg)
-    models = [read_trained(cfg, path).model for path in checkpoints]
     names, drawn = [], []
     for index in np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int):
         data = dataset[int(index)]
         path = getattr(data['data_samples'], 'img_path', None)
         names.append(Path(path).name if path else f'image {index}')
-        drawn.append([_draw(model, data, dataset.metainfo) for model in models])
+        drawn.append([_draw(m, data, dataset.metainfo) for m in models.values()])
     pictures = encode(drawn)
     if pictures is None:
-        got = f'{len(names)} for each of {len(models)} checkpoints'
+        got = f'{len(names)} for each of {len(models)} models'
         expected = 'so few that a page holds them'
-        raise ConfigError('--images', expected, got, 'ask for fewer')
-    labels = _labels([Path(path) for path in checkpoints])
-    return Gallery(labels, tuple(names), pictures, THRESHOLD)
+        raise ConfigError('images to show', expected, got, 'ask for fewer')
+    return Gallery(tuple(models), tuple(names), pictures, THRESHOLD)
 
 
 def _labels(paths: Sequence[Path]) -> tuple[str, ...]:
@@ -89,9 +108,9 @@ def _draw(model: nn.Module, data: dict[str, Any], meta: dict[str, Any]) -> np.nd
     with torch.no_grad():
         (found,) = tested.test_step(pseudo_collate([copy.deepcopy(data)]))
     if 'pred_instances' not in found or not getattr(found, 'img_path', None):
-        got = f'{type(found).__name__} of {type(model).__name__}'
+        got = f'a {type(model).__name__}, which gives a {type(found).__name__}'
         expected = 'of a detector that reads images from files'
-        raise ConfigError('--config', expected, got, 'leave it out')
+        raise ConfigError('what is drawn', expected, got, 'do without pictures')
     visualizer = DetLocalVisualizer()
     visualizer.dataset_meta = meta
     image = mmcv.imread(found.img_path, channel_order='rgb')

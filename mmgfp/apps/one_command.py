@@ -17,11 +17,12 @@ from pathlib import Path
 from mmengine.config import Config
 
 from mmgfp.apps.cli import check_checkpoint, load_config
-from mmgfp.apps.comparison import draw, measure, write_results
+from mmgfp.apps.comparison import build, draw, measure, write_results
+from mmgfp.apps.detections import draw_detections
 from mmgfp.apps.exporting import check_export
 from mmgfp.apps.input_shape import profiled_shape
 from mmgfp.apps.kept_files import KeptFiles
-from mmgfp.apps.pipeline import Pipeline, Processes, StageError, working_alone
+from mmgfp.apps.pipeline import Candidate, Pipeline, Processes, working_alone
 from mmgfp.apps.recipe_configs import RecipeConfigs
 from mmgfp.apps.recipe_sources import (
     Sources,
@@ -29,6 +30,7 @@ from mmgfp.apps.recipe_sources import (
     check_unpruned,
     needs_profile,
 )
+from mmgfp.apps.reporting import report_on
 from mmgfp.apps.stages import (
     deploy,
     finetune,
@@ -39,6 +41,7 @@ from mmgfp.apps.stages import (
     pruned_checkpoint,
 )
 from mmgfp.engine.demo_batch import image_channels
+from mmgfp.report.gallery import Gallery
 from mmgfp.utils.io import check_folder
 
 
@@ -86,7 +89,7 @@ def prune_and_train(args: argparse.Namespace, tools: Path) -> None:
         configs.write(None)
         if args.dry_run:
             sys.exit(show_coverage(args, tools, configs))
-        _run(args, tools, configs, processes, is_tested(cfg))
+        _run(args, tools, configs, processes, cfg)
 
 
 def own_configs(args: argparse.Namespace) -> Configs:
@@ -173,9 +176,10 @@ def _run(
     tools: Path,
     configs: Configs,
     processes: Processes,
-    tested: bool,
+    cfg: Config,
 ) -> None:
     """Run all stages, measure, and write the results."""
+    tested = is_tested(cfg)
     work_dir: Path = args.work_dir
     own = args.prune_config is not None
     # What is written holds the overrides; what the user wrote gets them on the way.
@@ -198,7 +202,7 @@ def _run(
     names = (args.config, configs.prune, configs.finetune)
     write_results(pipeline, rows, configs.shape, names)
     files = ['results.md', 'results.json', 'channels.png', 'deploy/']
-    files += _report(tools, work_dir, processes)
+    files += report_on(work_dir, partial(_detections, candidates, everywhere, cfg))
     print(f'in {work_dir}: {", ".join(files)}')
 
 
@@ -207,18 +211,9 @@ def _export_flags(args: argparse.Namespace) -> list[str]:
     return [*formats, *(['--nms'] if args.nms else [])]
 
 
-def _report(tools: Path, work_dir: Path, processes: Processes) -> list[str]:
-    """Write the report anew, as what it is about may be new.
-
-    Returns:
-        Its name; nothing without it, as where its packages are not installed.
-    """
-    name = 'report.html'
-    (work_dir / 'done' / 'report.json').unlink(missing_ok=True)
-    plain = Pipeline(tools, work_dir, processes=processes)
-    try:
-        plain.run('report', 'report', str(work_dir), '--out', str(work_dir / name))
-    except StageError as error:
-        print(f'no report: {error}')
-        return []
-    return [name]
+def _detections(
+    candidates: Sequence[Candidate], options: Sequence[str], shown: Config
+) -> Gallery:
+    """Draw what the candidates detect on images of a config."""
+    models = {c.name: build(c, options)[0] for c in candidates}
+    return draw_detections(shown, models)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from mmengine.config import Config
 
 from mmgfp.apps.cli import check_checkpoint, load_config, write_json
+from mmgfp.apps.detections import draw_detections
 from mmgfp.apps.exporting import check_export, export, print_exported, reports
 from mmgfp.apps.prune_recipe import Recipe, pruning_options, shares_of
 from mmgfp.apps.prune_run import (
@@ -19,6 +21,7 @@ from mmgfp.apps.prune_run import (
     summary,
     validation_of,
 )
+from mmgfp.apps.reporting import report_on
 from mmgfp.apps.rounds_file import RoundsFile
 from mmgfp.apps.stages import parse_options
 from mmgfp.apps.tables import print_table
@@ -66,7 +69,10 @@ def write(cfg: Config, outcome: Outcome, name: str, args: argparse.Namespace) ->
     rounds = len(outcome.pruned.rounds)
     cuts = '1 cut' if rounds == 1 else f'{rounds} cuts'
     print(f'{cuts} in {outcome.seconds / 60:.1f} min, without training')
-    print(f'wrote {", ".join(str(p) for p in paths.values())}', flush=True)
+    models = {'original': outcome.original.model, 'pruned': outcome.pruned.model}
+    written = [*paths.values(), out / 'summary.json']
+    written += [out / n for n in report_on(out, partial(draw_detections, cfg, models))]
+    print(f'wrote {", ".join(map(str, written))}', flush=True)
     # Last, as the model is there even if a format is refused.
     if files := export(cfg, item, outcome.shape, out, name, args):
         write_json(out / 'summary.json', summary(outcome) | reports(files))

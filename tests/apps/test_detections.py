@@ -53,7 +53,7 @@ def test_boxes_of_enough_score_are_drawn_where_they_are(tmp_path):
 
 
 def test_models_without_boxes_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match='--config must be of a detector'):
+    with pytest.raises(ConfigError, match='what is drawn must be of a detector'):
         drawn(None, tmp_path)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from support.html import Page
 from support.small_configs import config_of
 from support.tooling import ROOT
 
@@ -18,6 +19,7 @@ from mmgfp.apps.config_text import Entry, config_text, literal
 from mmgfp.apps.kept_files import KeptFiles
 from mmgfp.apps.recipe_configs import RecipeConfigs
 from mmgfp.apps.recipe_sources import Sources, check_pruning
+from mmgfp.apps.reporting import report_on
 from mmgfp.apps.run_config import data_root_options
 from mmgfp.apps.training_length import scaled_scheduler
 from mmgfp.engine.model_building import build_model
@@ -283,6 +285,25 @@ def test_data_root_is_a_variable_or_each_dataset_s(tmp_path):
         data_root_options(Config(wrapped), folder)
 
 
+def test_neither_pictures_nor_the_report_fail_a_command(tmp_path, capsys):
+    """What the report is about is there, whatever becomes of the report."""
+
+    def fail():
+        raise RuntimeError('no\nimage')
+
+    assert report_on(tmp_path, fail) == []
+    _, pictures, page = capsys.readouterr().out.splitlines()
+    assert pictures == 'the report shows no detections: RuntimeError: no image'
+    assert page.startswith('no report: WORK_DIR must be the folder of a run (got')
+    row = dict(model='original', macs=100, memory=10, params=1)
+    rows = {'rows': [row, row | dict(model='pruned', macs=50)], 'metric': None}
+    (tmp_path / 'summary.json').write_text(json.dumps(rows))
+    assert report_on(tmp_path, fail) == ['report.html']
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    _, rows = Page((tmp_path / 'report.html').read_text()).table('measured')
+    assert len(rows) == 2
+
+
 def start(folder, kind):
     """A command on a config that trains for some seconds, and random weights."""
     steps = [dict(type='MultiStepLR', milestones=[1], gamma=0.1)]
@@ -362,8 +383,14 @@ def test_killed_in_each_stage_it_goes_on_to_the_end(kind, tmp_path):
     names = {path.name for path in (work / 'deploy').iterdir()}
     suffixes = ('.py', '.pth', '.onnx')
     assert {f'net_finetune{s}' for s in suffixes} | {'structure.json'} <= names
-    for name in ('channels.png', 'report.html'):
-        assert (work / name).stat().st_size > 0
+    assert (work / 'channels.png').stat().st_size > 0
+    page = Page((work / 'report.html').read_text())
+    if kind == 'classifier':
+        assert 'no detections: what is drawn must be of a detector' in said
+    else:
+        header, rows = page.table('detections')
+        assert header == ['image', 'baseline', 'pruned', 'fine-tuned']
+        assert len(rows) == 3
 
     # Another target is not taken for the same run.
     command[command.index('flops=0.7')] = 'flops=0.5'

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from support.html import Page
 from support.runs import assert_equal
 from support.small_configs import config_of
 from support.tooling import ROOT, load_tool
@@ -160,6 +161,13 @@ def test_the_tool_prunes_tests_and_deploys(kind, run_tool, tmp_path):
     tested = main_metric(json.loads(metrics.read_text()))[1]
     assert after['metric'] == pytest.approx(tested)
     assert not (work / 'rounds.pth').exists()
+    page = Page((work / 'report.html').read_text())
+    _, rows = page.table('measured')
+    assert [*rows] == ['original', 'pruned'] and page.table('channels')[1]
+    if kind == 'classifier':
+        assert 'the report shows no detections: what is drawn must be' in done.stdout
+    else:
+        assert page.table('detections')[0] == ['image', 'original', 'pruned']
 
 
 @pytest.mark.slow
