@@ -12,7 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmgfp.config import RUNNER_DIVISOR
-from mmgfp.engine.artifact import costs_in_numbers
+from mmgfp.engine.plotting import plot_step
 from mmgfp.pruner import ChannelPruner, PruneStep
 from mmgfp.selection.latency import best_divisor
 from mmgfp.selection.schedules import TimedSchedule
@@ -75,14 +75,7 @@ class Progress:
 
     def log_step(self, step: PruneStep) -> None:
         """Log and plot a pruning step."""
-        scalars = {
-            f'pruning/{cost}_{kind}': value
-            for cost, kinds in costs_in_numbers(
-                step.totals, self.pruner.units.full
-            ).items()
-            for kind, value in kinds.items()
-        }
-        self.runner.visualizer.add_scalars(scalars, step=self.runner.iter + 1)
+        plot_step(self.runner.visualizer, self.pruner, step, self.runner.iter + 1)
         self._estimate()
         # The schedule may wait, as a linear one does ahead of its line.
         waits = not len(step.units) and not step.exhausted
