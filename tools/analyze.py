@@ -24,6 +24,7 @@ from mmgfp.apps.cli import (
 )
 from mmgfp.apps.input_shape import default_input_shape
 from mmgfp.apps.run_config import pruning_config
+from mmgfp.apps.shown_steps import shown_steps
 from mmgfp.config import PruningConfig
 from mmgfp.engine.demo_batch import demo_calls, image_channels
 from mmgfp.pruner import ChannelPruner
@@ -134,7 +135,8 @@ def main() -> None:
     if args.json:
         check_folder(Path(args.json).parent)
     given = (args.checkpoint, args.input_shape, args.strict, args.latency_profile)
-    result = analyze(cfg, *given)
+    with shown_steps():
+        result = analyze(cfg, *given)
     show(result, Console())
     if args.json:
         write_json(args.json, result)

@@ -32,6 +32,7 @@ from mmgfp.apps.exporting import (
 )
 from mmgfp.apps.input_shape import deployed_shape
 from mmgfp.apps.latency import measure_runtimes
+from mmgfp.apps.shown_steps import shown_steps
 from mmgfp.engine.demo_batch import demo_calls
 from mmgfp.engine.deploy import (
     Deployable,
@@ -129,10 +130,11 @@ def main() -> None:
     shape, source = deployed_shape(args.input_shape, item, cfg)
     print(f'costs are counted for an image of {tuple(shape)}, {source}')
     # Before anything is written, so that a model that does not run leaves no folder.
-    rows = summarize(cfg, item, shape, args.rounds)
-    # Whoever deploys or fine-tunes the result counts at the same size.
-    item = replace(item, meta={**item.meta, 'input_shape': list(shape)})
-    exported = export(cfg, item, shape, args.out, name, args)
+    with shown_steps():
+        rows = summarize(cfg, item, shape, args.rounds)
+        # Whoever deploys or fine-tunes the result counts at the same size.
+        item = replace(item, meta={**item.meta, 'input_shape': list(shape)})
+        exported = export(cfg, item, shape, args.out, name, args)
     paths = deploy(cfg, item, args.out, name)
     summary = {'input_shape': list(shape), **rows, **reports(exported)}
     sparsity = item.meta.get('sparsity')

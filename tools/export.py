@@ -22,6 +22,7 @@ from mmgfp.apps.cli import (
 from mmgfp.apps.evaluation import evaluate_file
 from mmgfp.apps.input_shape import deployed_shape
 from mmgfp.apps.run_config import check_data
+from mmgfp.apps.shown_steps import shown_steps
 from mmgfp.engine.deploy import check_destination, read_trained
 from mmgfp.export.files import FORMATS, RAW_NOTE, Exported, check_formats, export_files
 from mmgfp.export.options import AXES, ExportOptions
@@ -129,9 +130,9 @@ def main() -> None:
         trained = read_trained(cfg, args.checkpoint)
         shape, source = deployed_shape(args.input_shape, trained, cfg)
         print(f'the input is {tuple(shape)}, {source}')
-    written = export_files(
-        cfg, trained, shape, args.out, args.name, args.format, options, args.images
-    )
+    target = (args.out, args.name, args.format, options, args.images)
+    with shown_steps():
+        written = export_files(cfg, trained, shape, *target)
     for file in written:
         print(file)
     if not args.nms:

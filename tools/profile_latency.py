@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from mmgfp.apps.cli import (
 )
 from mmgfp.apps.input_shape import profiled_shape
 from mmgfp.apps.run_config import pruning_config
+from mmgfp.apps.shown_steps import shown_steps
 from mmgfp.engine.demo_batch import demo_calls, image_channels
 from mmgfp.engine.model_building import init_weights
 from mmgfp.latency.check import Check
@@ -76,7 +78,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def profiler_from(args: argparse.Namespace, console: Console) -> LatencyProfiler:
+def profiler_from(args: argparse.Namespace) -> LatencyProfiler:
     """Find the groups of the config's model, and prepare to measure it.
 
     Raises:
@@ -92,7 +94,7 @@ def profiler_from(args: argparse.Namespace, console: Console) -> LatencyProfiler
     options = pruning_config(cfg, profiled=False)
     channels = image_channels(cfg, model)
     shape, source = profiled_shape(args.input_shape, options.input_shape, cfg, channels)
-    console.print(f'image {tuple(shape)}, {source}')
+    print(f'image {tuple(shape)}, {source}', flush=True)
     profiles = calls.profile(model, shape)
     pruner = ChannelPruner(model, options)
     found = pruner.discover(calls.loss, calls.forward, calls.images, profiles)
@@ -104,7 +106,7 @@ def profiler_from(args: argparse.Namespace, console: Console) -> LatencyProfiler
         shape,
         args.out,
         args.batch,
-        notify=console.print,
+        notify=partial(print, flush=True),
     )
 
 
@@ -133,11 +135,14 @@ def main() -> None:
     args = parse_args()
     check_folder(args.out.parent)
     console = Console(highlight=False)
-    profiler = profiler_from(args, console)
-    profile = profiler.measure(args.cuts)
+    with shown_steps():
+        profiler = profiler_from(args)
+        profile = profiler.measure(args.cuts)
     console.print(f'wrote {args.out}: {profile.runtime}')
     if args.check:
-        show(profiler.check(profile, args.check, args.check_multiple), console)
+        with shown_steps():
+            checks = profiler.check(profile, args.check, args.check_multiple)
+        show(checks, console)
 
 
 if __name__ == '__main__':

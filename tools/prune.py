@@ -227,6 +227,7 @@ def refuse(
 def main() -> None:
     """Run from the command line."""
     args = parse_args()
+    print(f'reading {args.config} and its data', flush=True)
     if args.data_root is not None:
         cfg = load_config(args.config, parse_options(args.cfg_options))
         args.cfg_options = [*args.cfg_options, *data_root_options(cfg, args.data_root)]

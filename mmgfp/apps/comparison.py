@@ -54,6 +54,7 @@ def measure(
         models[candidate.name] = model
         rows.append({**row, **costs_of(model, calls.profile(model, shape))})
     for count in batches if rounds else ():
+        print(f'timing {len(models)} models in batches of {count}', flush=True)
         # The calls of any candidate do, as all of them read the same images.
         infer = calls.inference(model, shape, count)
         size = (count, *shape)

@@ -18,6 +18,7 @@ from mmgfp.report.quantities import PROCESSOR, ratio_key
 from mmgfp.runtimes import open_model
 from mmgfp.runtimes.base import require
 from mmgfp.runtimes.timing import Times, ratios, spread, take_turns
+from mmgfp.utils.steps import begin_step
 
 #: Turns that are not counted: allocators and kernel caches fill during them.
 WARMUP = 3
@@ -56,6 +57,7 @@ def measure_runtimes(
             actions['onnxruntime_ms'] = exported
         flat = {(key, n): a for key, by in actions.items() for n, a in by.items()}
         names = {f'{key} {n}': action for (key, n), action in flat.items()}
+        begin_step(f'timing {len(models)} models in turn, {rounds} rounds')
         with torch.inference_mode():
             times = take_turns(names, rounds, 'cpu', WARMUP, twice=True)
     clocks = {key: (key, 'wall') for key in actions}
@@ -84,6 +86,7 @@ def _exported(
     try:
         require('onnxruntime', 'onnx')
         for number, (name, model) in enumerate(models.items()):
+            begin_step(f'writing ONNX of the {name} model to time it')
             path = folder / f'{number}.onnx'
             graph = raw_graph(model, image)
             write_onnx(path, graph, image, ExportOptions(), {})

@@ -23,6 +23,7 @@ from mmgfp.apps.prune_run import (
 )
 from mmgfp.apps.reporting import report_on
 from mmgfp.apps.rounds_file import RoundsFile
+from mmgfp.apps.shown_steps import shown_steps
 from mmgfp.apps.stages import parse_options
 from mmgfp.apps.tables import print_table
 from mmgfp.engine.deploy import check_destination, deploy
@@ -74,6 +75,8 @@ def write(cfg: Config, outcome: Outcome, name: str, args: argparse.Namespace) ->
     written += [out / n for n in report_on(out, partial(draw_detections, cfg, models))]
     print(f'wrote {", ".join(map(str, written))}', flush=True)
     # Last, as the model is there even if a format is refused.
-    if files := export(cfg, item, outcome.shape, out, name, args):
+    with shown_steps():
+        files = export(cfg, item, outcome.shape, out, name, args)
+    if files:
         write_json(out / 'summary.json', summary(outcome) | reports(files))
         print_exported(files, args)

@@ -15,11 +15,11 @@ from mmengine.config import Config
 from torch import nn
 
 from mmgfp.apps.analysis import costs_of
-from mmgfp.apps.prune_progress import CountedLoss, Steps, round_line, shown_steps
 from mmgfp.apps.prune_recipe import Recipe
 from mmgfp.apps.rounds_file import RoundsFile
 from mmgfp.apps.scoring_data import with_labels, without_labels
 from mmgfp.apps.sensitivity_run import Validation, validation_config
+from mmgfp.apps.shown_steps import CountedLoss, Steps, round_line, shown_steps
 from mmgfp.apps.tables import size_cells
 from mmgfp.config import PruningConfig
 from mmgfp.engine.artifact import choices, circumstances, costs_in_numbers

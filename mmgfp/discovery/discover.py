@@ -33,6 +33,7 @@ from mmgfp.tracing.operands import judge_operands
 from mmgfp.tracing.row_use import LayerCalls
 from mmgfp.tracing.splits import Readings
 from mmgfp.utils.errors import TraceError
+from mmgfp.utils.steps import begin_step
 from mmgfp.utils.trial_runs import (
     Forward,
     FrozenParameters,
@@ -195,6 +196,7 @@ def discover(
         TraceError: If nothing can be pruned, or ``strict`` asks for an error.
         ConfigError: If a pattern of ``keep`` matches no layer.
     """
+    begin_step('following channels through the loss')
     traced = trace_model(model, loss, strict, images)
     for op, layers in traced.trace.unknown_ops.items():
         logger.warning('op %s has no rule; it freezes %s', op, ', '.join(layers))

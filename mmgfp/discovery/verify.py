@@ -17,6 +17,7 @@ from mmgfp.groups import ChannelGroup, Grouping
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.masking import ColumnMask
 from mmgfp.surgery.structure import PruneStructure, shapes_of
+from mmgfp.utils.steps import advance_step, begin_step
 from mmgfp.utils.trial_runs import Forward, LossFunction, copy_module
 
 #: Groups of so few units are verified whole, unit by unit.
@@ -100,6 +101,7 @@ class _Draw:
         groups = self.grouping.groups
         pair = masked_and_compact(self.probe, groups, self.kept(members))
         self.small = pair[1]
+        advance_step()
         reasons = (check(*pair) for check in self.checks)
         reason = next((reason for reason in reasons if reason), None)
         if reason:
@@ -130,6 +132,7 @@ def find_disagreements(
     groups = grouping.groups
     if not groups:
         return []
+    begin_step(f'verifying {len(groups)} groups by masked and compact models')
     rng = np.random.default_rng(seed)
     training = TrainingCheck(model, loss) if loss else None
     probe, in_double = random_probe(model), needs_double(model)
@@ -146,13 +149,12 @@ def find_disagreements(
         candidates, wrong = np.sort(np.concatenate([few, shrunk])), wrong + more
     small = draw.small if len(shrunk) else probe
     left = grouping.remaining(draw.kept(shrunk))
-    leaky = OutputCheck(forward, leaky=True, in_double=in_double)
-    both: list[Check] = [*outputs, leaky]
+    leaky: Check = OutputCheck(forward, leaky=True, in_double=in_double)
     # What saturates in single precision, as a sigmoid far out, hides what is before it.
     checks = [OutputCheck(forward, in_double=True), leaky]
     checks += [training.agrees] if training else []
-    sets = zip(small_sets(left.groups, rng), (checks, both, both), strict=True)
-    for kept, chosen in sets:
+    kinds = (checks, *[[*outputs, leaky]] * 2)
+    for kept, chosen in zip(small_sets(left.groups, rng), kinds, strict=True):
         draw = _Draw(small, left, kept, chosen)
         candidates, more = _reject(draw, groups, candidates)
         wrong += more

@@ -9,6 +9,8 @@ from typing import Any
 
 from mmengine.runner import BaseLoop, Runner
 
+from mmgfp.utils.steps import told_to
+
 
 def during_training(
     runner: Runner, context: Callable[[], AbstractContextManager[Any]]
@@ -35,9 +37,22 @@ def during_training(
     loop.run = run_in_context
 
 
+class _LoggedSteps:
+    """A line of the log for each step."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+
+    def begin(self, line: str, total: int | None = None) -> None:
+        self._log.info(line)
+
+    def advance(self) -> None:
+        pass
+
+
 @contextmanager
-def warnings_in_log(log: logging.Logger) -> Iterator[None]:
-    """Let mmgfp's own logger write to the log file of a run.
+def told_in_log(log: logging.Logger) -> Iterator[None]:
+    """Let the log of a run have the warnings of mmgfp, and what long work is at.
 
     The run's console handler comes along only where the warnings would not reach a
     console otherwise: each of them is printed once.
@@ -55,7 +70,8 @@ def warnings_in_log(log: logging.Logger) -> Iterator[None]:
     for handler in shared:
         logger.addHandler(handler)
     try:
-        yield
+        with told_to(_LoggedSteps(log)):
+            yield
     finally:
         for handler in shared:
             logger.removeHandler(handler)

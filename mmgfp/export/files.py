@@ -36,6 +36,7 @@ from mmgfp.export.preprocess import (
 from mmgfp.export.torchscript_file import write_torchscript
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import check_folder
+from mmgfp.utils.steps import begin_step
 
 #: Formats by name: what files end in, and what runs them.
 FORMATS = {
@@ -205,10 +206,13 @@ def _write_all(
                 suffix, runtime = FORMATS[kind]
                 path = Path(tmp, f'{name}{suffix}')
                 graph = work.reference.graph
+                begin_step(f'writing {kind}')
                 _write(kind, path, graph, work.example, work.options, work.metadata)
+                begin_step(f'checking {kind} against the model')
                 report = check_file(path, runtime, work.reference, work.options)
                 written.append(Exported(out / path.name, report, work.origin))
                 if work.calibration:
+                    begin_step(f'calibrating {kind} with 8 bits')
                     small = write_int8(path, work.calibration)
                     note = f'calibrated on {len(work.calibration)} images'
                     small_files.append(Exported(out / small.name, None, note))

@@ -33,6 +33,7 @@ from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import atomic_write
 from mmgfp.utils.layers import is_layer, output_dim
+from mmgfp.utils.steps import advance_step, begin_step
 from mmgfp.version import __version__
 
 #: The share of MACs in layers that a runtime does not run, from which on it is refused.
@@ -201,17 +202,20 @@ class LatencyProfiler:
         """Measure the cuts that are not stored yet, and the whole model among them."""
         plan = with_whole(cuts, self.sizes, whole)
         left = Counter(tuple(cut['units']) for cut in stored)
+        begin_step(f'measuring each {what}', len(plan))
         for i, units in enumerate(plan):
             key = tuple(units.tolist())
             is_whole = key == tuple(self.sizes.tolist())
             if left[key] > 0:  # measured before, or twice in the plan of a small model
                 left[key] -= is_whole
+                advance_step()
                 continue
             stored.append(self._measure(units))
             left[key] += not is_whole
             self._save()
             label = f'{what} {i + 1} of {len(plan)}' + ', the whole model' * is_whole
             self._report(label, stored[-1])
+            advance_step()
 
     def _report(self, what: str, cut: Mapping[str, Any]) -> None:
         self.notify(f'{what}: {sum(cut["times"].values()):.4g} ms')

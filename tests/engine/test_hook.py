@@ -51,6 +51,7 @@ def test_log_says_what_is_left_and_what_stays(pruning_run):
     text = path.read_text()
     assert 'bbox_head.retina_cls keeps channels: an output' in text
     assert 'memory' in text and 'eta to the target' in text
+    assert 'following channels through the loss' in text
     assert 'the run stops' in text
 
 

@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from support.pruning import hooks_on
 from support.toy_runner import Call, hook_of, toy_runner
 
-from mmgfp.engine.train_scope import during_training, warnings_in_log
+from mmgfp.engine.train_scope import during_training, told_in_log
 
 PRUNING = logging.getLogger('mmgfp')
 
@@ -98,7 +98,7 @@ def test_warnings_are_printed_once(tmp_path, monkeypatch, has_console):
     log = logging.Logger('run')
     file = logging.FileHandler(tmp_path / 'run.log')
     log.handlers += [logging.StreamHandler(own), file]
-    with warnings_in_log(log), warnings_in_log(log):  # a second one adds nothing
+    with told_in_log(log), told_in_log(log):  # a second one adds nothing
         PRUNING.warning('odd')
     file.close()
     printed = own.getvalue(), console.getvalue()

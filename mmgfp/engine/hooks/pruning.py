@@ -29,7 +29,7 @@ from mmgfp.engine.runner_access import (
     unwrap_model,
 )
 from mmgfp.engine.saving import save_compact
-from mmgfp.engine.train_scope import during_training, warnings_in_log
+from mmgfp.engine.train_scope import during_training, told_in_log
 from mmgfp.pruner import ChannelPruner, PruneStep, require_fisher
 from mmgfp.selection.targets import Target
 from mmgfp.surgery.fit import check_shapes
@@ -98,7 +98,7 @@ class ChannelPruningHook(Hook):
         self.close()
         self.pruner = self.progress = self._resumed = None  # of another run
         during_training(runner, lambda: closing(self))
-        during_training(runner, lambda: warnings_in_log(runner.logger))
+        during_training(runner, lambda: told_in_log(runner.logger))
         resume = exact_resume_of(runner, self.config.interval)
         resume.before_each_checkpoint(self._gather)
 

@@ -1,4 +1,4 @@
-"""Progress of a pruning without training, on the error stream."""
+"""The step that a tool is at, on the error stream of terminals."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmgfp.compensation.reports import refitting_text
 from mmgfp.rounds import Round
+from mmgfp.utils.steps import told_to
 from mmgfp.utils.trial_runs import LossFunction
 
 
@@ -27,12 +28,12 @@ class Steps:
         self._progress = progress
         self._task = progress.add_task('starting', total=None)
 
-    def begin(self, line: str) -> None:
-        """Show another line, and count batches from zero."""
-        self._progress.reset(self._task, description=line, total=None)
+    def begin(self, line: str, total: int | None = None) -> None:
+        """Show another line, and count batches or other parts from zero."""
+        self._progress.reset(self._task, description=line, total=total)
 
     def advance(self) -> None:
-        """Count a batch."""
+        """Count a part."""
         self._progress.advance(self._task)
 
     def say(self, line: str) -> None:
@@ -42,20 +43,25 @@ class Steps:
 
 @contextmanager
 def shown_steps() -> Iterator[Steps]:
-    """Show steps while the block runs."""
+    """Show steps while the block runs, those of `mmgfp.utils.steps` among them."""
     columns = (
         TextColumn('{task.description}', markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn('batches'),
         TimeElapsedColumn(),
     )
     console = Console(stderr=True, soft_wrap=True)
     is_silent = not console.is_terminal  # a log has the lines that stay
     with Progress(
-        *columns, console=console, transient=True, disable=is_silent
+        *columns,
+        console=console,
+        transient=True,
+        disable=is_silent,
+        refresh_per_second=4,  # few, as some of the work is timed
     ) as progress:
-        yield Steps(progress)
+        steps = Steps(progress)
+        with told_to(steps):
+            yield steps
 
 
 class CountedLoss:
