@@ -22,7 +22,7 @@ from mmgfp.apps.cli import (
     run_cli,
     write_json,
 )
-from mmgfp.apps.input_shape import default_input_shape
+from mmgfp.apps.input_shape import profiled_shape
 from mmgfp.apps.run_config import pruning_config
 from mmgfp.apps.shown_steps import shown_steps
 from mmgfp.config import PruningConfig
@@ -40,8 +40,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', nargs='?', help='weights to load first')
     add_shape_argument(
         parser,
-        'image for which costs are counted; 3 800 1280 for detectors, '
-        '3 224 224 for classifiers',
+        "image for which costs are counted; default: that of the config's pruning "
+        'hook or the latency profile, else its size in testing, or, where the config '
+        "names none, the library's default",
     )
     parser.add_argument('--cfg-options', nargs='+', action=Overrides)
     parser.add_argument(
@@ -80,16 +81,17 @@ def analyze(
     if latency := latency or options.latency_profile:
         sized = {'input_shape': shape, 'latency_profile': latency}
         options = PruningConfig.of(options, **sized)
-        shape = options.input_shape
-    shape = shape or options.input_shape
-    shape = shape or default_input_shape(cfg, image_channels(cfg, model))
-    profiles = calls.profile(model, shape)
+    channels = image_channels(cfg, model)
+    size, source = profiled_shape(shape, options.input_shape, cfg, channels)
+    if latency and shape is None:
+        source = f'as {latency} says'
+    profiles = calls.profile(model, size)
     pruner = ChannelPruner(model, options, strict=strict or options.strict)
     # Not prepared: what can be pruned is of interest even if it's not enough.
     found = pruner.discover(calls.loss, calls.forward, calls.images, profiles)
     facts = (found.grouping, found.profiles)
     units = UnitState(model, *facts, costs=options.costs)
-    sizes = {'input_shape': list(shape)}
+    sizes = {'input_shape': list(size), 'input_shape_from': source}
     return report(units, profiles, options.profile) | sizes
 
 
@@ -119,7 +121,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         for amount in [f'{result[name] / cost.scale:#.4g}'.rstrip('.')]
     )
     size = 'x'.join(map(str, result['input_shape']))
-    console.print(', '.join(amounts), f'for one {size} image')
+    source = result['input_shape_from']
+    console.print(', '.join(amounts), f'for one {size} image, {source}')
     console.print(
         'one multiply-add counts as one; of a two-stage detector, RoIs are those of '
         'training'

@@ -184,7 +184,8 @@ def finetune_text(basis: RecipeBasis, pruned: Path | None = None) -> str:
         ),
     ]
     lasts = 'as long as the original was trained'
-    lasts = lasts if epochs is None else f'for {epochs} epochs'
+    if epochs is not None:
+        lasts = 'for 1 epoch' if epochs == 1 else f'for {epochs} epochs'
     title = f'Fine-tunes the pruned model of {sources.config} {lasts}.'
     return config_text(
         title, basis.base(), basis.merge(filter(None, entries), ('model',))

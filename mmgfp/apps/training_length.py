@@ -73,7 +73,8 @@ def shortened_schedule(cfg: Config, length: Length, epochs: int) -> list[Entry]:
     for key in ('val_interval', 'val_begin'):
         if cfg.train_cfg.get(key, 1) > count:
             loop[key] = count
-    comment = f'{epochs} epochs; the learning rate takes its course in that time.'
+    unit = '1 epoch' if epochs == 1 else f'{epochs} epochs'
+    comment = f'{unit}; the learning rate takes its course in that time.'
     entries = [Entry('train_cfg', loop, comment)]
     factor = length.iterations_for(epochs) / length.iterations
     if schedulers := cfg.get('param_scheduler'):

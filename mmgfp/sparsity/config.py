@@ -172,11 +172,18 @@ class Timetable:
         >>> times = Timetable(begin=10, end=35, interval=10)
         >>> {t: times.progress(t) for t in range(60) if times.is_due(t)}
         {20: 0.4, 30: 0.8, 35: 1.0}
+        >>> times.decisions
+        3
     """
 
     begin: int
     end: int
     interval: int
+
+    @property
+    def decisions(self) -> int:
+        """How often weights go."""
+        return max(-(-(self.end - self.begin) // self.interval), 1)
 
     def is_due(self, iteration: int) -> bool:
         """Return whether weights go after so many iterations."""

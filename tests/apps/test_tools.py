@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.configs import FASTER, MASK, PRUNE_CONFIG, slim
 from support.roundtrip import traced
-from support.tooling import ROOT
+from support.tooling import ROOT, load_tool
 
 from mmgfp import PruneStructure, compact_
 from mmgfp.apps.cli import load_config
@@ -47,11 +47,20 @@ def test_analyze_counts_at_the_size_of_the_hook(run_tool, tmp_path):
     out = tmp_path / 'report.json'
     config = DEMO.with_name(f'{DEMO.stem}_prune.py')
     done = run_tool('analyze.py', config, '--json', out)
-    assert 'for one 3x128x128 image' in done.stdout, done.stderr
+    said = "for one 3x128x128 image, as the config's pruning hook says"
+    assert said in ' '.join(done.stdout.split()), done.stderr
     assert 'MACs 0.09882 G' in done.stdout
     report = json.loads(out.read_text())
     assert report['input_shape'] == [3, 128, 128]
     assert round(report['macs'] / 1e9, 5) == 0.09882  # as in docs/results.md
+    # Without a hook, that of the images in testing, as the one command takes it.
+    shown = load_config(str(DEMO))
+    for step in shown.test_dataloader.dataset.pipeline:
+        if step.type == 'Resize':
+            step.scale = (96, 64)
+    result = load_tool('analyze').analyze(shown, None, None, False)
+    assert result['input_shape'] == [3, 64, 96]
+    assert result['input_shape_from'] == 'as images are resized for testing'
 
 
 def test_latency_is_profiled_and_predicted(run_tool, tmp_path):

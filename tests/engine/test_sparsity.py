@@ -151,6 +151,11 @@ def test_weights_go_as_scheduled(tmp_path):
     curve = [0.2 + 0.8 * (1 - k / 3) ** 3 for k in (0, 1, 2, 3)]
     counts = [round(2343 * share) for share in curve]
     assert shares == [counts[min((t + 1) // 2, 3)] for t in range(8)]
+    # Three are few, which is of use before the run rather than after it.
+    (log,) = Path(runner.work_dir).glob('*/*.log')
+    (warned,) = [x for x in log.read_text().splitlines() if 'weights go' in x]
+    words = 'WARNING - weights go in 3 decisions, as interval=2 fits so few into'
+    assert f'{words} iterations 0 to 6: lower it' in warned
 
 
 def test_times_in_epochs(tmp_path):

@@ -36,6 +36,8 @@ from mmgfp.utils.registry import check_known
 #: The key under which training checkpoints hold masks, and what they rest on; in
 #: ``meta``, under the same key, is the density of each layer.
 STATE_KEY = 'sparsity'
+#: Fewer decisions than this are no gradual course, which leaves layers time to adapt.
+FEW = 5
 #: The file in the work directory that says how many weights of each layer are left.
 REPORT = 'sparsity.json'
 
@@ -138,6 +140,8 @@ class SparsityHook(Hook):
             runner.logger.info(f'{name} stays dense: {reason}')
         self._attach(runner)
         assert self._times is not None
+        if self.config.schedule != 'one_shot' and self._times.decisions < FEW:
+            runner.logger.warning(_few(self._times))
         if self._times.is_due(0):
             self._decide(runner, 0)
 
@@ -265,6 +269,16 @@ class SparsityHook(Hook):
         sparsifier = self._build(runner)
         sparsifier.load_state_dict(state['sparsifier'])
         self.sparsifier = sparsifier
+
+
+def _few(times: Timetable) -> str:
+    """Say that weights go in few decisions."""
+    often = 'at once' if times.decisions == 1 else f'in {times.decisions} decisions'
+    return (
+        f'weights go {often}, as interval={times.interval} fits so few into iterations '
+        f'{times.begin} to {times.end}: lower it, raise end or train longer for a '
+        f"gradual course, or take schedule='one_shot'"
+    )
 
 
 def _check_divisor(divisor: int | str) -> None:
