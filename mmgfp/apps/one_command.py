@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmgfp.apps.cli import check_checkpoint, load_config
+from mmgfp.apps.cli import check_checkpoint, load_config, reading_config
 from mmgfp.apps.comparison import build, draw, measure, write_results
 from mmgfp.apps.detections import draw_detections
 from mmgfp.apps.exporting import check_export
@@ -123,8 +123,11 @@ def planned_configs(args: argparse.Namespace, cfg: Config) -> Configs:
         pruning['latency_profile'] = str(profile)
     check_pruning(pruning)
     given = (args.config, args.checkpoint, parse_options(args.cfg_options))
-    recipe = RecipeConfigs(Sources(*given, args.work_dir, pruning, args.epochs))
-    for note in recipe.notes:
+    with reading_config(cfg):
+        recipe = RecipeConfigs(Sources(*given, args.work_dir, pruning, args.epochs))
+        recipe.files()  # what cannot be read is refused before anything is written
+        notes = recipe.notes
+    for note in notes:
         print(note)
     paths = str(recipe.sources.prune), str(recipe.sources.finetune)
     return Configs(*paths, shape, profile, partial(_write, recipe))

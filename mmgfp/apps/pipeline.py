@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mmgfp.apps.cli import write_json
-from mmgfp.apps.rounds_file import digest_of_file
+from mmgfp.apps.weight_files import digests_of
 from mmgfp.utils.errors import MMGFPError
 from mmgfp.utils.io import check_folder
 
@@ -171,20 +171,25 @@ class Pipeline:
         """Train, prune or fine-tune; return the stage's folder.
 
         Raises:
-            StageError: If the folder is of a run from other weights, which would be
-                resumed, or training fails.
+            StageError: If the folder is of a run from other weights or with other
+                overrides, which would be resumed, or training fails.
         """
         folder = self.work_dir / stage
-        note, weights = folder / 'started_from.json', digests_of(options)
-        before = json.loads(note.read_text()) if note.is_file() else weights
-        if others := [name for name in weights if before.get(name) != weights[name]]:
+        note = folder / 'started_from.json'
+        start: dict[str, Any] = dict(digests_of([config, *options]))
+        others = [o for o in options if o.partition('=')[0] not in start]
+        start['--cfg-options'] = [*self.options, *others]
+        before = json.loads(note.read_text()) if note.is_file() else {}
+        # Of what an earlier version did not note, nothing is known.
+        others = [n for n, now in start.items() if before.get(n, now) != now]
+        if others:
             done = self.work_dir / 'done' / f'{stage}.json'
             raise StageError(
-                f'{folder} must be of a run that started from these weights (got one '
-                f'from others: {", ".join(others)}); delete it and {done} to run the '
+                f'{folder} must be of a run with these weights and options (got one '
+                f'with others: {", ".join(others)}); delete it and {done} to run the '
                 'stage anew, or name another --work-dir'
             )
-        write_json(note, before)
+        write_json(note, {**start, **before})
         where = ('--work-dir', str(folder), '--resume')
         self.run(stage, 'train', config, *where, options=options)
         return folder
@@ -247,22 +252,6 @@ class Pipeline:
         """Print lines in one go, as other pipelines may print at the same time."""
         lines = (f'{self.label}{line}\n' for line in text.splitlines())
         print(''.join(lines), end='', flush=True)
-
-
-def digests_of(words: Sequence[str]) -> dict[str, str]:
-    """Return a digest of each file of weights that the words of a command name.
-
-    Args:
-        words: Paths among them, or overrides as `key=value`.
-    """
-    digests = {}
-    for word in words:
-        key, _, value = word.partition('=')
-        path = word if os.path.isfile(word) else value
-        # Others are configs, which their users may edit, and what tools write.
-        if os.path.isfile(path) and Path(path).suffix not in ('.py', '.json', '.html'):
-            digests[key] = digest_of_file(path)
-    return digests
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from mmgfp.apps.cli import Overrides, check_checkpoint, load_config, whole_numbe
 from mmgfp.apps.pipeline import Candidate, Pipeline, StageError
 from mmgfp.engine.registry import PRUNING_HOOKS, is_named
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.io import load_weights_only
 
 
 def add_timing_arguments(parser: argparse._ActionsContainer) -> None:
@@ -65,7 +66,13 @@ def pruned_checkpoint(folder: Path, config: str) -> str:
             'raise max_iters or units_per_step, delete the folder and '
             f'{folder.parent / "done" / folder.name}.json'
         )
-    return str(max(reached, key=lambda path: path.stat().st_mtime))
+    return str(max(reached, key=_iteration))
+
+
+def _iteration(path: Path) -> tuple[int, str]:
+    """Return the iteration of a file that pruning saved; its time may be a copy's."""
+    meta = load_weights_only(path).get('meta') or {}
+    return meta.get('iter', 0), path.name
 
 
 def original(

@@ -45,18 +45,29 @@ def read_history(folder: Path) -> History:
     """Read the scalars of all runs in a work directory, as one.
 
     A later run there replaces what an earlier one logged from its first step on, as a
-    run that was killed and resumed does some iterations again.
+    run that was killed and resumed does some iterations again. One whose loss was
+    logged as early as theirs has begun anew: nothing of them is left.
 
     Raises:
         ConfigError: If a file cannot be read.
     """
     series: dict[str, Points] = {}
     for path in sorted(folder.glob(SCALARS)):  # their folders are named by the time
-        for name, points in _scalars(path).items():
+        later = _scalars(path)
+        if _begins_anew(later, series):
+            series = {}
+        for name, points in later.items():
             first = min(points)
             before = {s: v for s, v in series.get(name, {}).items() if s < first}
             series[name] = before | dict(sorted(points.items()))
     return History(series)
+
+
+def _begins_anew(later: Mapping[str, Points], before: Mapping[str, Points]) -> bool:
+    """Return whether a run in the folder of others is one that resumes none of them."""
+    if not (later.get('loss') and before.get('loss')):
+        return False
+    return min(later['loss']) <= min(before['loss'])
 
 
 def _scalars(path: Path) -> dict[str, Points]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from mmgfp.report.snapshot import Snapshot, read_snapshot
 from mmgfp.utils.errors import ConfigError
 
 #: Checkpoints of training, which are large and say nothing of what was pruned.
-TRAINING = ('iter_*', 'epoch_*', 'best_*', 'rounds')
+TRAINING = re.compile(r'(best_.+_)?(iter|epoch)_\d+|rounds')
 REMEDY = (
     'name a folder that a pruning run, tools/prune.py or tools/deploy_pruned.py wrote'
 )
@@ -155,7 +156,7 @@ def _snapshots(folders: Iterable[Path]) -> list[Snapshot]:
         configs = sorted(path.stem for path in folder.glob('*.py'))
         is_deployed = (folder / 'structure.json').is_file()
         for path in sorted(folder.glob('*.pth')):
-            if not is_deployed and any(path.match(f'{n}.pth') for n in TRAINING):
+            if not is_deployed and TRAINING.fullmatch(path.stem):
                 continue
             prefixes = (f'{c}_' for c in configs if path.stem.startswith(f'{c}_'))
             label = path.stem.removeprefix(next(prefixes, ''))

@@ -13,7 +13,7 @@ import torch
 from mmengine.config import Config
 from support.html import Page
 from support.small_configs import config_of
-from support.tooling import ROOT
+from support.tooling import ROOT, load_tool
 
 from mmgfp.apps.config_text import Entry, config_text, literal
 from mmgfp.apps.kept_files import KeptFiles
@@ -203,6 +203,23 @@ def test_hooks_that_are_no_dicts_are_refused(hooks, tmp_path):
     net(tmp_path, 'classifier', custom_hooks=hooks)
     with pytest.raises(ConfigError, match='custom_hooks must be a list of dicts with'):
         written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'entry', [dict(optim_wrapper=1), dict(custom_imports=3), dict(train_cfg='a')]
+)
+def test_entries_of_wrong_types_are_refused_in_one_line(entry, tmp_path, monkeypatch):
+    net(tmp_path, 'classifier')
+    ((name, value),) = entry.items()
+    text = (tmp_path / 'net.py').read_text()
+    (tmp_path / 'net.py').write_text(f'{text}\n{name} = {value!r}\n')
+    torch.save({'state_dict': {'a': torch.ones(1)}}, tmp_path / 'net.pth')
+    words = f'prune {tmp_path}/net.py {tmp_path}/net.pth --target flops=0.5'
+    argv = [*words.split(), '--work-dir', str(tmp_path / 'work')]
+    monkeypatch.setattr(sys, 'argv', argv)
+    with pytest.raises(ConfigError, match='must be a config'):
+        load_tool('prune').main()
+    assert not (tmp_path / 'work/net_prune.py').exists()
 
 
 def test_what_was_pruned_already_is_refused(tmp_path):

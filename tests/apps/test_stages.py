@@ -1,7 +1,6 @@
 """Stages that run as processes of their own, by a tool that only takes notes."""
 
 import fcntl
-import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +19,7 @@ from mmgfp.apps.stages import (
     parse_options,
     pruned_checkpoint,
 )
+from mmgfp.apps.weight_files import digests_of
 from mmgfp.utils.errors import ConfigError
 
 DEMO = ROOT / 'configs/demo'
@@ -59,15 +59,17 @@ def test_stage_is_run_again_with_other_weights_of_the_same_name(fake_tools, tmp_
 def test_training_from_other_weights_is_not_resumed(fake_tools, tmp_path, capsys):
     """Begun or finished, in a file of the same name or of another."""
     (tmp_path / 'fake.py').rename(tmp_path / 'train.py')
-    stages = Pipeline(tmp_path, tmp_path / 'w', [])
     for name, content in (('a', 'x'), ('b', 'y'), ('moved', 'x')):
         (tmp_path / name).write_text(content)
 
-    def train(name, words=None, config='net.py'):
+    def train(name, words=None, config='net.py', *overrides):
+        stages = Pipeline(tmp_path, tmp_path / 'w', overrides)
         with pytest.raises(StageError, match=words) if words else nullcontext():
             stages.train('prune', config, [f'load_from={tmp_path / name}'])
 
-    others = r'started from these weights \(got .* from others: load_from\); delete it'
+    others = (
+        r'with these weights and options \(got .* with others: load_from\); delete it'
+    )
     train('a', 'status 0', config='fail')
     train('b', others)
     train('a')
@@ -76,11 +78,34 @@ def test_training_from_other_weights_is_not_resumed(fake_tools, tmp_path, capsys
         capsys.readouterr().out
     )
     train('moved')
+    # A finished run would be resumed at its end, whatever is to be different.
+    train('a', others.replace('load_from', '--cfg-options'), 'net.py', 'seed=1')
     (tmp_path / 'a').write_text('z')
     train('a', others)
     shutil.rmtree(tmp_path / 'w/prune')
     train('a')
     assert len(fake_tools()) == 4
+
+
+def test_weights_that_a_config_names_count(fake_tools, tmp_path):
+    """As those of a teacher, or of a backbone; not those that are not there."""
+    weights = [tmp_path / name for name in ('load.pth', 'teacher.pth')]
+    for path in weights:
+        path.write_text('1')
+    hooks = [dict(type='DistillationHook', checkpoint=str(weights[1]))]
+    backbone = dict(init_cfg=dict(checkpoint='torchvision://resnet50.pth'))
+    config = tmp_path / 'net.py'
+    config.write_text(
+        f'custom_hooks = {hooks}\nload_from = {str(weights[0])!r}\n'
+        f'model = dict(backbone={backbone})\n'
+    )
+    before = digests_of(['train', str(config)])
+    assert before.keys() == {'load_from', 'custom_hooks.0.checkpoint'}
+    other = digests_of(['train', str(config), f'load_from={weights[1]}'])
+    assert other == before
+    weights[1].write_text('2')
+    after = digests_of(['train', str(config)])
+    assert [k for k in after if after[k] != before[k]] == ['custom_hooks.0.checkpoint']
 
 
 def test_failed_stage_stops_and_is_run_again(fake_tools, tmp_path):
@@ -145,10 +170,9 @@ def test_finetuning_starts_from_what_its_config_asks_for(tmp_path, entries, opti
 def test_pruned_checkpoint_is_the_last_target_reached(tmp_path):
     with pytest.raises(StageError, match='max_iters'):
         pruned_checkpoint(tmp_path, 'configs/a_prune.py')
-    for age, label in enumerate(['flops70', 'flops50', 'flops40_unfinished']):
-        path = tmp_path / f'a_prune_{label}.pth'
-        path.touch()
-        os.utime(path, (age, age))
+    # The files tell: their times may be those of copies.
+    for reached, label in (50, 'flops50'), (40, 'flops70'), (60, 'flops40_unfinished'):
+        torch.save({'meta': {'iter': reached}}, tmp_path / f'a_prune_{label}.pth')
     found = pruned_checkpoint(tmp_path, 'configs/a_prune.py')
     assert Path(found).name == 'a_prune_flops50.pth'
 

@@ -28,6 +28,15 @@ def test_a_resumed_run_replaces_what_it_does_again(tmp_path):
     assert history.series['coco/bbox_mAP'] == {1: 0.5}  # its steps are epochs
 
 
+def test_a_run_that_begins_anew_replaces_all(tmp_path):
+    """As after the checkpoints in a folder were deleted."""
+    cost = {'pruning/latency_ratio': 0.9, 'step': 5}
+    loss = [{'loss': 1.0, 'step': step} for step in (10, 20, 30)]
+    write(tmp_path, '20260101_000000', [cost, *loss])
+    write(tmp_path, '20260101_010000', [{'loss': 7.0, 'step': 10}])
+    assert read_history(tmp_path).series == {'loss': {10: 7.0}}
+
+
 def test_what_cannot_be_drawn_is_left_out(tmp_path):
     path = write(tmp_path, '1', [{'loss': float('nan'), 'step': 1}])
     path.write_text(path.read_text() + '{"loss": 2.0, "step": 2}\n{"loss": 3.0, "st')

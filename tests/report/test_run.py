@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mmgfp.report.run import read_run, read_runs
+from mmgfp.report.run import TRAINING, read_run, read_runs
 from mmgfp.utils.errors import ConfigError
 
 TIMES = [{'latency_ms': {'1': 10.0, '8': 60.0}}, {'latency_ms': {'1': 6.0, '8': 30.0}}]
@@ -55,6 +55,21 @@ def test_a_model_that_detects_nothing_has_an_map_of_0(tmp_path):
     write(tmp_path / 'results.json', {'rows': [ROWS[0], nothing]})
     [table] = read_run(tmp_path, 'run').tables
     assert [row.metric for row in table.rows] == [37.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ('name', 'is_training'),
+    [
+        ('iter_40', True),
+        ('epoch_3', True),
+        ('best_coco_bbox_mAP_epoch_3', True),
+        ('best_net_prune_flops50', False),
+        ('epoch_net_flops50', False),
+        ('iter_flops60', False),
+    ],
+)
+def test_checkpoints_of_training_are_told_by_their_whole_names(name, is_training):
+    assert bool(TRAINING.fullmatch(name)) == is_training
 
 
 def test_means_of_a_comparison(tmp_path):
