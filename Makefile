@@ -3,6 +3,8 @@
 PYTHON ?= python3
 STACK ?= onedl
 ARGS ?=
+# Test processes side by side; 0 runs all tests in one, as debuggers need it.
+JOBS ?= 2
 
 VENV := $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 BIN := $(VENV)/bin
@@ -33,7 +35,7 @@ demo: $(STAMP)  ## prune a detector on the data in the repository
 	$(BIN)/python tools/demo.py $(ARGS)
 
 test: $(STAMP)  ## run the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
