@@ -33,7 +33,16 @@ from mmgfp.utils.plain import plain, same, short
 #: Version of the entries that `RunState.to_dict` gives.
 VERSION = 2
 #: Options that groups, costs and the sums so far depend on: a resumed run keeps them.
-FIXED_OPTIONS = ('keep', 'coupled', 'criterion', 'input_shape', 'latency_profile')
+FIXED_OPTIONS = (
+    'keep',
+    'coupled',
+    'criterion',
+    'recover',
+    'input_shape',
+    'latency_profile',
+)
+#: What states without an option were saved with, where that is not None.
+NEWER_OPTIONS = {'recover': False}
 REMEDY = 'resume with the configuration that the run was started with'
 
 
@@ -48,6 +57,7 @@ class RunState:
         in_model: Units that are still in the model, masked or not, (U,).
         criterion: State of the criterion.
         reached: Targets that are met.
+        aside: Columns kept aside by weight, of the model and of each copy.
     """
 
     discovery: Discovery
@@ -56,6 +66,7 @@ class RunState:
     in_model: np.ndarray
     criterion: Mapping[str, Any]
     reached: tuple[Target, ...]
+    aside: Sequence[Mapping[str, torch.Tensor]] = ()
 
     def to_dict(self, config: PruningConfig) -> dict[str, Any]:
         """Return plain types and tensors, as a checkpoint holds them.
@@ -72,6 +83,7 @@ class RunState:
             'in_model': torch.from_numpy(self.in_model.copy()),
             'criterion': dict(self.criterion),
             'reached': [asdict(target) for target in self.reached],
+            'aside': [dict(values) for values in self.aside],
         }
 
     @classmethod
@@ -99,7 +111,8 @@ class RunState:
             )
         try:
             for name, value in _fixed_options(config).items():
-                saved = raw['options'].get(name)  # older states lack newer options
+                # Older states lack newer options.
+                saved = raw['options'].get(name, NEWER_OPTIONS.get(name))
                 if not same(saved, value):
                     raise ConfigError(name, short(saved), short(value), REMEDY)
             discovery = discovery_from_dict(raw['discovery'], model)
@@ -111,6 +124,10 @@ class RunState:
                 Target.parse({t['cost']: t['ratio']}) for t in raw['reached']
             )
             iteration, criterion = _count(raw['iteration']), dict(raw['criterion'])
+            aside = [
+                {str(n): torch.as_tensor(value) for n, value in values.items()}
+                for values in raw.get('aside', ())
+            ]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -121,7 +138,7 @@ class RunState:
         if (kept & ~in_model).any():
             expected = 'kept units among those that are in the model'
             raise ConfigError('checkpoint', expected, 'others', REMEDY)
-        return cls(discovery, iteration, kept, in_model, criterion, reached)
+        return cls(discovery, iteration, kept, in_model, criterion, reached, aside)
 
 
 def _count(value: Any) -> int:

@@ -12,6 +12,7 @@ from mmgfp.selection.costs import COSTS, Cost
 from mmgfp.selection.greedy import NO_NORMALIZATION
 from mmgfp.selection.latency import Latency
 from mmgfp.selection.latency_profile import LatencyProfile, read_profile
+from mmgfp.selection.recovery import check_recovery
 from mmgfp.selection.schedules import Schedule, build_schedule
 from mmgfp.selection.scope import read_ratios
 from mmgfp.selection.targets import Target, parse_targets
@@ -63,6 +64,9 @@ class PruningConfig:
         min_channels: Output channels that always stay in each group.
         max_ratio: Largest share of a group that may go.
         keep: Names or glob patterns of layers that are never pruned.
+        recover: Whether pruned units are still scored and come back, with the weights
+            that they had, where others are worth less (docs/decisions/recover.md); the
+            paper's masks are for good.
         coupled: Whether channels that several layers share may go; False leaves those
             that one layer makes and one other reads (the paper's ablation -I).
         strict: Raise where something cannot be pruned for lack of understanding,
@@ -107,6 +111,7 @@ class PruningConfig:
     min_channels: int = 1
     max_ratio: float = 1.0
     keep: Sequence[str] = ()
+    recover: bool = False
     coupled: bool = True
     strict: bool = False
     max_nonfinite: int = 100
@@ -164,7 +169,7 @@ class PruningConfig:
         self._check_counts()
         is_share = isinstance(self.max_ratio, int | float) and 0 < self.max_ratio <= 1
         check('max_ratio', is_share, 'a number in (0, 1]', self.max_ratio)
-        for name in ('coupled', 'strict'):
+        for name in ('recover', 'coupled', 'strict'):
             value = getattr(self, name)
             check(name, isinstance(value, bool), 'True or False', value)
         is_list = isinstance(self.keep, list | tuple)
@@ -185,6 +190,13 @@ class PruningConfig:
                 'its scores do not add up: give a number of units, iterations or '
                 'another schedule',
             )
+        if self.recover:
+            refused = {
+                'criterion': None if criterion.scores_pruned else self.criterion,
+                'compact_interval': self.compact_interval,
+                'compensate': self.compensation and self.compensate,
+            }
+            check_recovery(schedule, self.targets, refused)
 
     def _check_counts(self) -> None:
         for name in ('interval', 'min_channels', 'max_nonfinite'):

@@ -39,6 +39,7 @@ class PruneStep:
         exhausted: Whether nothing was pruned although the schedule asked for it.
         importance: Importance of every unit that the decision went by, (U,); NaN where
             nothing was known.
+        back: Numbers of pruned units that are kept again (``recover``), (W,).
     """
 
     units: np.ndarray
@@ -46,6 +47,7 @@ class PruneStep:
     reached: tuple[Target, ...]
     exhausted: bool = False
     importance: np.ndarray | None = None
+    back: np.ndarray | None = None
 
     def __repr__(self) -> str:
         parts = f'{len(self.units)} units, totals={self.totals}'
@@ -164,7 +166,7 @@ class ChannelPruner:
     def attach(self, discovery: Discovery, kept: np.ndarray | None = None) -> None:
         """Start to watch, with a discovery (and kept units) of another run."""
         facts = (discovery.grouping, discovery.profiles, self._copies)
-        units = UnitState(self.model, *facts, self.config.costs)
+        units = UnitState(self.model, *facts, self.config.costs, self.config.recover)
         self.limits = units.limits(self.config, self.pending, kept)
         self.discovery, self._units = discovery, units
         self._watch()
@@ -174,7 +176,8 @@ class ChannelPruner:
         self.criterion.detach()
         units, rows = self.units, self.discovery.rows  # type: ignore[union-attr]
         in_model = (units.remaining, np.flatnonzero(units.in_model), units.group_of)
-        self._context = ScoringContext(self.model, *in_model, rows, units.kept)
+        aside = units.masks[0].aside
+        self._context = ScoringContext(self.model, *in_model, rows, units.kept, aside)
         self.criterion.attach(self._context)
         self._watch_next()
 
@@ -216,8 +219,8 @@ class ChannelPruner:
         state = (*costs, *ends, scores.values, units.kept)
         point = DecisionPoint(self.iteration, interval, *state)
         quota = self.schedule.quota(point)
-        gone = units.select(point, quota, self.limits, self.config.normalize)
-        units.prune(gone)
+        gone, back = units.select(point, quota, self.limits, self.config.normalize)
+        units.prune(gone, back)
         self.criterion.reset()
         totals = units.totals
         reached = tuple(t for t in self.pending if t.reached(totals, units.full))
@@ -225,7 +228,7 @@ class ChannelPruner:
         exhausted = not len(gone) and not quota.is_met(totals, point)
         if exhausted:
             self.checks.warn_of_nothing_to_prune(scores, units.kept)
-        return PruneStep(gone, totals, reached, exhausted, scores.values)
+        return PruneStep(gone, totals, reached, exhausted, scores.values, back)
 
     def track_copy(self, copied: nn.Module) -> None:
         """Mask and cut a copy with the same tensors, such as an average, as well."""
@@ -275,7 +278,8 @@ class ChannelPruner:
         """Return the state needed to resume, in plain types and tensors."""
         units, criterion = self.units, self.criterion.state_dict()
         state = (self.iteration, units.kept, units.in_model, criterion, self.reached)
-        return RunState(self.discovery, *state).to_dict(self.config)  # type: ignore
+        run = RunState(self.discovery, *state, units.columns_aside)  # type: ignore
+        return run.to_dict(self.config)
 
     def load_state_dict(
         self, state: Mapping[str, Any], optimizers: Sequence[Optimizer] = ()
@@ -296,7 +300,8 @@ class ChannelPruner:
         try:
             self.attach(saved.discovery, saved.kept)
             self.criterion.load_state_dict(saved.criterion)  # before the model changes
-            self.units.restore(saved.kept, saved.in_model, optimizers)
+            kept = (saved.kept, saved.in_model)
+            self.units.restore(*kept, optimizers, saved.aside)
             self._watch()
         except BaseException:
             self.close()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmgfp.config import PruningConfig
@@ -14,6 +14,7 @@ from mmgfp.groups import Grouping
 from mmgfp.selection.costs import Cost, CostTable, LayerProfile, Totals
 from mmgfp.selection.greedy import Limits, select_units
 from mmgfp.selection.latency import choose_divisor
+from mmgfp.selection.recovery import kept_after
 from mmgfp.selection.schedules import DecisionPoint, Quota
 from mmgfp.selection.scope import group_shares
 from mmgfp.selection.targets import Target, check_reachable
@@ -32,6 +33,7 @@ class UnitState:
         profiles: How often its layers use their weights, by the name of the weight.
         copies: Models that are masked and cut along with it, such as an averaged one.
         costs: Costs that need a profile, by their names in `COSTS`.
+        recover: Whether pruned units may come back.
 
     Raises:
         ConfigError: If the model is being pruned already, or a profile is not of it.
@@ -55,6 +57,7 @@ class UnitState:
         profiles: Mapping[str, LayerProfile],
         copies: Sequence[nn.Module] = (),
         costs: Mapping[str, Cost] | None = None,
+        recover: bool = False,
     ) -> None:
         check_not_masked(model)
         self.model = model
@@ -76,6 +79,7 @@ class UnitState:
         self.in_model = self.kept.copy()
         self._shapes = shapes_of(model)
         self._copies = list(copies)
+        self._recover = recover
         self.masks: list[ColumnMask] = []
         self._mask_all()
 
@@ -154,8 +158,8 @@ class UnitState:
 
     def select(
         self, point: DecisionPoint, quota: Quota, limits: Limits, normalize: str
-    ) -> np.ndarray:
-        """Return the numbers of the units that a decision takes, (V,).
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers of the units that a decision takes, (V,), and brings back.
 
         Args:
             point: The state of the run, with the importance of all units.
@@ -163,7 +167,7 @@ class UnitState:
             limits: How far each group may shrink.
             normalize: The cost that importance is divided by, or ``'none'``.
         """
-        return select_units(
+        gone = select_units(
             point.importance,
             self.group_of,
             self.kept,
@@ -174,10 +178,21 @@ class UnitState:
             quota.units,
             quota.importance,
         )
+        if not self._recover or not len(gone):
+            return gone, gone[:0]
+        model = (self.group_of, self.costs, limits, normalize)
+        kept = kept_after(gone, point, *model)
+        return np.flatnonzero(self.kept & ~kept), np.flatnonzero(~self.kept & kept)
 
-    def prune(self, units: np.ndarray) -> None:
-        """Mask units, given by their numbers, in the model and its copies."""
+    def prune(self, units: np.ndarray, back: Sequence[int] | np.ndarray = ()) -> None:
+        """Mask units in the model and its copies, and let others come back.
+
+        Args:
+            units: Numbers of the units to mask.
+            back: Numbers of masked units that are kept again, as they were.
+        """
         self.kept[units] = False
+        self.kept[np.asarray(back, dtype=int)] = True
         for mask in self.masks:
             mask.update(self.kept[self.in_model])
 
@@ -203,6 +218,7 @@ class UnitState:
         kept: np.ndarray,
         in_model: np.ndarray,
         optimizers: Sequence[Optimizer] = (),
+        aside: Sequence[Mapping[str, Tensor]] = (),
     ) -> None:
         """Bring an unpruned model to the state of an interrupted run.
 
@@ -210,12 +226,22 @@ class UnitState:
             kept: Units that were kept there, (U,).
             in_model: Units that were in the model there, (U,).
             optimizers: Those that train the model.
+            aside: What `columns_aside` gave there.
 
         Raises:
-            ConfigError: If an optimizer's state cannot be cut; nothing has changed.
+            ConfigError: If an optimizer's state cannot be cut; nothing has changed. Or
+                if columns kept aside are of another model.
         """
         self._cut(in_model, optimizers)  # first, as it changes nothing if it fails
         self.prune(np.flatnonzero(~kept))
+        for i, mask in enumerate(self.masks if aside else ()):
+            if mask.aside is not None:  # a copy that was not there is as the model
+                mask.aside.load_state_dict(aside[i if i < len(aside) else 0])
+
+    @property
+    def columns_aside(self) -> list[dict[str, Tensor]]:
+        """Columns kept aside by weight, of the model and of each copy."""
+        return [m.aside.state_dict() for m in self.masks if m.aside is not None]
 
     def _cut(self, stay: np.ndarray, optimizers: Sequence[Optimizer]) -> bool:
         if np.array_equal(stay, self.in_model):
@@ -232,7 +258,7 @@ class UnitState:
         self.masks = [self._mask(model) for model in (self.model, *self._copies)]
 
     def _mask(self, model: nn.Module) -> ColumnMask:
-        mask = ColumnMask(model, self.remaining.groups)
+        mask = ColumnMask(model, self.remaining.groups, self._recover)
         mask.update(self.kept[self.in_model])
         return mask
 

@@ -243,6 +243,7 @@ def _at_once(
         iterations=None,
         statistics_interval=1,
         compact_interval=None,
+        recover=False,  # a unit that was cut is refitted away
     )
 
 

@@ -35,6 +35,7 @@ class Activation(WatchingCriterion):
     """
 
     watcher: UnitTaps
+    scores_pruned = True
 
     def __init__(self, of: str = 'magnitude') -> None:
         is_known = isinstance(of, str) and of in SUMMARIES

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from mmgfp.groups import Grouping
+from mmgfp.surgery.aside import ColumnsAside
 from mmgfp.tracing import RowUse
 from mmgfp.utils.registry import Registry
 
@@ -32,6 +33,8 @@ class ScoringContext:
         rows: Which layers read images and which RoIs.
         kept: Units that are not pruned, (U,); it follows the decisions. Of the units in
             the model, some may be masked until they are cut.
+        aside: Columns of pruned units that may come back, which are scored as well;
+            None where units are pruned for good.
     """
 
     model: nn.Module
@@ -40,6 +43,7 @@ class ScoringContext:
     group_of: np.ndarray
     rows: RowUse
     kept: np.ndarray
+    aside: ColumnsAside | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Criterion(ABC):
         additive: Whether the scores of several units, added up, estimate what removing
             them together costs, in the unit of the loss or its square. Only then
             ``units_per_step='auto'`` is meaningful.
+        scores_pruned: Whether pruned units that may come back are scored like kept
+            ones, NaN where that is not possible; `recover` is refused otherwise.
 
     Examples:
         Every unit is worth as much as the others of its group, by its position:
@@ -87,6 +93,7 @@ class Criterion(ABC):
     """
 
     additive: bool = False
+    scores_pruned: bool = False
 
     def unscorable(
         self, model: nn.Module, weights: Sequence[str], rows: RowUse

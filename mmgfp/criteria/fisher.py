@@ -28,6 +28,7 @@ class Fisher(WatchingCriterion):
     # The square of a sum is at most its number of terms times the sum of the squares,
     # so scores bound what several units cost together.
     additive = True
+    scores_pruned = True
     watcher: UnitTaps
 
     def __init__(self) -> None:
@@ -65,4 +66,5 @@ class Fisher(WatchingCriterion):
         are divided by W², which is what one process sees that has all the images.
         """
         sums, processes = self.statistics.collect(reduce)
-        return Scores(sums.values / processes**2, sums.nonfinite, sums.nonfinite_in_row)
+        values = self.watcher.known(sums.values / processes**2)
+        return Scores(values, sums.nonfinite, sums.nonfinite_in_row)

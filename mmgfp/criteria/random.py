@@ -19,6 +19,8 @@ class Random(Criterion):
         seed: Seed of the scores, at least 0.
     """
 
+    scores_pruned = True
+
     def __init__(self, seed: int = 0) -> None:
         check_count('seed', seed, 'a whole number of at least 0', 0)
         self.seed = seed

@@ -16,6 +16,7 @@ from torch.utils.weak import TensorWeakRef
 
 from mmgfp.criteria.forward_passes import ForwardPasses
 from mmgfp.criteria.mask_gradients import mask_gradient
+from mmgfp.criteria.masked_inputs import MaskedInputs
 from mmgfp.tracing import RowUse
 from mmgfp.tracing.operands import KEPT, find_reader
 from mmgfp.tracing.row_use import UNTOLD
@@ -102,7 +103,13 @@ class _Tap(torch.autograd.Function):
                 raise
             call.tap.lost[call.layer] = OVERWRITTEN
             return grad, None
-        call.tap.add(call, x, grad)
+        # What weights kept aside would add, for the masks alone.
+        with_masked = grad
+        for dim, entries, extra in getattr(ctx, 'masked', ()):
+            extra = extra.to(grad.dtype)
+            with_masked = with_masked.index_add(dim, entries, extra)
+        ctx.masked = ()  # backward may come again
+        call.tap.add(call, x, with_masked)
         is_scaled = call.tap.summary is None
         if is_scaled and torch.is_grad_enabled() and grad.requires_grad:
             # The mask scales the gradient as well, which a loss may depend on.
@@ -150,6 +157,7 @@ class MaskGradientTap:
             are not tapped together, and none without it.
         model: The module that the layers are of.
         summary: What to take off the inputs in place of the mask gradients.
+        masked: Gives the inputs that pruned units are read by gradients, too.
 
     Attributes:
         active: Whether calls are tapped; otherwise they cost nothing.
@@ -162,10 +170,12 @@ class MaskGradientTap:
         units: Mapping[str, Tensor] | None = None,
         model: nn.Module | None = None,
         summary: Summary | None = None,
+        masked: MaskedInputs | None = None,
     ) -> None:
         self.layers = dict(layers)
         self.use = use
         self.summary = summary
+        self.masked = masked
         self.active = True
         self._model = model
         #: Equal for layers that read one tensor in the same way.
@@ -199,6 +209,8 @@ class MaskGradientTap:
 
             inside = name in self.use.inside
             self._hook(module, read if inside else tap, before=not inside)
+            if self.masked is not None and not inside:
+                self._hook(module, self._mask_hook(name, module), before=False)
         for name in self.use.first & modules.keys():
 
             def mark(args: Any, kwargs: Any, output: Any, name: str = name) -> None:
@@ -220,6 +232,17 @@ class MaskGradientTap:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _mask_hook(self, name: str, module: nn.Module) -> Callable[..., None]:
+        """Return a hook that lets the tap of a call know of masked columns."""
+        masked, dim = self.masked, self._channel_dim(name)
+        assert masked is not None
+
+        def hook(args: Any, kwargs: Any, output: Any) -> None:
+            if self.active and torch.is_grad_enabled():
+                masked.watch(name, module, layer_input(args, kwargs), output, dim)
+
+        return hook
 
     def _enter(self, args: Any, kwargs: Any) -> None:
         if self.active and torch.is_grad_enabled() and not _in_backward():

@@ -29,12 +29,13 @@ class Taylor(WatchingCriterion):
 
     Attributes:
         additive: Only for gates, whose gradients add up like those of copies.
+        scores_pruned: Only for gates, as the weights of pruned units get no gradient.
     """
 
     def __init__(self, of: str = 'gates') -> None:
         check('of', of in ('gates', 'weights'), 'gates or weights', of)
         self.of = of
-        self.additive = of == 'gates'
+        self.additive = self.scores_pruned = of == 'gates'
         super().__init__(UnitTaps() if of == 'gates' else WeightProducts())
 
     def unscorable(
@@ -60,4 +61,7 @@ class Taylor(WatchingCriterion):
         Each process squares the gradient of its own part of a batch.
         """
         sums, processes = self.statistics.collect(reduce)
-        return Scores(sums.values / processes, sums.nonfinite, sums.nonfinite_in_row)
+        values = sums.values / processes
+        if isinstance(self.watcher, UnitTaps):
+            values = self.watcher.known(values)
+        return Scores(values, sums.nonfinite, sums.nonfinite_in_row)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmgfp.criteria.base import ScoringContext
 from mmgfp.criteria.mask_gradients import unit_gradients
+from mmgfp.criteria.masked_inputs import MaskedInputs, is_linear_in_inputs
 from mmgfp.criteria.tap import MaskGradientTap, Summary
 from mmgfp.utils.modules import weight_owners
 
@@ -30,6 +33,8 @@ class UnitTaps:
         self._context: ScoringContext | None = None
         self._groups_read: dict[str, np.ndarray] = {}
         self._count = 0
+        #: Pruned units among these have no gradient here, (U,).
+        self._blind = np.zeros(0, dtype=bool)
         self._warnings: list[str] = []
 
     def attach(self, context: ScoringContext, device: torch.device) -> None:
@@ -55,13 +60,43 @@ class UnitTaps:
         }
         self.units = {layer: index.to(device) for layer, index in units.items()}
         modules = dict(context.model.named_modules())
+        masked = self._masked_inputs(context, owners, modules)
         self.tap = MaskGradientTap(
             {layer: modules[layer] for layer in units},
             context.rows,
             units,
             context.model,
             self._summary,
+            masked,
         )
+
+    def _masked_inputs(
+        self,
+        context: ScoringContext,
+        owners: Mapping[str, Sequence[str]],
+        modules: Mapping[str, nn.Module],
+    ) -> MaskedInputs | None:
+        """Return what gives pruned units gradients, if any may come back."""
+        self._blind = np.zeros(self._count, dtype=bool)
+        if context.aside is None or self._summary is not None:
+            return None
+        weights = {layer: w for w, layers in owners.items() for layer in layers}
+        known = {}
+        for layer, index in self.units.items():
+            if is_linear_in_inputs(modules[layer], layer, context.rows):
+                known[layer] = weights[layer]
+            else:
+                self._blind[index[index >= 0].cpu().numpy()] = True
+        return MaskedInputs(context.aside, known)
+
+    def known(self, values: np.ndarray) -> np.ndarray:
+        """Return values of units, (U,), with NaN for those that show nothing.
+
+        These are pruned units that are read by layers of other kinds than
+        `MaskedInputs` knows.
+        """
+        assert self._context is not None
+        return np.where(self._blind & ~self._context.kept, np.nan, values)
 
     def detach(self) -> None:
         """Take the hooks off the layers."""

@@ -138,8 +138,11 @@ class WeightCriterion(Criterion):
     """Scores units by their weights as they are when a decision is due.
 
     It has no hooks, and no state that a resumed run could lose. Units that are pruned
-    count as gone, whether they are masked or cut.
+    for good count as gone, whether they are masked or cut. Those that may come back
+    count: the layers that make them are not masked.
     """
+
+    scores_pruned = True
 
     #: Why a group may have no score.
     why_unknown = 'has weights that are not finite'
@@ -152,6 +155,8 @@ class WeightCriterion(Criterion):
         """Find the weights of all units in the model as it is now."""
         self.weights = self.find_weights(context)
         self._kept = context.kept
+        if context.aside is not None:
+            self._kept = np.ones_like(context.kept)
 
     def find_weights(self, context: ScoringContext) -> UnitWeights:
         """Return the weights that count, by default those that make the units."""
@@ -172,7 +177,7 @@ class WeightCriterion(Criterion):
 
     @torch.no_grad()
     def scores(self, reduce: Reduce | None = None) -> Scores:
-        """Return the scores of all units that are kept, and NaN for others."""
+        """Return the scores of all units that are not gone, and NaN for others."""
         assert self.weights is not None, 'attach comes first'
         parameters = self.weights.parameters()
         totals = self.weights.totals(parameters, self.measure, self._kept)

@@ -87,9 +87,11 @@ class Schedule(ABC):
 
     Attributes:
         needs_additive: Whether it works only with a criterion whose scores add up.
+        at_once: Whether each target is reached by one decision.
     """
 
     needs_additive: ClassVar[bool] = False
+    at_once: ClassVar[bool] = False
 
     @abstractmethod
     def quota(self, point: DecisionPoint) -> Quota:
@@ -248,6 +250,8 @@ class OneShotSchedule(Schedule):
         iterations: Iterations of statistics before each of these decisions, instead
             of the run's ``interval``.
     """
+
+    at_once = True
 
     def __init__(self, iterations: int | None = None) -> None:
         if iterations is not None:

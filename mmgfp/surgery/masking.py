@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mmgfp.groups import ChannelGroup, Member
+from mmgfp.surgery.aside import Columns, ColumnsAside
 from mmgfp.utils.errors import ConfigError
-
-#: A dimension of a parameter, by the parameter's name.
-Columns = tuple[str, int]
 
 
 class ColumnMask:
@@ -25,6 +23,10 @@ class ColumnMask:
     Args:
         model: The model to mask, in place.
         groups: Its groups.
+        recover: Whether columns are kept aside, for units that come back.
+
+    Attributes:
+        aside: The columns kept aside; None without ``recover``.
 
     Examples:
         >>> import numpy as np
@@ -38,7 +40,12 @@ class ColumnMask:
         [[False, True, False]]
     """
 
-    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        recover: bool = False,
+    ) -> None:
         self.groups = groups
         self._parameters: dict[str, Tensor] = dict(model.named_parameters())
         # Which groups read which columns, looked up from either side.
@@ -53,6 +60,7 @@ class ColumnMask:
         self._ends = np.cumsum([0, *(g.units for g in groups)])
         self._kept = np.ones(self._ends[-1], dtype=bool)
         self._index: dict[Columns, Tensor] = {}
+        self.aside = ColumnsAside(self._parameters, self._index) if recover else None
         self._handles: dict[Columns, Any] = {}
         self._load_handles = self._watch_loading(model)
 
@@ -75,30 +83,39 @@ class ColumnMask:
         """Mask all units that are not ``kept``, (U,).
 
         Only the columns of units whose state has changed are touched. Those of units
-        that are kept again stay at zero until they are trained.
+        that are kept again stay at zero until they are trained, unless they were kept
+        aside.
         """
-        newly_pruned = self._kept & ~kept
+        newly_pruned, back = self._kept & ~kept, ~self._kept & kept
+        if self.aside is not None:
+            self.apply()  # the optimizer may have moved what is masked
         changed = np.flatnonzero(self._kept != kept)
         self._kept = kept.copy()
         groups = np.unique(np.searchsorted(self._ends, changed, side='right') - 1)
         for columns in dict.fromkeys(c for g in groups for c in self._read[g]):
+            pruned = self._entries(columns, newly_pruned)
+            if self.aside is not None:
+                self.aside.take(columns, pruned)
             self._hold(columns, self._entries(columns, ~kept))
-            self._zero(columns, self._entries(columns, newly_pruned))
+            self._zero(columns, pruned)
+            if self.aside is not None:
+                self.aside.give_back(columns, self._entries(columns, back))
 
-    def _entries(self, columns: Columns, units: np.ndarray) -> np.ndarray:
+    def _entries(self, columns: Columns, units: np.ndarray) -> Tensor:
         """Return the entries of these columns that read some of ``units``, (U,)."""
-        return np.concatenate(
+        entries = np.concatenate(
             [
                 member.index[units[self._ends[g] : self._ends[g + 1]]].reshape(-1)
                 for g, member in self._readers[columns]
             ]
         )
+        return torch.from_numpy(entries).to(self._parameters[columns[0]].device)
 
-    def _hold(self, columns: Columns, entries: np.ndarray) -> None:
+    def _hold(self, columns: Columns, entries: Tensor) -> None:
         """Keep these entries of the columns at zero from now on, and no others."""
         name, dim = columns
         parameter = self._parameters[name]
-        self._index[columns] = torch.from_numpy(entries).to(parameter.device)
+        self._index[columns] = entries
         if parameter.requires_grad and columns not in self._handles:
             # Not of `self`, which has the parameter: torch never frees such a cycle.
             index = self._index
@@ -112,11 +129,9 @@ class ColumnMask:
             self._handles[columns] = handle
 
     @torch.no_grad()
-    def _zero(self, columns: Columns, entries: np.ndarray) -> None:
+    def _zero(self, columns: Columns, entries: Tensor) -> None:
         name, dim = columns
-        parameter = self._parameters[name]
-        index = torch.from_numpy(entries).to(parameter.device)
-        parameter.index_fill_(dim, index, 0)
+        self._parameters[name].index_fill_(dim, entries, 0)
 
     @torch.no_grad()
     def apply(self) -> None:

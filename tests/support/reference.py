@@ -5,7 +5,9 @@ import torch
 from torch import Tensor, nn
 
 
-def mask_fisher(model, loss, groups, images: int, image_of_rows=None) -> Tensor:
+def mask_fisher(
+    model, loss, groups, images: int, image_of_rows=None, kept=None
+) -> Tensor:
     """Fisher information of explicit masks on every layer's input, (units,).
 
     Each image has its own mask of ones, multiplied onto the input of every layer that
@@ -18,14 +20,22 @@ def mask_fisher(model, loss, groups, images: int, image_of_rows=None) -> Tensor:
         images: Number of images in the batch.
         image_of_rows: Says which image each row of a layer's input is from, (R,),
             given the layer's name and the input; by default the rows are the images.
+        kept: Units whose masks are one, (U,); those of others are zero, but for layers
+            that carry units on (with groups), which pruning leaves as they are.
     """
     count = sum(g.units for g in groups)
     dtype = next(model.parameters()).dtype
-    masks = torch.ones(images, count, dtype=dtype, requires_grad=True)  # (N, U)
+    masks = torch.ones(images, count, dtype=dtype)  # (N, U)
+    if kept is not None:
+        masks[:, ~torch.as_tensor(kept)] = 0
+    masks.requires_grad_()
     handles = []
     for layer, units in input_units(model, groups).items():
         module = model.get_submodule(layer)
-        hook = _masking(layer, masks, units, image_of_rows)
+        carries_on = getattr(module, 'groups', 1) > 1
+        # The same masks, but at one.
+        at_one = masks + (1 - masks.detach()) if carries_on else masks
+        hook = _masking(layer, at_one, units, image_of_rows)
         handles.append(module.register_forward_pre_hook(hook))
     try:
         (gradients,) = torch.autograd.grad(loss(model), masks)
