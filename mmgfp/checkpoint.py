@@ -124,10 +124,7 @@ class RunState:
                 Target.parse({t['cost']: t['ratio']}) for t in raw['reached']
             )
             iteration, criterion = _count(raw['iteration']), dict(raw['criterion'])
-            aside = [
-                {str(n): torch.as_tensor(value) for n, value in values.items()}
-                for values in raw.get('aside', ())
-            ]
+            aside = [dict(values) for values in raw.get('aside', ())]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, ConfigError):
                 raise

@@ -174,10 +174,8 @@ class ChannelPruner:
     def _watch(self) -> None:
         """Let the criterion watch the model as it is now."""
         self.criterion.detach()
-        units, rows = self.units, self.discovery.rows  # type: ignore[union-attr]
-        in_model = (units.remaining, np.flatnonzero(units.in_model), units.group_of)
-        aside = units.masks[0].aside
-        self._context = ScoringContext(self.model, *in_model, rows, units.kept, aside)
+        rows = self.discovery.rows  # type: ignore[union-attr]
+        self._context = self.units.context(rows)
         self.criterion.attach(self._context)
         self._watch_next()
 
@@ -277,9 +275,9 @@ class ChannelPruner:
     def state_dict(self) -> dict[str, Any]:
         """Return the state needed to resume, in plain types and tensors."""
         units, criterion = self.units, self.criterion.state_dict()
-        state = (self.iteration, units.kept, units.in_model, criterion, self.reached)
-        run = RunState(self.discovery, *state, units.columns_aside)  # type: ignore
-        return run.to_dict(self.config)
+        progress = (self.iteration, units.kept, units.in_model)
+        state = (*progress, criterion, self.reached, units.columns_aside)
+        return RunState(self.discovery, *state).to_dict(self.config)  # type: ignore
 
     def load_state_dict(
         self, state: Mapping[str, Any], optimizers: Sequence[Optimizer] = ()
@@ -300,8 +298,8 @@ class ChannelPruner:
         try:
             self.attach(saved.discovery, saved.kept)
             self.criterion.load_state_dict(saved.criterion)  # before the model changes
-            kept = (saved.kept, saved.in_model)
-            self.units.restore(*kept, optimizers, saved.aside)
+            units = (saved.kept, saved.in_model)
+            self.units.restore(*units, optimizers, saved.aside)
             self._watch()
         except BaseException:
             self.close()

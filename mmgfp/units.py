@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmgfp.config import PruningConfig
+from mmgfp.criteria.base import ScoringContext
 from mmgfp.groups import Grouping
 from mmgfp.selection.costs import Cost, CostTable, LayerProfile, Totals
 from mmgfp.selection.greedy import Limits, select_units
@@ -21,6 +22,7 @@ from mmgfp.selection.targets import Target, check_reachable
 from mmgfp.surgery.live import compact_training_, units_to_keep_in_model
 from mmgfp.surgery.masking import ColumnMask, check_not_masked
 from mmgfp.surgery.structure import PruneStructure, shapes_of
+from mmgfp.tracing import RowUse
 from mmgfp.utils.errors import ConfigError
 
 
@@ -237,6 +239,16 @@ class UnitState:
         for i, mask in enumerate(self.masks if aside else ()):
             if mask.aside is not None:  # a copy that was not there is as the model
                 mask.aside.load_state_dict(aside[i if i < len(aside) else 0])
+
+    def context(self, rows: RowUse) -> ScoringContext:
+        """Return the model as it is now, as criteria see it.
+
+        Args:
+            rows: Which layers read images and which RoIs.
+        """
+        in_model = (self.remaining, np.flatnonzero(self.in_model), self.group_of)
+        aside = self.masks[0].aside
+        return ScoringContext(self.model, *in_model, rows, self.kept, aside)
 
     @property
     def columns_aside(self) -> list[dict[str, Tensor]]:

@@ -80,8 +80,10 @@ class Progress:
         # The schedule may wait, as a linear one does ahead of its line.
         waits = not len(step.units) and not step.exhausted
         why = ' (ahead of schedule)' if waits else ''
+        back = 0 if step.back is None else len(step.back)
+        back_text = f' ({back} came back)' if back else ''
         self.runner.logger.info(
-            f'pruned {len(step.units)} units{why}, '
+            f'pruned {len(step.units)} units{why}{back_text}, '
             f'{self.pruner.units.kept.sum()} remain: '
             f'{costs_text(self.pruner)}, eta to the target {self._eta()}'
         )

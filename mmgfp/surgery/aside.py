@@ -108,8 +108,9 @@ class ColumnsAside:
         self.values = {}
         for name, value in state.items():
             weight = self._parameters.get(name)
-            if weight is None or weight.shape != value.shape:
-                got = f'{name} of {tuple(value.shape)}'
+            shape = getattr(value, 'shape', None)
+            if weight is None or weight.shape != shape:
+                got = f'{name} of {shape and tuple(shape)}'
                 expected = 'columns kept aside of weights of this model'
                 remedy = 'resume with the configuration that the run was started with'
                 raise ConfigError('checkpoint', expected, got, remedy)

@@ -15,12 +15,11 @@ def square():
     """A weight (2, 3) of ones to sixes; units 0 and 1 are its rows, 2 to 4 columns."""
     layer = nn.Linear(3, 2, bias=False)
     layer.weight.data = torch.arange(1.0, 7).reshape(2, 3)
-    groups = [
-        ChannelGroup('rows', (Member('weight', 0, np.array([[0], [1]]), 'in'),)),
-        ChannelGroup(
-            'columns', (Member('weight', 1, np.array([[0], [1], [2]]), 'in'),)
-        ),
+    members = [
+        Member('weight', dim, np.arange(size).reshape(-1, 1), 'in')
+        for dim, size in enumerate((2, 3))
     ]
+    groups = [ChannelGroup(f'dim {m.dim}', (m,)) for m in members]
     return layer, ColumnMask(layer, groups, recover=True)
 
 
