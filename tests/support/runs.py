@@ -18,6 +18,7 @@ from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 
+from support import toy_runner  # noqa: F401 - registers what runs use
 from support.tooling import load_tool
 
 FORKS = multiprocessing.get_context('forkserver')
