@@ -7,7 +7,13 @@ import pytest
 import torch
 from mmengine.runner import Runner
 from support.combinations import check_end, pairwise
-from support.runs import artifacts, assert_ranks_agree, tiny_classifier, train
+from support.runs import (
+    artifacts,
+    assert_ranks_agree,
+    one_stage,
+    tiny_classifier,
+    train,
+)
 
 from mmgfp import PruningConfig
 from mmgfp.utils.errors import ConfigError
@@ -88,12 +94,7 @@ def options_of(row):
 
 def config_of(row, folder, teacher):
     """A run of a small ResNet with the options of a row."""
-    config = tiny_classifier(folder)
-    config.model.backbone.update(
-        num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,)
-    )
-    config.model.backbone.update(stem_channels=16, base_channels=16)
-    config.model.head.in_channels = 16
+    config = one_stage(tiny_classifier(folder))
     iterations = 30 if row['weights'] == 'dense' else 40
     config.train_cfg = dict(type='IterBasedTrainLoop', max_iters=iterations)
     config.update(val_cfg=None, val_dataloader=None, val_evaluator=None)

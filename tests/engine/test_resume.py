@@ -17,6 +17,7 @@ from support.runs import (
     assert_same_end,
     logged,
     plain_classifier,
+    recovering_classifier,
     tiny_classifier,
     train,
 )
@@ -70,6 +71,16 @@ def ten_points():
 @pytest.mark.parametrize('cut', ten_points(), ids=lambda c: f'{c.place}-{c.iteration}')
 def test_run_killed_at_a_random_point_ends_like_the_whole_one(cut, whole, tmp_path):
     assert_same_end(interrupted(tiny_classifier(tmp_path), [cut]), whole)
+
+
+@pytest.mark.parametrize('whole', [recovering_classifier], indirect=True)
+def test_killed_run_in_which_units_come_back_ends_like_the_whole_one(whole, tmp_path):
+    """Once between a decision and the end of its iteration, once while saving."""
+    cuts = [Cut('decided', 6), Cut('saving', 10)]
+    assert_same_end(interrupted(recovering_classifier(tmp_path), cuts), whole)
+    log = logged(whole)
+    returns = [line for line in log.splitlines() if 'came back' in line]
+    assert len(returns) > 1
 
 
 @pytest.mark.slow

@@ -105,6 +105,26 @@ def tiny_classifier(folder):
     return Config(config, cfg_text='# by a test', filename='tiny.py')
 
 
+def recovering_classifier(folder):
+    """The same run of one stage, in which pruned units come back; with an average."""
+    config = one_stage(tiny_classifier(folder))
+    config.custom_hooks[0].update(
+        recover=True, interval=2, units_per_step=6, target=dict(flops=0.3)
+    )
+    config.custom_hooks.append(dict(type='EMAHook', momentum=0.3))
+    return config
+
+
+def one_stage(config):
+    """Let the classifier have one stage of 16 channels."""
+    config.model.backbone.update(
+        num_stages=1, strides=(1,), dilations=(1,), out_indices=(0,)
+    )
+    config.model.backbone.update(stem_channels=16, base_channels=16)
+    config.model.head.in_channels = 16
+    return config
+
+
 def plain_classifier(folder):
     """The same run without pruning."""
     config = tiny_classifier(folder)
