@@ -119,7 +119,7 @@ def teacher(tmp_path_factory):
     config = config_of(DEFAULTS, folder, None)
     config.custom_hooks = []
     path = folder / 'teacher.pth'
-    torch.save(Runner.from_cfg(config).model.state_dict(), path)
+    torch.save({'state_dict': Runner.from_cfg(config).model.state_dict()}, path)
     return path
 
 

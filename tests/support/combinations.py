@@ -75,14 +75,13 @@ class EndChecks(Hook):
 
 @torch.no_grad()
 def _outputs(model):
-    """The logits of two images, and the features before."""
+    """The logits of two images."""
     was_training = model.training
     model.eval()
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    features = model.extract_feat(x)
-    logits = model.head(features)
+    logits = model.head(model.extract_feat(x))
     model.train(was_training)
-    return torch.cat([logits.flatten(), torch.cat(features).flatten()])
+    return logits
 
 
 def check_end(runner, rank):
