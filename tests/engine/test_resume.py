@@ -73,6 +73,7 @@ def test_run_killed_at_a_random_point_ends_like_the_whole_one(cut, whole, tmp_pa
     assert_same_end(interrupted(tiny_classifier(tmp_path), [cut]), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('whole', [recovering_classifier], indirect=True)
 def test_killed_run_in_which_units_come_back_ends_like_the_whole_one(whole, tmp_path):
     """Once between a decision and the end of its iteration, once while saving."""

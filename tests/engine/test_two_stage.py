@@ -211,6 +211,24 @@ def test_importance_equals_explicit_masks_of_each_image(mask_rcnn):
         assert expected[group_of == g].count_nonzero() > 0
 
 
+def test_pruned_units_equal_masks_at_zero_of_each_image():
+    """Every third unit is pruned, of the pyramid and of what reads RoIs as well."""
+    torch.manual_seed(0)
+    model, calls = built(slim(FASTER))
+    calls.data['inputs'] = calls.data['inputs'].double()
+    whole, loss = copy.deepcopy(model.double()), steady(calls)
+    pruner = ready(model, calls, loss, recover=True)
+    groups, group_of = pruner.units.grouping.groups, pruner.units.group_of
+    pruner.units.prune(np.arange(0, len(group_of), 3))
+    kept = pruner.units.kept
+    rows = RoIRows(whole)
+    expected = mask_fisher(whole, loss, groups, 2, rows, kept=kept)
+    assert_close(observed(pruner, loss), expected)
+    for name in ('neck.fpn_convs.0.conv', 'roi_head.bbox_head.shared_fcs.0'):
+        (number,) = [g for g, group in enumerate(groups) if group.name == name]
+        assert (expected[torch.from_numpy((group_of == number) & ~kept)] > 0).any()
+
+
 def summed(model, images, boxes, mask_boxes):
     """A loss that adds up over images: a sum over fixed RoIs, (R, 5) each.
 
