@@ -211,6 +211,7 @@ def test_importance_equals_explicit_masks_of_each_image(mask_rcnn):
         assert expected[group_of == g].count_nonzero() > 0
 
 
+@pytest.mark.slow
 def test_pruned_units_equal_masks_at_zero_of_each_image():
     """Every third unit is pruned, of the pyramid and of what reads RoIs as well."""
     torch.manual_seed(0)
