@@ -20,9 +20,10 @@ from mmgfp.groups import Grouping
 from mmgfp.selection.costs import LayerProfile, Totals
 from mmgfp.selection.schedules import DecisionPoint
 from mmgfp.selection.targets import Target
+from mmgfp.surgery.aside import values_aside
 from mmgfp.surgery.compact import compact_
 from mmgfp.surgery.masking import check_not_masked
-from mmgfp.units import UnitState
+from mmgfp.units import UnitState, scoring_context
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.trial_runs import Forward, LossFunction, copy_module, undisturbed
 from mmgfp.utils.validation import check_not_compiled, refuse_copy
@@ -175,7 +176,7 @@ class ChannelPruner:
         """Let the criterion watch the model as it is now."""
         self.criterion.detach()
         rows = self.discovery.rows  # type: ignore[union-attr]
-        self._context = self.units.context(rows)
+        self._context = scoring_context(self.units, rows)
         self.criterion.attach(self._context)
         self._watch_next()
 
@@ -276,7 +277,7 @@ class ChannelPruner:
         """Return the state needed to resume, in plain types and tensors."""
         units, criterion = self.units, self.criterion.state_dict()
         progress = (self.iteration, units.kept, units.in_model)
-        state = (*progress, criterion, self.reached, units.columns_aside)
+        state = (*progress, criterion, self.reached, values_aside(units.asides))
         return RunState(self.discovery, *state).to_dict(self.config)  # type: ignore
 
     def load_state_dict(
@@ -298,8 +299,7 @@ class ChannelPruner:
         try:
             self.attach(saved.discovery, saved.kept)
             self.criterion.load_state_dict(saved.criterion)  # before the model changes
-            units = (saved.kept, saved.in_model)
-            self.units.restore(*units, optimizers, saved.aside)
+            self.units.restore(saved.kept, saved.in_model, optimizers, saved.aside)
             self._watch()
         except BaseException:
             self.close()

@@ -19,6 +19,7 @@ from mmgfp.selection.recovery import kept_after
 from mmgfp.selection.schedules import DecisionPoint, Quota
 from mmgfp.selection.scope import group_shares
 from mmgfp.selection.targets import Target, check_reachable
+from mmgfp.surgery.aside import ColumnsAside, load_values_aside
 from mmgfp.surgery.live import compact_training_, units_to_keep_in_model
 from mmgfp.surgery.masking import ColumnMask, check_not_masked
 from mmgfp.surgery.structure import PruneStructure, shapes_of
@@ -228,7 +229,7 @@ class UnitState:
             kept: Units that were kept there, (U,).
             in_model: Units that were in the model there, (U,).
             optimizers: Those that train the model.
-            aside: What `columns_aside` gave there.
+            aside: What `values_aside` gave there.
 
         Raises:
             ConfigError: If an optimizer's state cannot be cut; nothing has changed. Or
@@ -236,24 +237,12 @@ class UnitState:
         """
         self._cut(in_model, optimizers)  # first, as it changes nothing if it fails
         self.prune(np.flatnonzero(~kept))
-        for i, mask in enumerate(self.masks if aside else ()):
-            if mask.aside is not None:  # a copy that was not there is as the model
-                mask.aside.load_state_dict(aside[i if i < len(aside) else 0])
-
-    def context(self, rows: RowUse) -> ScoringContext:
-        """Return the model as it is now, as criteria see it.
-
-        Args:
-            rows: Which layers read images and which RoIs.
-        """
-        in_model = (self.remaining, np.flatnonzero(self.in_model), self.group_of)
-        aside = self.masks[0].aside
-        return ScoringContext(self.model, *in_model, rows, self.kept, aside)
+        load_values_aside(self.asides, aside)
 
     @property
-    def columns_aside(self) -> list[dict[str, Tensor]]:
-        """Columns kept aside by weight, of the model and of each copy."""
-        return [m.aside.state_dict() for m in self.masks if m.aside is not None]
+    def asides(self) -> list[ColumnsAside | None]:
+        """What is kept aside of the model and of each copy."""
+        return [mask.aside for mask in self.masks]
 
     def _cut(self, stay: np.ndarray, optimizers: Sequence[Optimizer]) -> bool:
         if np.array_equal(stay, self.in_model):
@@ -278,3 +267,15 @@ class UnitState:
         """Take the masks' hooks off the models; masked columns stay at zero."""
         for mask in self.masks:
             mask.remove()
+
+
+def scoring_context(units: UnitState, rows: RowUse) -> ScoringContext:
+    """Return the model of some units as it is now, as criteria see it.
+
+    Args:
+        units: The units.
+        rows: Which layers read images and which RoIs.
+    """
+    in_model = (units.remaining, np.flatnonzero(units.in_model), units.group_of)
+    aside = units.asides[0]
+    return ScoringContext(units.model, *in_model, rows, units.kept, aside)

@@ -23,6 +23,7 @@ from mmgfp.selection.greedy import Limits
 from mmgfp.selection.recovery import kept_after
 from mmgfp.selection.schedules import DecisionPoint
 from mmgfp.selection.targets import Target
+from mmgfp.surgery.aside import values_aside
 from mmgfp.utils.errors import ConfigError
 
 
@@ -256,7 +257,7 @@ def test_resumed_run_ends_like_the_whole_one(criterion):
     train(other, optimizer, range(5, 11))
     assert (other.units.kept == whole.units.kept).all()
     ends = [p.model.state_dict() for p in (whole, other)]
-    asides = [p.units.columns_aside[0] for p in (whole, other)]
+    asides = [values_aside(p.units.asides)[0] for p in (whole, other)]
     for one, two in (ends, asides):
         assert one.keys() == two.keys()
         for name in one:

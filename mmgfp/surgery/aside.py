@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -115,3 +115,30 @@ class ColumnsAside:
                 remedy = 'resume with the configuration that the run was started with'
                 raise ConfigError('checkpoint', expected, got, remedy)
             self.values[name] = value.detach().to(weight, copy=True)
+
+
+def values_aside(asides: Sequence[ColumnsAside | None]) -> list[dict[str, Tensor]]:
+    """Return what is kept aside, by weight, of a model and of each of its copies.
+
+    Args:
+        asides: That of the model and those of its copies; None if units are gone for
+            good.
+    """
+    return [aside.state_dict() for aside in asides if aside is not None]
+
+
+def load_values_aside(
+    asides: Sequence[ColumnsAside | None], values: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Keep aside what an interrupted run did.
+
+    Args:
+        asides: As for `values_aside`; a copy that was not there is as the model.
+        values: What `values_aside` gave.
+
+    Raises:
+        ConfigError: If they are of another model.
+    """
+    for i, aside in enumerate(asides if values else ()):
+        if aside is not None:
+            aside.load_state_dict(values[i if i < len(values) else 0])
