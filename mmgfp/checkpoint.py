@@ -19,6 +19,7 @@ from mmgfp.groups import (
     FrozenLayer,
     Grouping,
     Member,
+    ResidualBlock,
     Role,
 )
 from mmgfp.selection.costs import LayerProfile
@@ -146,6 +147,7 @@ def _count(value: Any) -> int:
 
 def _fixed_options(config: PruningConfig) -> dict[str, Any]:
     options = {name: getattr(config, name) for name in FIXED_OPTIONS}
+    options['blocks'] = config.blocks or None  # older states lack it
     if config.profile is not None:  # wherever the file lies, and whatever it is called
         options['latency_profile'] = f'the profile {config.profile.digest}'
     spec = config.criterion
@@ -172,6 +174,7 @@ def discovery_to_dict(discovery: Discovery) -> dict[str, Any]:
         ],
         'frozen': [asdict(layer) for layer in grouping.frozen],
         'inputs': {n: torch.from_numpy(x.copy()) for n, x in grouping.inputs.items()},
+        'blocks': [asdict(block) for block in grouping.blocks],
         'rows': {
             f.name: dict(value) if f.name == 'lost' else sorted(value)
             for f in fields(discovery.rows)
@@ -224,7 +227,12 @@ def _read_discovery(data: Mapping[str, Any], model: nn.Module) -> Discovery:
     _require(not unknown, f'no layers {sorted(unknown)[:3]}')
     profiles = {n: LayerProfile(**profile) for n, profile in data['profiles'].items()}
     _check_profiles(profiles, model)
-    return Discovery(Grouping(groups, frozen, inputs), rows, profiles)
+    blocks = tuple(ResidualBlock(**block) for block in data.get('blocks', ()))
+    for block in blocks:
+        last = model.get_submodule(block.last)
+        is_block = block.holds(block.last) and any(True for _ in last.parameters(False))
+        _require(is_block, f'no residual block {block}')
+    return Discovery(Grouping(groups, frozen, inputs, blocks), rows, profiles)
 
 
 def _require(is_valid: bool, problem: str) -> None:
@@ -244,8 +252,19 @@ def _check_units(units: np.ndarray, grouping: Grouping) -> None:
         expected, got = f'{expected} that leaves some of each group', str(units.dtype)
         is_valid = units.dtype == bool
     if is_valid:
-        counts = np.bincount(grouping.group_of[units], minlength=len(grouping.groups))
-        empty = [g.name for g, n in zip(grouping.groups, counts, strict=True) if not n]
+        counts = np.bincount(grouping.group_of[units], minlength=len(grouping.names))
+        gone = set(grouping.blocks_among(~units))
+        may_be_empty = {
+            g
+            for block in grouping.blocks
+            if block.name in gone
+            for g in grouping.groups_inside(block)
+        }
+        empty = [
+            group.name
+            for g, group in enumerate(grouping.groups)
+            if not counts[g] and g not in may_be_empty
+        ]
         is_valid, got = not empty, f'none of {", ".join(empty)}'
     if not is_valid:
         raise ConfigError('checkpoint', expected, got, REMEDY)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mmgfp.compensation.in_training import InTraining, read_compensation
-from mmgfp.criteria.base import CRITERIA, Criterion
+from mmgfp.criteria.base import CRITERIA, Criterion, check_scores_blocks
 from mmgfp.selection.costs import COSTS, Cost
 from mmgfp.selection.greedy import NO_NORMALIZATION
 from mmgfp.selection.latency import Latency
@@ -69,6 +69,8 @@ class PruningConfig:
             paper's masks are for good.
         coupled: Whether channels that several layers share may go; False leaves those
             that one layer makes and one other reads (the paper's ablation -I).
+        blocks: Whether whole residual blocks may go, too, where their importance per
+            cost is the lowest: they become `nn.Identity` (docs/decisions/blocks.md).
         strict: Raise where something cannot be pruned for lack of understanding,
             instead of leaving it alone and reporting it.
         max_nonfinite: Iterations in a row with gradients that are not finite, after
@@ -113,6 +115,7 @@ class PruningConfig:
     keep: Sequence[str] = ()
     recover: bool = False
     coupled: bool = True
+    blocks: bool = False
     strict: bool = False
     max_nonfinite: int = 100
     statistics_interval: int = 1
@@ -169,7 +172,7 @@ class PruningConfig:
         self._check_counts()
         is_share = isinstance(self.max_ratio, int | float) and 0 < self.max_ratio <= 1
         check('max_ratio', is_share, 'a number in (0, 1]', self.max_ratio)
-        for name in ('recover', 'coupled', 'strict'):
+        for name in ('recover', 'coupled', 'blocks', 'strict'):
             value = getattr(self, name)
             check(name, isinstance(value, bool), 'True or False', value)
         is_list = isinstance(self.keep, list | tuple)
@@ -182,6 +185,8 @@ class PruningConfig:
         object.__setattr__(self, 'ratios', read_ratios(self.scope, self.ratios))
         schedule, criterion = self.build_schedule(), self.build_criterion()
         schedule.check(self.interval, self.targets)
+        if self.blocks:
+            check_scores_blocks(criterion, self.criterion, self.scope)
         if schedule.needs_additive and not criterion.additive:
             raise ConfigError(
                 'units_per_step or schedule',
@@ -195,6 +200,7 @@ class PruningConfig:
                 'criterion': None if criterion.scores_pruned else self.criterion,
                 'compact_interval': self.compact_interval,
                 'compensate': self.compensation and self.compensate,
+                'blocks': self.blocks or None,
             }
             check_recovery(schedule, self.targets, refused)
 

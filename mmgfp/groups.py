@@ -109,14 +109,40 @@ class FrozenLayer:
 
 
 @dataclass(frozen=True)
+class ResidualBlock:
+    """A residual block: it returns its input where its branch puts out zero.
+
+    Attributes:
+        name: Name of its module.
+        last: The norm, or the layer, in it whose weight and bias at zero make it so.
+
+    Examples:
+        >>> block = ResidualBlock('layer1.1', 'layer1.1.bn2')
+        >>> block.holds('layer1.1.conv1.weight'), block.holds('layer1.10.bn2.weight')
+        (True, False)
+    """
+
+    name: str
+    last: str
+
+    def holds(self, name: str) -> bool:
+        """Return whether a tensor or a module of this name is inside of the block."""
+        return name.startswith(f'{self.name}.')
+
+
+@dataclass(frozen=True)
 class Grouping:
     """All groups of a model, and the layers that are left out.
+
+    Residual blocks that may go whole are units as well, each one by itself; their
+    numbers come after those of the channels' units.
 
     Attributes:
         groups: Groups in the order in which data meets them.
         frozen: Layers with output channels that no unit can remove.
         inputs: For each layer's weight, the unit that each of its input channels
             belongs to, shape (C_in,), or -1. Units are numbered through all groups.
+        blocks: Residual blocks that may go.
 
     Examples:
         >>> index = np.arange(8).reshape(4, 2)
@@ -130,40 +156,74 @@ class Grouping:
     groups: tuple[ChannelGroup, ...]
     frozen: tuple[FrozenLayer, ...]
     inputs: dict[str, np.ndarray]
+    blocks: tuple[ResidualBlock, ...] = ()
 
     def __repr__(self) -> str:
         parts = f'{len(self.groups)} groups, {self.units} units'
+        parts += f', {len(self.blocks)} blocks' if self.blocks else ''
         return f'Grouping({parts}, {len(self.frozen)} frozen layers)'
 
     @property
     def units(self) -> int:
-        """Number of units in all groups."""
-        return sum(g.units for g in self.groups)
+        """Number of units in all groups, and of blocks."""
+        return sum(g.units for g in self.groups) + len(self.blocks)
 
     @property
     def group_of(self) -> np.ndarray:
-        """Group number of each unit, shape (units,)."""
-        sizes = [g.units for g in self.groups]
+        """Group number of each unit, shape (units,); those of blocks come last."""
+        sizes = [*(g.units for g in self.groups), *(1 for _ in self.blocks)]
         return np.repeat(np.arange(len(sizes)), sizes)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the groups and, after them, of the blocks."""
+        return [*(g.name for g in self.groups), *(b.name for b in self.blocks)]
+
+    def blocks_among(self, units: np.ndarray) -> list[str]:
+        """Return the names of the blocks among units, given by numbers or a mask."""
+        chosen = np.zeros(self.units, dtype=bool)
+        chosen[units] = True
+        first = self.units - len(self.blocks)
+        return [b.name for b, c in zip(self.blocks, chosen[first:], strict=True) if c]
+
+    def groups_inside(self, block: ResidualBlock) -> list[int]:
+        """Return the numbers of the groups that have no member outside of a block."""
+        return [
+            number
+            for number, group in enumerate(self.groups)
+            if all(block.holds(member.name) for member in group.members)
+        ]
 
     def remaining(self, kept: np.ndarray) -> Grouping:
         """Return the groups of a model that keeps only the units ``kept``, (U,).
 
-        Units are numbered anew; groups stay in order and keep some units each.
+        Units are numbered anew; groups stay in order and keep some units each, but for
+        those inside of blocks that are gone, which are gone as well.
         """
         removed = removed_entries(self.groups, kept)
-        parts = np.split(kept, np.cumsum([g.units for g in self.groups])[:-1])
-        groups = [
-            ChannelGroup(
-                group.name, tuple(_remaining(m, removed, part) for m in group.members)
-            )
-            for group, part in zip(self.groups, parts, strict=True)
-        ]
+        left = set(self.blocks_among(kept))
+        gone = [block for block in self.blocks if block.name not in left]
+        ends = np.cumsum([g.units for g in self.groups])
+        groups = []
+        for group, part in zip(self.groups, np.split(kept, ends)[:-1], strict=True):
+            members = [m for m in group.members if not _is_inside(m.name, gone)]
+            if members:
+                rest = tuple(_remaining(m, removed, part) for m in members)
+                groups.append(ChannelGroup(group.name, rest))
         # The last entry is for -1: an input channel of no unit stays one.
         number = np.append(np.cumsum(kept) - 1, -1)
         stays = np.append(kept, True)
-        inputs = {n: number[index[stays[index]]] for n, index in self.inputs.items()}
-        return Grouping(tuple(groups), self.frozen, inputs)
+        inputs = {
+            name: number[index[stays[index]]]
+            for name, index in self.inputs.items()
+            if not _is_inside(name, gone)
+        }
+        blocks = tuple(block for block in self.blocks if block.name in left)
+        return Grouping(tuple(groups), self.frozen, inputs, blocks)
+
+
+def _is_inside(name: str, blocks: Sequence[ResidualBlock]) -> bool:
+    return any(block.holds(name) for block in blocks)
 
 
 def removed_entries(

@@ -160,9 +160,9 @@ class ChannelPruner:
     ) -> Discovery:
         """Return the discovery that `prepare` makes, for processes that share it."""
         check_not_masked(self.model)
-        options = (self.config.keep, self.config.coupled, self.config.strict)
-        batch = (loss, forward, images, profiles)
-        return discover(self.model, *batch, *options, self.criterion.unscorable)
+        batch, asked = (loss, forward, images, profiles), self.config
+        how = (asked.keep, asked.coupled, asked.strict, self.criterion.unscorable)
+        return discover(self.model, *batch, *how, asked.blocks)
 
     def attach(self, discovery: Discovery, kept: np.ndarray | None = None) -> None:
         """Start to watch, with a discovery (and kept units) of another run."""

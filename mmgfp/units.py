@@ -20,6 +20,7 @@ from mmgfp.selection.schedules import DecisionPoint, Quota
 from mmgfp.selection.scope import group_shares
 from mmgfp.selection.targets import Target, check_reachable
 from mmgfp.surgery.aside import ColumnsAside, load_values_aside
+from mmgfp.surgery.blocks import block_mask
 from mmgfp.surgery.live import compact_training_, units_to_keep_in_model
 from mmgfp.surgery.masking import ColumnMask, check_not_masked
 from mmgfp.surgery.structure import PruneStructure, shapes_of
@@ -40,6 +41,9 @@ class UnitState:
 
     Raises:
         ConfigError: If the model is being pruned already, or a profile is not of it.
+
+    Residual blocks that may go are among the units, as groups of one unit each; they
+    come after all others.
 
     Attributes:
         group_of: Group of each unit, (U,).
@@ -66,18 +70,15 @@ class UnitState:
         self.model = model
         self.grouping = self.remaining = grouping
         self.group_of = grouping.group_of
-        self.sizes = np.array([group.units for group in grouping.groups])
-        self.widths = np.array(
-            [
-                next(m.width for m in group.members if m.is_output)
-                for group in grouping.groups
-            ]
-        )
+        self.sizes = np.bincount(self.group_of)
+        self.widths = _widths(grouping)
         parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
         for cost in (costs or {}).values():
             cost.check_fits(parameters, profiles)
-        self.costs = CostTable(parameters, profiles, grouping.groups, costs)
-        self.full = self.costs.totals(np.zeros(len(grouping.groups)))
+        self.costs = CostTable(
+            parameters, profiles, grouping.groups, costs, grouping.blocks
+        )
+        self.full = self.costs.totals(np.zeros(self.costs.groups))
         self.kept = np.ones(grouping.units, dtype=bool)
         self.in_model = self.kept.copy()
         self._shapes = shapes_of(model)
@@ -89,8 +90,7 @@ class UnitState:
     @property
     def removed(self) -> np.ndarray:
         """Units pruned from each group, (G,)."""
-        groups = len(self.grouping.groups)
-        return np.bincount(self.group_of[~self.kept], minlength=groups)
+        return np.bincount(self.group_of[~self.kept], minlength=len(self.sizes))
 
     @property
     def totals(self) -> Totals:
@@ -132,23 +132,30 @@ class UnitState:
         divisor: Any = config.divisor
         if config.profile is not None:
             divisor = choose_divisor(divisor, self.costs, self.sizes, self.widths)
-        names = [group.name for group in self.grouping.groups]
-        shares = group_shares(config.scope, config.ratios, names)
+        groups, blocks = self.grouping.groups, self.grouping.blocks
+        shares = group_shares(config.scope, config.ratios, [g.name for g in groups])
         options = (config.min_channels, config.max_ratio, divisor, shares)
-        return Limits.of(self.sizes, self.widths, *options)
+        sizes, widths = self.sizes[: len(groups)], self.widths[: len(groups)]
+        inside = [self.grouping.groups_inside(block) for block in blocks]
+        return Limits.of(sizes, widths, *options).with_blocks(inside)
 
     def structure(self) -> PruneStructure:
         """Return the kept entries of every tensor dimension of the unpruned model."""
-        return PruneStructure.of(self.grouping.groups, self.kept, self._shapes)
+        return self._structure(self.kept)
 
     def in_model_structure(self) -> PruneStructure:
         """Return the entries of the unpruned model that were not cut out yet."""
-        return PruneStructure.of(self.grouping.groups, self.in_model, self._shapes)
+        return self._structure(self.in_model)
+
+    def _structure(self, kept: np.ndarray) -> PruneStructure:
+        gone = self.grouping.blocks_among(~kept)
+        return PruneStructure.of(self.grouping.groups, kept, self._shapes, gone)
 
     def remaining_structure(self, stay: np.ndarray) -> PruneStructure:
         """Return the entries that units, (U,), take of the model as it is now."""
-        groups, shapes = self.remaining.groups, shapes_of(self.model)
-        return PruneStructure.of(groups, stay[self.in_model], shapes)
+        groups, kept = self.remaining.groups, stay[self.in_model]
+        gone = self.remaining.blocks_among(~kept)
+        return PruneStructure.of(groups, kept, shapes_of(self.model), gone)
 
     def track_copy(self, copied: nn.Module) -> None:
         """Mask and cut a copy along with the model.
@@ -259,7 +266,9 @@ class UnitState:
         self.masks = [self._mask(model) for model in (self.model, *self._copies)]
 
     def _mask(self, model: nn.Module) -> ColumnMask:
-        mask = ColumnMask(model, self.remaining.groups, self._recover)
+        blocks = [block_mask(model, block) for block in self.remaining.blocks]
+        groups = [*self.remaining.groups, *blocks]
+        mask = ColumnMask(model, groups, self._recover)
         mask.update(self.kept[self.in_model])
         return mask
 
@@ -267,6 +276,14 @@ class UnitState:
         """Take the masks' hooks off the models; masked columns stay at zero."""
         for mask in self.masks:
             mask.remove()
+
+
+def _widths(grouping: Grouping) -> np.ndarray:
+    """Return the channels of one unit of each group, (G,); 1 for blocks."""
+    outputs = [
+        next(m.width for m in group.members if m.is_output) for group in grouping.groups
+    ]
+    return np.array([*outputs, *(1 for _ in grouping.blocks)])
 
 
 def scoring_context(units: UnitState, rows: RowUse) -> ScoringContext:

@@ -23,6 +23,7 @@ from mmgfp.apps.cli import (
     whole_number,
     write_json,
 )
+from mmgfp.apps.dead_branches import without_dead_branches
 from mmgfp.apps.exporting import (
     add_export_arguments,
     check_export,
@@ -58,6 +59,12 @@ def parse_args() -> argparse.Namespace:
         type=whole_number(0),
         default=10,
         help='timed passes, in which the models take turns; 0 measures no latency',
+    )
+    parser.add_argument(
+        '--dead-branches',
+        choices=('remove', 'keep'),
+        default='remove',
+        help='what becomes of modules that run although nothing reads their output',
     )
     add_export_arguments(parser)
     parser.add_argument('--cfg-options', nargs='+', action=Overrides)
@@ -127,6 +134,12 @@ def main() -> None:
     check_export(args)
     with reading_config(cfg):
         item = read_deployable(cfg, args.checkpoint)
+    if args.dead_branches == 'remove':
+        item, dead = without_dead_branches(cfg, item)
+        if dead.names:
+            print(f'nothing reads {", ".join(dead.names)}: gone')
+        for name, reason in dead.reasons.items():
+            print(f'{name} gets no gradient, but stays: {reason}')
     shape, source = deployed_shape(args.input_shape, item, cfg)
     print(f'costs are counted for an image of {tuple(shape)}, {source}')
     # Before anything is written, so that a model that does not run leaves no folder.
@@ -137,6 +150,9 @@ def main() -> None:
         exported = export(cfg, item, shape, args.out, name, args)
     paths = deploy(cfg, item, args.out, name)
     summary = {'input_shape': list(shape), **rows, **reports(exported)}
+    if gone := item.structure.identities:
+        summary['gone'] = list(gone)
+        print(f'gone whole: {", ".join(gone)}')
     sparsity = item.meta.get('sparsity')
     if isinstance(sparsity, dict) and isinstance(sparsity.get('density'), float):
         summary['sparsity'] = sparsity

@@ -83,6 +83,7 @@ def report(
     costs: dict[str, Any] = {n: int(value) for n, value in full.values.items()}
     if latency is not None:
         costs |= {'latency': full['latency'], 'latency_profile': latency.runtime}
+    blocks = [block.name for block in units.grouping.blocks]
     return {
         **costs,
         'groups': [
@@ -96,5 +97,6 @@ def report(
         'frozen': [
             {'layer': f.layer, 'reason': f.reason} for f in units.grouping.frozen
         ],
+        **({'blocks': blocks} if blocks else {}),
         'coverage': coverage(units.model, units.grouping, profiles),
     }

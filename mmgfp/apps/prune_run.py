@@ -114,8 +114,7 @@ def prune(
     seconds = clock.seconds
     after = validation(pruned.model) if validation else None
     models = {'original': (model, before), 'pruned': (pruned.model, after)}
-    rows = _rows(data.calls, shape, models)
-    metric = before and before[0]
+    rows, metric = _rows(data.calls, shape, models), before and before[0]
     return Outcome(original, pruned, options, shape, rows, metric, seconds)
 
 

@@ -63,7 +63,8 @@ def compensate(
     """
     config = config or CompensationConfig()
     _check(grouping, kept, calls)
-    structure = PruneStructure.of(grouping.groups, kept, shapes_of(model))
+    gone = grouping.blocks_among(~kept)
+    structure = PruneStructure.of(grouping.groups, kept, shapes_of(model), gone)
     small = compact(model, structure)
     with (
         evaluating(model),

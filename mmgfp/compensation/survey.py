@@ -133,11 +133,11 @@ def survey(
     above = {name: graph.above(entry) for name, entry in seen.items()}
     lost = _read_less(grouping, kept)
     changed = lost | {name for name, weights in above.items() if weights & lost}
-    levels = _levels(changed, above)
+    levels = _levels({n for n in changed if not structure.is_gone(n)}, above)
     small_modules = dict(small.named_modules())
     in_order = [w for w in owners if w not in seen] + [*seen]
     layers = []
-    for weight in [w for w in in_order if w in owners and w in changed]:
+    for weight in [w for w in in_order if w in owners and w in levels]:
         module, entry = layer_modules[weight], seen.get(weight, ModuleCalls())
         layer = Layer(
             weight,
@@ -155,11 +155,23 @@ def survey(
         layer.reason = _reason(layer, len(owners[weight]), entry, graph, above)
         layers.append(layer)
     others = dict.fromkeys(lost - owners.keys(), NOT_CALLED)
-    reached = [
+    reached = _norms_of(norms, small_modules, structure, levels, seen)
+    return Survey(layers, reached, others)
+
+
+def _norms_of(
+    norms: Mapping[str, nn.Module],
+    small: Mapping[str, nn.Module],
+    structure: PruneStructure,
+    levels: Mapping[str, int],
+    seen: Mapping[str, ModuleCalls],
+) -> list[Norm]:
+    """Return the norms that have a level, as what they read changes."""
+    return [
         Norm(
             name,
             module,
-            small_modules[name],
+            small[name],
             _kept_entries(f'{name}.running_mean', 0, structure),
             levels[name] - 1,
             len(seen[name].nodes),
@@ -167,7 +179,6 @@ def survey(
         for name, module in norms.items()
         if name in levels
     ]
-    return Survey(layers, reached, others)
 
 
 def _candidates(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmgfp.groups import Grouping
 from mmgfp.surgery.aside import ColumnsAside
 from mmgfp.tracing import RowUse
+from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.registry import Registry
 
 #: Sums a flat tensor over all processes, in place, and says how many there are.
@@ -23,7 +24,8 @@ Reduce = Callable[[Tensor], int]
 class ScoringContext:
     """The model that a criterion watches, as it is now.
 
-    Units keep their first numbers when others are cut out of the model.
+    Units keep their first numbers when others are cut out of the model. Residual blocks
+    that may go are units as well; their numbers are the last ones.
 
     Attributes:
         model: The module.
@@ -81,6 +83,8 @@ class Criterion(ABC):
             ``units_per_step='auto'`` is meaningful.
         scores_pruned: Whether pruned units that may come back are scored like kept
             ones, NaN where that is not possible; `recover` is refused otherwise.
+        scores_blocks: Whether residual blocks, which come after the units of all
+            groups, are scored on the same scale (``blocks=True``).
 
     Examples:
         Every unit is worth as much as the others of its group, by its position:
@@ -94,6 +98,7 @@ class Criterion(ABC):
 
     additive: bool = False
     scores_pruned: bool = False
+    scores_blocks: bool = False
 
     def unscorable(
         self, model: nn.Module, weights: Sequence[str], rows: RowUse
@@ -163,3 +168,30 @@ class Criterion(ABC):
 
 #: Criteria by name; those of this package are registered by their modules.
 CRITERIA: Registry[Criterion] = Registry('criterion', 'mmgfp.criteria')
+
+
+def check_scores_blocks(criterion: Criterion, given: object, scope: str) -> None:
+    """Refuse options of a run that leave residual blocks without a score to go by.
+
+    Args:
+        criterion: The criterion of the run.
+        given: How it was asked for.
+        scope: ``'global'`` or ``'local'``.
+
+    Raises:
+        ConfigError: If there are any.
+    """
+    if not criterion.scores_blocks:
+        raise ConfigError(
+            'criterion',
+            'one that scores residual blocks where blocks is True',
+            repr(given),
+            "use 'fisher' or 'taylor' of gates, or drop blocks",
+        )
+    if scope == 'local':
+        raise ConfigError(
+            'scope',
+            "'global' where blocks is True, as they compete with units of all groups",
+            repr(scope),
+            'drop one of them',
+        )

@@ -45,7 +45,8 @@ class ScoreChecks:
         """
         _check_values(scores, kept.shape)
         self._check_gradients(scores)
-        groups, group_of = len(grouping.groups), grouping.group_of
+        names, group_of = grouping.names, grouping.group_of
+        groups = len(names)
         known = kept & ~np.isnan(scores.values)
         has_kept = np.bincount(group_of[kept], minlength=groups) > 0
         has_known = np.bincount(group_of[known], minlength=groups) > 0
@@ -64,7 +65,7 @@ class ScoreChecks:
         if scores.why_unknown:
             why = f'{scores.why_unknown} and is left alone'
         for g in unseen:
-            self._warn_once(f'group {grouping.groups[g].name} {why}')
+            self._warn_once(f'group {names[g]} {why}')
 
     def _check_gradients(self, scores: Scores) -> None:
         if scores.nonfinite_in_row >= self._max_nonfinite:

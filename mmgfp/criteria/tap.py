@@ -8,6 +8,7 @@ add up to: the gradients of a mask are those of the weights that it scales. What
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -117,6 +118,26 @@ class _Tap(torch.autograd.Function):
         return grad, None
 
 
+class _OutputTap(_Tap):
+    """The same for what a layer puts out, which code may change in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: _Call) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.call = call
+        return x.clone()
+
+
+def _rows(use: RowUse, name: str, layer: nn.Module, x: Tensor) -> Rows | Lost:
+    """Return the images of the rows that a layer reads, or puts out."""
+    if name in use.images:
+        return Rows(len(x))
+    rows = rows_read(layer, x)
+    if name in use.rois and isinstance(rows, Rows) and not rows.pooled:
+        return Lost('the features of its RoIs need no gradient')
+    return rows
+
+
 class TapHook:
     """A hook of one module; a copy of it, as in a copied or saved model, does nothing.
 
@@ -158,6 +179,8 @@ class MaskGradientTap:
         model: The module that the layers are of.
         summary: What to take off the inputs in place of the mask gradients.
         masked: Gives the inputs that pruned units are read by gradients, too.
+        outputs: Modules whose outputs are tapped as a whole, by a name that no layer
+            has; their mask gradients are (N, 1).
 
     Attributes:
         active: Whether calls are tapped; otherwise they cost nothing.
@@ -171,11 +194,11 @@ class MaskGradientTap:
         model: nn.Module | None = None,
         summary: Summary | None = None,
         masked: MaskedInputs | None = None,
+        outputs: Mapping[str, str] | None = None,
     ) -> None:
         self.layers = dict(layers)
-        self.use = use
-        self.summary = summary
-        self.masked = masked
+        self.outputs = dict(outputs or {})
+        self.use, self.summary, self.masked = use, summary, masked
         self.active = True
         self._model = model
         #: Equal for layers that read one tensor in the same way.
@@ -211,6 +234,9 @@ class MaskGradientTap:
             self._hook(module, read if inside else tap, before=not inside)
             if self.masked is not None and not inside:
                 self._hook(module, self._mask_hook(name, module), before=False)
+        for name, last in self.outputs.items():
+            tap_output = partial(self._tap_output, name, modules[last])
+            self._hook(modules[last], tap_output, before=False)
         for name in self.use.first & modules.keys():
 
             def mark(args: Any, kwargs: Any, output: Any, name: str = name) -> None:
@@ -266,17 +292,36 @@ class MaskGradientTap:
             *other, tapped = getattr(x, TAPPED)
             if (*other,) == reading and tapped() is not None:
                 return with_input(tapped(), args, kwargs)
-        rows = self._rows(name, x)
-        if isinstance(rows, Lost) and not isinstance(rows, Aside):
-            self.lost[name] = f'{UNTOLD}: {rows.reason}'
+        tapped = self._apply(_Tap, name, _rows(self.use, name, self.layers[name], x), x)
+        if tapped is None:
             return None
-        call = _Call(self, name, rows, self._passes.call(), _in_backward())
-        tapped = _Tap.apply(x, call)
-        mark_rows(tapped, rows)
         setattr(tapped, UNTAPPED, x)
         if shareable:
             setattr(x, TAPPED, (*reading, TensorWeakRef(tapped)))
         return with_input(tapped, args, kwargs)
+
+    def _apply(self, tap: Any, name: str, rows: Rows | Lost, x: Tensor) -> Any:
+        """Return a tensor with a tap on it, None where its rows are of no images."""
+        if isinstance(rows, Lost) and not isinstance(rows, Aside):
+            self.lost[name] = f'{UNTOLD}: {rows.reason}'
+            return None
+        call = _Call(self, name, rows, self._passes.call(), _in_backward())
+        tapped = tap.apply(x, call)
+        mark_rows(tapped, rows)
+        return tapped
+
+    def _tap_output(
+        self, name: str, layer: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> Any:
+        """Tap what the last norm or layer of a residual block puts out."""
+        taps = self.active and torch.is_grad_enabled() and len(output)
+        if not taps or torch._C._are_functorch_transforms_active():
+            return None
+        if not output.requires_grad:
+            self.lost[name] = FROZEN
+            return None
+        rows = _rows(self.use, self.outputs[name], layer, output)
+        return self._apply(_OutputTap, name, rows, output)
 
     def _tap_inside(self, name: str, output: Any) -> None:
         """Tap the node by which the weight of a layer reads."""
@@ -309,14 +354,6 @@ class MaskGradientTap:
         is_linear = isinstance(self.layers[name], nn.Linear) or name in self.use.last
         return -1 if is_linear else 1
 
-    def _rows(self, name: str, x: Tensor) -> Rows | Lost:
-        if name in self.use.images:
-            return Rows(len(x))
-        rows = rows_read(self.layers[name], x)
-        if name in self.use.rois and isinstance(rows, Rows) and not rows.pooled:
-            return Lost('the features of its RoIs need no gradient')
-        return rows
-
     def add(self, call: _Call, x: Tensor, grad: Tensor) -> None:
         """Add one call's mask gradients to the layer's sum."""
         if torch.is_grad_enabled():  # under `create_graph=True`
@@ -332,8 +369,11 @@ class MaskGradientTap:
             rows = rows.rows
         self._passes.close(call.batch)
         sums = self._sums.setdefault(call.batch, {})
-        dim = self._channel_dim(layer)
-        if self.summary is None:
+        is_output = layer in self.outputs
+        dim = 1 if is_output else self._channel_dim(layer)
+        if is_output:  # one mask is on all channels
+            gradient = mask_gradient(x, grad, dim, rows).sum(1, keepdim=True)
+        elif self.summary is None:
             gradient = mask_gradient(x, grad, dim, rows)  # (N, C)
         else:
             gradient = self.summary(x, dim)  # (R, C)
@@ -360,20 +400,7 @@ class MaskGradientTap:
     @property
     def gradients(self) -> dict[str, Tensor]:
         """The (N, C) sums by layer since the last `take`; images of all passes."""
-        sums = [s for s in self._sums.values() if s]
-        if len(sums) == 1:
-            return dict(sums[0])
-        counts = [len(next(iter(s.values()))) for s in sums]
-        joined: dict[str, Tensor] = {}
-        for layer in dict.fromkeys(layer for s in sums for layer in s):
-            example = next(s[layer] for s in sums if layer in s)
-            joined[layer] = torch.cat(
-                [
-                    s.get(layer, example.new_zeros(1).expand(n, *example.shape[1:]))
-                    for s, n in zip(sums, counts, strict=True)
-                ]
-            )
-        return joined
+        return _joined([sums for sums in self._sums.values() if sums])
 
     def take(self) -> dict[str, Tensor]:
         """Return the (N, C) sums by layer since the last call, and start anew."""
@@ -397,3 +424,20 @@ def is_reached(parameter: nn.Parameter) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # `torch.autograd.grad` asks for this very parameter
         return False
+
+
+def _joined(sums: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return sums by layer, (N, C), for the images of several forward passes."""
+    if len(sums) == 1:
+        return dict(sums[0])
+    counts = [len(next(iter(s.values()))) for s in sums]
+    joined: dict[str, Tensor] = {}
+    for layer in dict.fromkeys(layer for s in sums for layer in s):
+        example = next(s[layer] for s in sums if layer in s)
+        none = example.new_zeros(1)
+        parts = [
+            s.get(layer, none.expand(n, *example.shape[1:]))
+            for s, n in zip(sums, counts, strict=True)
+        ]
+        joined[layer] = torch.cat(parts)
+    return joined

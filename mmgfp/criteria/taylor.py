@@ -30,12 +30,14 @@ class Taylor(WatchingCriterion):
     Attributes:
         additive: Only for gates, whose gradients add up like those of copies.
         scores_pruned: Only for gates, as the weights of pruned units get no gradient.
+        scores_blocks: Only for gates, as a block has one.
     """
 
     def __init__(self, of: str = 'gates') -> None:
         check('of', of in ('gates', 'weights'), 'gates or weights', of)
         self.of = of
-        self.additive = self.scores_pruned = of == 'gates'
+        is_of_gates = of == 'gates'
+        self.additive = self.scores_pruned = self.scores_blocks = is_of_gates
         super().__init__(UnitTaps() if of == 'gates' else WeightProducts())
 
     def unscorable(

@@ -18,12 +18,15 @@ from mmgfp.utils.modules import weight_owners
 class UnitTaps:
     """Taps all layers that read units, and adds up what they show of each unit.
 
+    Of residual blocks, what their last norm or layer puts out is tapped.
+
     Args:
         summary: Taken off the layers' inputs in place of the mask gradients.
 
     Attributes:
         tap: The tap on the layers; None before `attach`.
-        units: The unit of each input channel by tapped layer, (C,), -1 for none.
+        units: The unit of each input channel by tapped layer, (C,), -1 for none; of a
+            block, by its name, its own number, (1,).
     """
 
     def __init__(self, summary: Summary | None = None) -> None:
@@ -47,6 +50,8 @@ class UnitTaps:
     def _prepare(self, context: ScoringContext, device: torch.device) -> None:
         self._context, self._count = context, len(context.group_of)
         numbers = np.append(context.numbers, -1)  # the last one is for no unit
+        blocks = context.grouping.blocks
+        own = context.numbers[len(context.numbers) - len(blocks) :]
         owners = weight_owners(context.model)
         units = {
             layer: torch.from_numpy(numbers[index])
@@ -68,7 +73,11 @@ class UnitTaps:
             context.model,
             self._summary,
             masked,
+            {block.name: block.last for block in blocks},
         )
+        for block, number in zip(blocks, own, strict=True):
+            self.units[block.name] = torch.tensor([number], device=device)
+            self._groups_read[block.name] = context.group_of[[number]]
 
     def _masked_inputs(
         self,

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from mmgfp.discovery.blocks import with_blocks
 from mmgfp.discovery.grouping import build_groups
 from mmgfp.discovery.profile import profile_layers
 from mmgfp.discovery.verified import verified_groups
@@ -178,6 +179,7 @@ def discover(
     coupled: bool = True,
     strict: bool = False,
     unscorable: Unscorable = lambda model, weights, rows: {},
+    blocks: bool = False,
 ) -> Discovery:
     """Find the coupled channels of a model and verify them.
 
@@ -191,6 +193,7 @@ def discover(
         coupled: Whether channels that several layers share may go.
         strict: Raise at an op without a rule, or where verification fails.
         unscorable: Says which layers' inputs the criterion cannot score.
+        blocks: Whether to find residual blocks that may go as well.
 
     Raises:
         TraceError: If nothing can be pruned, or ``strict`` asks for an error.
@@ -202,17 +205,23 @@ def discover(
         logger.warning('op %s has no rule; it freezes %s', op, ', '.join(layers))
     unscored = unscorable(model, traced.weights, traced.rows)
     build = partial(build_groups, model, keep=keep, unscorable=unscored)
-    shared = [] if coupled else build(traced.trace).groups
+    shared = () if coupled else build(traced.trace).groups
     frozen = [(g, SHARED) for g in shared if not g.internal]
     verify = partial(find_disagreements, model, forward=forward, loss=loss)
     retrace = partial(trace_again, model, loss)
     grouping = verified_groups(verify, build, traced.trace, retrace, frozen, strict)
+    _check_any(grouping)
+    if blocks:
+        begin_step('trying residual blocks')
+        grouping = with_blocks(model, grouping, traced.rows, loss, forward, keep)
+    profiles = profile_layers(model, forward, images) if profiles is None else profiles
+    return Discovery(grouping, traced.rows, own_profiles(model, profiles))
+
+
+def _check_any(grouping: Grouping) -> None:
     if not grouping.groups:
         reasons = dict.fromkeys(f.reason for f in grouping.frozen)
         raise TraceError(
             'model must have at least one group of channels that can be pruned '
             f'(got none); every layer is left alone because: {"; ".join(reasons)}'
         )
-    if profiles is None:
-        profiles = profile_layers(model, forward, images)
-    return Discovery(grouping, traced.rows, own_profiles(model, profiles))

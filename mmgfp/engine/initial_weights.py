@@ -49,6 +49,7 @@ class WidthGuard:
     """
 
     def __init__(self, structure: PruneStructure) -> None:
+        self.structure = structure
         self.shapes = {name: structure.shape(name) for name in structure.kept}
 
     def __call__(
@@ -57,13 +58,19 @@ class WidthGuard:
         """Check the weights that are about to be loaded.
 
         Raises:
-            StructureError: If a tensor has another shape than the structure says.
+            StructureError: If a tensor has another shape than the structure says, or is
+                in a module that is gone.
         """
+        remedy = 'give the checkpoint that was saved with this structure'
+        for name in state_dict if self.structure.identities else ():
+            if self.structure.is_gone(name.removeprefix(prefix)):
+                expected = 'without a module that model.structure says is gone'
+                raise StructureError('checkpoint', expected, name, remedy)
         check_shapes(
             {n: state_dict.get(prefix + n) for n in self.shapes},
             self.shapes,
             'as model.structure says',
-            'give the checkpoint that was saved with this structure',
+            remedy,
         )
 
 
@@ -99,6 +106,9 @@ class Rewinding:
         shapes = own | {n: s for n, s in self.structure.sizes.items() if n in own}
         weights = {name: state_dict[prefix + name] for name in own}
         check_shapes(weights, shapes, f'in {self.source}', remedy)
+        for name in [n for n in state_dict if n.startswith(prefix)]:
+            if self.structure.is_gone(name.removeprefix(prefix)):
+                del state_dict[name]
         for name, kept in self.structure.kept.items():
             for dim, index in kept.items() if name in own else ():
                 weight = state_dict[prefix + name]

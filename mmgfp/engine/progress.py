@@ -48,6 +48,9 @@ class Progress:
             f'pruning {grouping.units} units in {len(grouping.groups)} groups; costs '
             f'are for one image of {shape}: {costs_text(self.pruner)}'
         )
+        if grouping.blocks:
+            names = ', '.join(grouping.names[len(grouping.groups) :])
+            self.runner.logger.info(f'residual blocks that may go, too: {names}')
         for layer in grouping.frozen:
             self.runner.logger.info(f'{layer.layer} keeps channels: {layer.reason}')
         self._log_alignment()
@@ -80,10 +83,13 @@ class Progress:
         # The schedule may wait, as a linear one does ahead of its line.
         waits = not len(step.units) and not step.exhausted
         why = ' (ahead of schedule)' if waits else ''
+        blocks = self.pruner.units.grouping.blocks_among(step.units)
+        count = len(step.units) - len(blocks)
+        whole = f' and {", ".join(blocks)} whole' if blocks else ''
         back = 0 if step.back is None else len(step.back)
         back_text = f' ({back} came back)' if back else ''
         self.runner.logger.info(
-            f'pruned {len(step.units)} units{why}{back_text}, '
+            f'pruned {count} units{whole}{why}{back_text}, '
             f'{self.pruner.units.kept.sum()} remain: '
             f'{costs_text(self.pruner)}, eta to the target {self._eta()}'
         )

@@ -73,6 +73,7 @@ class Snapshot:
         criterion: What importance is measured by; empty if it is not known.
         groups: All groups; None if the file does not name them.
         frozen: Layers that keep channels; None if the file does not name them.
+        gone: Modules that are gone whole.
     """
 
     path: Path
@@ -84,6 +85,7 @@ class Snapshot:
     criterion: str
     groups: tuple[GroupFacts, ...] | None
     frozen: tuple[FrozenLayer, ...] | None
+    gone: tuple[str, ...] = ()
 
 
 def read_snapshot(path: Path, label: str) -> Snapshot | None:
@@ -120,6 +122,7 @@ def read_snapshot(path: Path, label: str) -> Snapshot | None:
             str(meta.get('criterion', '')),
             None if groups is None else tuple(map(_group, groups)),
             None if frozen is None else tuple(FrozenLayer(**layer) for layer in frozen),
+            structure.identities,
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise StructureError(

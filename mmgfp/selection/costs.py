@@ -17,7 +17,7 @@ import numpy as np
 from mmgfp.utils.registry import Registry
 
 if TYPE_CHECKING:  # groups are made from tensors; here they are numbers only
-    from mmgfp.groups import ChannelGroup
+    from mmgfp.groups import ChannelGroup, ResidualBlock
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,14 @@ class Totals:
 class CostTable:
     """Costs for any number of units removed from each group.
 
+    Residual blocks that may go count as groups of one unit, after all others.
+
     Args:
         shapes: Shapes of all parameters by name.
         profiles: How often layers use their weights, by the name of the weight.
-        groups: The groups G.
+        groups: The groups; with the blocks, G.
         costs: Costs that need a profile, by their names in `COSTS`.
+        blocks: Residual blocks, which take all of their parameters along.
 
     Examples:
         >>> table = CostTable({'fc': (3, 5)}, {'fc': LayerProfile(1, 1)}, ())
@@ -211,6 +214,7 @@ class CostTable:
         profiles: Mapping[str, LayerProfile],
         groups: Sequence[ChannelGroup],
         costs: Mapping[str, Cost] | None = None,
+        blocks: Sequence[ResidualBlock] = (),
     ) -> None:
         plain = [name for name in COSTS.names() if not COSTS[name].from_profile]
         self.counters = {name: COSTS[name]() for name in plain} | dict(costs or {})  # K
@@ -236,7 +240,11 @@ class CostTable:
                 if member.name in row:
                     pair = removal.setdefault((g, row[member.name]), np.zeros(rank))
                     pair[member.dim] += member.width
-        self.groups = len(groups)
+        self.groups = len(groups) + len(blocks)
+        self.tensors_of = {  # those that go with a block, by its number
+            len(groups) + b: np.flatnonzero([block.holds(name) for name in shapes])
+            for b, block in enumerate(blocks)
+        }
         self.group_of = np.array([g for g, _ in removal], dtype=int)  # (P,)
         self.tensor_of = np.array([t for _, t in removal], dtype=int)  # (P,)
         self.removal = np.array([*removal.values()]).reshape(-1, rank)  # (P, D)
@@ -250,7 +258,9 @@ class CostTable:
 
     def totals(self, removed: np.ndarray) -> Totals:
         """Return the costs without ``removed`` units of each group, (G,)."""
-        return self.sum(self.count(self.sizes_without(removed), slice(None)))
+        counts = self.count(self.sizes_without(removed), slice(None))
+        counts[:, ~self.tensors_without(removed)] = 0
+        return self.sum(counts)
 
     def sum(self, counts: np.ndarray) -> Totals:
         """Return the totals of what `count` gave for all tensors."""
@@ -262,6 +272,13 @@ class CostTable:
         gone = np.asarray(removed)[self.group_of, None] * self.removal
         np.subtract.at(sizes, self.tensor_of, gone)
         return sizes
+
+    def tensors_without(self, removed: np.ndarray) -> np.ndarray:
+        """Return which tensors are in no block among the ``removed`` units, (T,)."""
+        left = np.ones(len(self.sizes), dtype=bool)
+        for group, tensors in self.tensors_of.items():
+            left[tensors] &= not removed[group]
+        return left
 
     def count(self, sizes: np.ndarray, rows: np.ndarray | slice) -> np.ndarray:
         """Return all costs of the tensors ``rows`` at ``sizes`` (R, D), (K, R)."""
@@ -306,6 +323,9 @@ class RunningCosts:
         self._levels = self._counts  # what savings are taken from, (K, T)
         if table.has_steps:
             self._levels = table.count_smoothly(self._sizes, slice(None))
+        self._left = table.tensors_without(removed)  # (T,)
+        for counts in (self._counts, self._levels):
+            counts[:, ~self._left] = 0
         self._saved = self._savings_of(slice(None))  # (K, P)
 
     @property
@@ -319,21 +339,34 @@ class RunningCosts:
         Args:
             cost: A name in `COSTS`.
         """
-        row = list(self.table.counters).index(COSTS.canonical(cost))
-        return np.bincount(self.table.group_of, self._saved[row], self.table.groups)
+        table, row = self.table, list(self.table.counters).index(COSTS.canonical(cost))
+        saved = np.bincount(table.group_of, self._saved[row], table.groups)
+        for group, tensors in table.tensors_of.items():
+            saved[group] = self._levels[row, tensors].sum()
+        return saved
 
     def remove(self, group: int, units: int, step: int = 1) -> None:
         """Take ``units`` off a group; then ``step`` would go next."""
+        if group in self.table.tensors_of:
+            self._remove_block(group)
+            return
         table, pairs = self.table, self.table.pairs_of[group]
         tensors = table.tensor_of[pairs]
         self._sizes[tensors] -= units * table.removal[pairs]
-        self._counts[:, tensors] = table.count(self._sizes[tensors], tensors)
+        counts = table.count(self._sizes[tensors], tensors)
+        self._counts[:, tensors] = np.where(self._left[tensors], counts, 0)
         if table.has_steps:
             levels = table.count_smoothly(self._sizes[tensors], tensors)
-            self._levels[:, tensors] = levels
+            self._levels[:, tensors] = np.where(self._left[tensors], levels, 0)
         self._step[group] = step
         touched = table.touched_by[group]
         self._saved[:, touched] = self._savings_of(touched)
+
+    def _remove_block(self, group: int) -> None:
+        tensors = self.table.tensors_of[group]
+        self._left[tensors] = False
+        self._counts[:, tensors] = self._levels[:, tensors] = 0
+        self._saved[:, np.isin(self.table.tensor_of, tensors)] = 0
 
     def _savings_of(self, pairs: np.ndarray | slice) -> np.ndarray:
         """Return what the next units of a pair's group take off its tensor, (K, R)."""
@@ -341,4 +374,4 @@ class RunningCosts:
         tensors = table.tensor_of[pairs]
         gone = self._step[table.group_of[pairs], None] * table.removal[pairs]
         rest = table.count_smoothly(self._sizes[tensors] - gone, tensors)
-        return self._levels[:, tensors] - rest
+        return np.where(self._left[tensors], self._levels[:, tensors] - rest, 0)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from mmgfp.selection.costs import CostTable, RunningCosts, Totals
+from mmgfp.selection.queues import Queues
 
 #: The choice of ``normalize`` that leaves importance as it is (the paper's -U).
 NO_NORMALIZATION = 'none'
@@ -24,11 +24,14 @@ class Limits:
             all, (G,).
         shares: Shares of the groups' units in proportion to which they shrink, (G,);
             None if units of all groups compete (`scope`).
+        inside: Groups that go with a residual block, by the number of the block, which
+            is that of a group of one unit after all others.
     """
 
     least: np.ndarray
     steps: np.ndarray
     shares: np.ndarray | None = None
+    inside: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -61,6 +64,25 @@ class Limits:
         by_ratio = np.ceil(units * (1 - most) - 1e-9).astype(int)
         least = np.maximum(by_channels, np.maximum(by_ratio, 1))
         return cls(least, divisor // np.gcd(widths, divisor), shares)
+
+    def with_blocks(self, inside: Sequence[Sequence[int]]) -> Limits:
+        """Return the limits of the same groups and of residual blocks, which may go.
+
+        Args:
+            inside: Numbers of the groups that go with each block.
+
+        Examples:
+            >>> limits = Limits(least=np.array([3, 1]), steps=np.array([1, 1]))
+            >>> limits.with_blocks([[1]]).inside
+            {2: [1]}
+        """
+        first, blocks = len(self.least), len(inside)
+        return replace(
+            self,
+            least=np.append(self.least, np.zeros(blocks, dtype=int)),
+            steps=np.append(self.steps, np.ones(blocks, dtype=int)),
+            inside={first + b: groups for b, groups in enumerate(inside)},
+        )
 
     def smallest(self, units: np.ndarray) -> np.ndarray:
         """Return how few units each group can come to rest at, (G,).
@@ -108,7 +130,7 @@ def select_units(
     the earlier picks leave. Where groups come to rest at some sizes only, it takes the
     bundle of a group's least important units that leads to the next one: their
     importances add up, and so does what they save. Under local scope the group is the
-    one that is furthest behind its share instead.
+    one furthest behind its share instead. A block takes the units inside of it along.
 
     Args:
         importance: Importance of each unit, (U,); those with NaN are never picked.
@@ -122,7 +144,7 @@ def select_units(
         bound: Largest importance of all picks as one unit, at worst: their number
             times the sum of their importances. The first pick is free.
     """
-    queues = _Queues(importance, group_of, kept, limits)
+    queues = Queues(importance, group_of, kept, limits)
     running = RunningCosts(costs, queues.removed, queues.bundles)
     picked: list[int] = []
     total = 0.0
@@ -140,84 +162,4 @@ def select_units(
             break
         picked += queues.take(g)
         running.remove(g, size, queues.bundles[g])
-    return np.array(picked, dtype=int)
-
-
-def _bundles(remaining: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """Return how many units lie above the next multiple of ``steps`` below, (G,)."""
-    return (remaining - 1) % steps + 1
-
-
-class _Queues:
-    """Candidates of each group, the least important first, of equal ones the first.
-
-    A group is sorted only once it is picked from: its least is found faster without.
-
-    Attributes:
-        removed: Units that were gone from each group at first, (G,).
-        bundles: Units that go next from each group, (G,).
-        heads: Their importance together; infinite where they may not go, (G,).
-    """
-
-    def __init__(
-        self,
-        importance: np.ndarray,
-        group_of: np.ndarray,
-        kept: np.ndarray,
-        limits: Limits,
-    ) -> None:
-        groups = len(limits.least)
-        self._importance = importance
-        self._limits = limits
-        self._remaining = np.bincount(group_of[kept], minlength=groups)
-        self._units_before = np.bincount(group_of, minlength=groups)
-        self.removed = self._units_before - self._remaining
-        units = np.flatnonzero(kept & np.isfinite(importance))
-        ends = np.searchsorted(group_of[units], np.arange(groups + 1)).tolist()
-        self._units = [units[start:end] for start, end in pairwise(ends)]
-        self._sorted = [False] * groups
-        self.bundles = _bundles(self._remaining, limits.steps)
-        self.heads = np.array([self._head(g) for g in range(groups)])
-
-    def due(self, shares: np.ndarray) -> np.ndarray:
-        """Return when the next units of each group are due on an even way, (G,).
-
-        That is the part of the way to its share that the group has gone when half of
-        them are, so that each group is always as near to its part as it can be. Groups
-        from which nothing may go are infinitely far off.
-
-        Args:
-            shares: Shares of the groups' units that lie on the whole way, (G,).
-        """
-        gone = self._units_before - self._remaining + self.bundles / 2
-        part = gone / np.maximum(self._units_before * shares, 1e-30)
-        return np.where(np.isfinite(self.heads), part, np.inf)
-
-    def take(self, group: int) -> list[int]:
-        """Remove the units that go next from a group, and return their numbers."""
-        size = self.bundles[group]
-        self._sort(group)
-        units = self._units[group]
-        self._units[group] = units[size:]
-        self._remaining[group] -= size
-        steps = self._limits.steps[group]
-        self.bundles[group] = _bundles(self._remaining[group], steps)
-        self.heads[group] = self._head(group)
-        return units[:size].tolist()
-
-    def _head(self, group: int) -> float:
-        """Return the importance of the units that would go next from a group."""
-        size, units = self.bundles[group], self._units[group]
-        is_stuck = self._remaining[group] - size < self._limits.least[group]
-        if is_stuck or len(units) < size:
-            return np.inf
-        if size == 1 and not self._sorted[group]:
-            return float(self._importance[units].min())
-        self._sort(group)
-        return float(self._importance[self._units[group][:size]].sum())
-
-    def _sort(self, group: int) -> None:
-        if not self._sorted[group]:
-            units = self._units[group]
-            order = self._importance[units].argsort(kind='stable')
-            self._units[group], self._sorted[group] = units[order], True
+    return np.array(picked + queues.along, dtype=int)

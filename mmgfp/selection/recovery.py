@@ -27,6 +27,11 @@ REFUSED = {
         'None where recover is True, as units that are cut out cannot come back',
         'drop one of them',
     ),
+    'blocks': (
+        'False where recover is True, as units of a block that is gone could not come'
+        ' back alone',
+        'drop one of them',
+    ),
     'compensate': (
         "'none' where recover is True, as weights kept aside are of layers as they were"
         ' before they were refitted',

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmgfp.surgery.attributes import fix_all_attributes, fix_conv_groups
+from mmgfp.surgery.blocks import replace_module_
 from mmgfp.surgery.fit import check_fits
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.trial_runs import copy_module
@@ -61,6 +62,7 @@ def compact(model: nn.Module, structure: PruneStructure) -> nn.Module:
 def compact_(model: nn.Module, structure: PruneStructure) -> nn.Module:
     """Shrink ``model`` in place to ``structure``; kept weights stay as they are.
 
+    Modules that the structure says are gone become `nn.Identity`.
     Parameters are new objects afterwards, so an optimizer must be built after this.
     Tensors that several modules share stay shared.
 
@@ -81,6 +83,8 @@ def replace_tensors_(model: nn.Module, structure: PruneStructure) -> list[Replac
         StructureError: If the structure does not belong to the model.
     """
     check_fits(structure, model)
+    for name in structure.identities:
+        replace_module_(model, name, nn.Identity())
     owners = _owners(model)
     changed: list[nn.Module] = []
     replacements: dict[int, Replacement] = {}  # by identity of the new tensor

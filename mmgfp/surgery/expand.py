@@ -38,6 +38,8 @@ def take_over(
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):  # extra state of a module
             continue
+        if structure.is_gone(name):
+            continue
         kept = structure.kept.get(name, {})
         index = tuple(
             torch.tensor(entries, device=tensor.device).view(-1, *[1] * behind)

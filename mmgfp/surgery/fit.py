@@ -29,9 +29,16 @@ def check_fits(
 
     Raises:
         StructureError: If a tensor is missing or has another shape, if an attribute is
-            missing or smaller already, or if tensors of one module disagree.
+            missing or smaller already, if a module to replace is missing, or if tensors
+            of one module disagree.
     """
     remedy = 'use it with the architecture that was pruned'
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in structure.identities:
+        if name not in modules:
+            raise StructureError(
+                f'{source}: {name}', 'a module to replace', 'no such module', remedy
+            )
     for name, width in structure.attributes.items():
         value = _attribute(model, name)
         if value is None or value < width:

@@ -86,7 +86,9 @@ def compact_training_(
         StructureError: If the structure does not belong to the model.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    gone = [p for n, p in parameters.items() if structure.is_gone(n)]
     shrinking = [parameters[n] for n in structure.kept if n in parameters]
+    shrinking += gone
     optimizers = [inner for o in optimizers for inner in with_inner(o)]
     for optimizer in optimizers:
         check_optimizer(optimizer, shrinking)
@@ -96,6 +98,7 @@ def compact_training_(
             replacement.new.grad = replacement.select(replacement.old.grad)
     for optimizer in optimizers:
         compact_optimizer_(optimizer, replacements)
+        forget_parameters_(optimizer, gone)
     for copied in copies:
         compact_(copied, structure)
 
@@ -187,6 +190,22 @@ def compact_optimizer_(
         optimizer.state[replacement.new] = {
             key: _shrunk(value, replacement) for key, value in state.items()
         }
+
+
+def forget_parameters_(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Let an optimizer forget parameters, and its state of them.
+
+    Groups stay, empty ones too, as schedulers and checkpoints count them.
+
+    Args:
+        optimizer: Changed in place.
+        parameters: Parameters that are not in the model any more.
+    """
+    ids = {id(p) for p in parameters}
+    for group in optimizer.param_groups if ids else ():
+        group['params'][:] = [p for p in group['params'] if id(p) not in ids]
+    for parameter in [p for p in optimizer.state if id(p) in ids]:
+        del optimizer.state[parameter]
 
 
 def _shrunk(value: Any, replacement: Replacement) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from mmgfp.groups import ChannelGroup, removed_entries
+from mmgfp.surgery.structure_checks import REMEDY, names_of, validate, whole_numbers
 from mmgfp.tracing import width_attributes
 from mmgfp.utils.errors import StructureError
 from mmgfp.utils.io import atomic_write, load_weights_only
@@ -19,18 +20,20 @@ from mmgfp.utils.io import atomic_write, load_weights_only
 #: The key under which a checkpoint holds its structure.
 STRUCTURE_KEY = 'prune_structure'
 VERSION = 1
-REMEDY = 'use the file that a mmgfp pruning run or tools/deploy_pruned.py wrote'
 
 
 @dataclass(frozen=True)
 class PruneStructure:
     """The entries of each tensor dimension that a compact model keeps.
 
+    Modules that are gone whole have none: `nn.Identity` takes their places.
+
     Attributes:
         sizes: Original shape by tensor name, for each tensor that shrinks.
         kept: Kept indices, ascending, by tensor name and dimension.
         attributes: Numbers of channels that modules repeat in an attribute, by its
             name, such as ``roi_head.bbox_roi_extractor.out_channels``.
+        identities: Names of the modules that `nn.Identity` replaces, in order.
 
     Examples:
         >>> structure = PruneStructure(
@@ -46,10 +49,12 @@ class PruneStructure:
     sizes: dict[str, list[int]] = field(default_factory=dict)
     kept: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     attributes: dict[str, int] = field(default_factory=dict)
+    identities: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         parts = f'{len(self.sizes)} tensors, {len(self.attributes)} attributes'
-        return f'PruneStructure({parts})'
+        gone = f', without {", ".join(self.identities)}' if self.identities else ''
+        return f'PruneStructure({parts}{gone})'
 
     @classmethod
     def of(
@@ -57,6 +62,7 @@ class PruneStructure:
         groups: Sequence[ChannelGroup],
         kept: np.ndarray,
         shapes: Mapping[str, Sequence[int]],
+        identities: Sequence[str] = (),
     ) -> PruneStructure:
         """Return the structure of a model that keeps only some of its units.
 
@@ -64,12 +70,15 @@ class PruneStructure:
             groups: The groups of the model.
             kept: Which units it keeps, (U,).
             shapes: What `shapes_of` gives for the model.
+            identities: Modules that it loses whole.
         """
         attributes = {
             m.name for g in groups for m in g.members if m.role == 'attribute'
         }
-        structure = cls()
+        structure = cls(identities=tuple(sorted(identities)))
         for (name, dim), removed in sorted(removed_entries(groups, kept).items()):
+            if structure.is_gone(name):
+                continue
             remaining = np.delete(np.arange(shapes[name][dim]), removed)
             if name in attributes:
                 structure.attributes[name] = len(remaining)
@@ -77,6 +86,11 @@ class PruneStructure:
             structure.sizes[name] = list(shapes[name])
             structure.kept.setdefault(name, {})[dim] = remaining.tolist()
         return structure
+
+    def is_gone(self, name: str) -> bool:
+        """Return whether a tensor or a module is in a module that is replaced."""
+        parts = name.split('.')
+        return any('.'.join(parts[:i]) in self.identities for i in range(1, len(parts)))
 
     def shape(self, name: str) -> list[int]:
         """Return the shape of a tensor in the compact model."""
@@ -94,11 +108,13 @@ class PruneStructure:
             }
             for name, dims in self.kept.items()
         }
-        return {
+        raw = {
             'version': VERSION,
             'tensors': tensors,
             'attributes': dict(self.attributes),
         }
+        # Left out where there are none, so that older files stay as they are.
+        return raw | ({'identities': [*self.identities]} if self.identities else {})
 
     @classmethod
     def from_dict(cls, raw: Any, source: str = 'structure') -> PruneStructure:
@@ -110,20 +126,20 @@ class PruneStructure:
 
         Raises:
             StructureError: If it is of another version, if indices do not ascend or
-                exceed the tensor's size, or if an attribute is no positive number.
+                exceed the tensor's size, if an attribute is no positive number, or if
+                something is inside of a module that is replaced.
         """
         version = raw.get('version') if isinstance(raw, Mapping) else None
         if version != VERSION:
             raise StructureError(
                 source, f'a structure of version {VERSION}', repr(version), REMEDY
             )
-        structure = cls()
         try:
+            structure = cls(identities=names_of(raw.get('identities', [])))
             for name, entry in raw['tensors'].items():
-                structure.sizes[name] = _whole_numbers(entry['shape'])
+                structure.sizes[name] = whole_numbers(entry['shape'])
                 structure.kept[name] = {
-                    int(dim): _whole_numbers(kept)
-                    for dim, kept in entry['kept'].items()
+                    int(dim): whole_numbers(kept) for dim, kept in entry['kept'].items()
                 }
             for name, width in raw.get('attributes', {}).items():
                 structure.attributes[str(name)] = width
@@ -131,7 +147,7 @@ class PruneStructure:
             raise StructureError(
                 source, 'a dict of tensors with shape and kept', repr(e), REMEDY
             ) from None
-        _validate(structure, source)
+        validate(structure, source)
         return structure
 
     @classmethod
@@ -171,38 +187,6 @@ class PruneStructure:
         """Write a readable ``.json`` file, whole or not at all."""
         text = json.dumps(self.to_dict())
         atomic_write(path, lambda tmp: tmp.write_text(text))
-
-
-def _validate(structure: PruneStructure, source: str) -> None:
-    for name, width in structure.attributes.items():
-        if type(width) is not int or width < 1:
-            raise StructureError(
-                f'{source}: {name}', 'a number of channels', repr(width), REMEDY
-            )
-    for name, dims in structure.kept.items():
-        shape = structure.sizes[name]
-        for dim, kept in dims.items():
-            size = shape[dim] if 0 <= dim < len(shape) else 0
-            ascending = all(a < b for a, b in zip(kept, kept[1:], strict=False))
-            if not kept or not ascending or kept[0] < 0 or kept[-1] >= size:
-                raise StructureError(
-                    f'{source}: {name} dimension {dim}',
-                    f'ascending indices below {size}',
-                    f'{len(kept)} indices, {kept[:3]}...',
-                    REMEDY,
-                )
-
-
-def _whole_numbers(raw: Any) -> list[int]:
-    """Return ``raw`` if it is a list of whole numbers.
-
-    Raises:
-        TypeError: If it is anything else.
-    """
-    # Not isinstance: True and False are instances of int.
-    if not isinstance(raw, list) or any(type(i) is not int for i in raw):
-        raise TypeError(f'{str(raw)[:50]} is no list of whole numbers')
-    return raw
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

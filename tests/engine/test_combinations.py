@@ -56,7 +56,7 @@ FACTORS = {
     },
     'processes': {'1': 1, '2': 2},
     'teacher': {'none': [], 'distillation': [dict(type='DistillationHook')]},
-    # Residual blocks that go as a whole are to join here.
+    'blocks': {'off': False, 'on': True},
     'weights': {'dense': [], '2:4': [dict(type='SparsityHook', kind='nm', interval=2)]},
 }
 
@@ -69,6 +69,16 @@ REFUSED = {
         for name in FACTORS['criterion']
         if name not in _ADD_UP
     },
+    **{
+        (('blocks', 'on'), ('criterion', name)): 'criterion must be one that scores res'
+        for name in FACTORS['criterion']
+        if name not in _ADD_UP
+    },
+    (
+        ('blocks', 'on'),
+        ('scope', 'local'),
+    ): "scope must be 'global' where",
+    (('blocks', 'on'), ('recover', 'on')): 'blocks must be False',
     (('recover', 'on'), ('criterion', 'taylor of weights')): 'criterion must be one',
     (('recover', 'on'), ('schedule', 'one_shot')): 'schedule must be one of several',
     (('recover', 'on'), ('compact_interval', '4')): 'compact_interval must be None',
@@ -82,7 +92,7 @@ DEFAULTS = {name: next(iter(values)) for name, values in FACTORS.items()}
 def options_of(row):
     """The options of pruning."""
     value = {name: FACTORS[name][row[name]] for name in row}
-    names = ('criterion', 'scope', 'recover', 'compensate')
+    names = ('criterion', 'scope', 'recover', 'blocks', 'compensate')
     names += ('compact_interval', 'statistics_interval')
     # What a SparsityHook takes: no masked channels are left for it.
     divisor = 8 if row['weights'] != 'dense' else 2

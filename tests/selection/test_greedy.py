@@ -7,7 +7,7 @@ All kernels are 1 x 1, so MACs are channels in · channels out · positions.
 import numpy as np
 import pytest
 
-from mmgfp.groups import ChannelGroup, Member
+from mmgfp.groups import ChannelGroup, Member, ResidualBlock
 from mmgfp.selection.costs import CostTable, LayerProfile, RunningCosts
 from mmgfp.selection.greedy import Limits, select_units
 from mmgfp.selection.targets import Target
@@ -292,3 +292,77 @@ def test_rest_steps_by_hand():
     widths = np.array([1, 2, 3, 6, 8])
     assert Limits.of(widths * 9, widths, divisor=8).steps.tolist() == [8, 4, 8, 4, 1]
     assert Limits.of(widths * 9, widths).steps.tolist() == [1] * 5
+
+
+# -- residual blocks ----------------------------------------------------------
+
+
+def residual():
+    """a makes the 2 channels of stream S; a block of b, c with 3 channels I inside; d.
+
+    MACs: a 2·1·10 = 20, b 3·2 = 6, c 2·3 = 6, d 1·2 = 2; 34 in all. A unit of S saves
+    10 + 3 + 3 + 1 = 17, one of I 2 + 2 = 4, the block 12.
+    """
+    shapes = {'a': (2, 1), 'block.b': (3, 2), 'block.c': (2, 3), 'd': (1, 2)}
+    profiles = {n: LayerProfile(10 if n == 'a' else 1, 1) for n in shapes}
+    two, three = np.arange(2)[:, None], np.arange(3)[:, None]
+    stream = [('a', 0, 'out'), ('block.b', 1, 'in'), ('block.c', 0, 'out')]
+    stream.append(('d', 1, 'in'))
+    inner = [('block.b', 0, 'out'), ('block.c', 1, 'in')]
+    groups = [
+        ChannelGroup('a', tuple(Member(n, dim, two, role) for n, dim, role in stream)),
+        ChannelGroup('b', tuple(Member(n, dim, three, role) for n, dim, role in inner)),
+    ]
+    blocks = [ResidualBlock('block', 'block.c')]
+    return CostTable(shapes, profiles, groups, blocks=blocks)
+
+
+def test_what_a_block_saves_now():
+    costs = residual()
+    assert costs.totals(np.zeros(3))['macs'] == 34
+    assert costs.totals(np.array([0, 0, 1]))['macs'] == 22
+    # One of S and the block are gone: a 10, d 1.
+    assert costs.totals(np.array([1, 0, 1]))['macs'] == 11
+    running = RunningCosts(costs, np.zeros(3, dtype=int))
+    assert running.savings('macs').tolist() == [17, 4, 12]
+    running.remove(1, 1)  # b 2·2, c 2·2
+    assert running.savings('macs').tolist() == [15, 4, 8]
+    running.remove(0, 1)  # b 2·1, c 1·2
+    assert running.savings('macs').tolist() == [15, 2, 4]
+    running.remove(2, 1)
+    assert running.totals['macs'] == 11
+    assert running.savings('macs').tolist() == [11, 0, 0]
+    again = RunningCosts(costs, np.array([1, 1, 1]))
+    assert again.savings('macs').tolist() == [11, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ('of_block', 'count', 'expected'),
+    [
+        # 12/12 before 5/4 and 60/17: the block goes, and units 2 to 4 with it; then a
+        # unit of S saves 11.
+        (12, 2, [5, 0, 2, 3, 4]),
+        # 5/4, then 8/4 before 20/8, then 20/4 before 60/13 no more; I keeps one.
+        (20, 2, [2, 3]),
+        (20, 4, [2, 3, 0, 5, 4]),
+        (np.nan, 4, [2, 3, 0]),
+    ],
+)
+def test_a_block_goes_by_what_it_saves_with_the_channels_that_it_has(
+    of_block, count, expected
+):
+    bounds = Limits(np.array([1, 1]), np.array([1, 1])).with_blocks([[1]])
+    importance = np.array([60, 80, 5, 8, 12, of_block], dtype=float)
+    group_of, kept = np.array([0, 0, 1, 1, 1, 2]), np.ones(6, dtype=bool)
+    options = (residual(), bounds, 'macs', lambda now: False, count)
+    assert select_units(importance, group_of, kept, *options).tolist() == expected
+    # A second decision leaves alone what is gone.
+    kept[expected] = False
+    rest = select_units(importance, group_of, kept, *options).tolist()
+    assert not set(rest) & set(expected)
+    assert all(unit != 1 or 0 in rest for unit in rest)
+
+
+def test_a_target_below_all_channels_is_within_reach_of_blocks():
+    bounds = Limits(np.array([2, 3]), np.array([1, 1]))
+    assert bounds.with_blocks([[1]]).smallest(np.array([2, 3, 1])).tolist() == [2, 3, 0]

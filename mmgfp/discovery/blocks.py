@@ -1,0 +1,300 @@
+"""Residual blocks that may go whole, found by trying and verified.
+
+A block qualifies if zeroing one of the last norms or layers that it calls, weight and
+bias, lets it return its input exactly, bit by bit: its branch adds nothing then, and
+`torch.nn.Identity` can take its place. No class is known by name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmgfp.discovery.comparing import OutputCheck
+from mmgfp.discovery.probing import TrainingCheck, error_line, random_probe
+from mmgfp.groups import Grouping, ResidualBlock
+from mmgfp.surgery.blocks import block_mask
+from mmgfp.surgery.compact import compact
+from mmgfp.surgery.masking import ColumnMask
+from mmgfp.surgery.structure import PruneStructure, shapes_of
+from mmgfp.tracing import RowUse
+from mmgfp.utils.layers import matches
+from mmgfp.utils.trial_runs import (
+    Forward,
+    LossFunction,
+    copy_module,
+    modules_with_hooks,
+    undisturbed,
+)
+
+logger = logging.getLogger('mmgfp')
+
+#: How many of the last norms and layers of a module are tried: behind the last norm of
+#: a branch, a gate may have layers of its own (squeeze-and-excitation has two).
+TRIES = 4
+
+
+def with_blocks(
+    model: nn.Module,
+    grouping: Grouping,
+    rows: RowUse,
+    loss: LossFunction,
+    forward: Forward,
+    keep: Sequence[str] = (),
+) -> Grouping:
+    """Return a grouping with the residual blocks of its model that may go.
+
+    Blocks return their input exactly, both in a training step and in eval mode with
+    norms and biases set at random; and the model without them, and without some units
+    of each group, gives what the masked one gives. Of blocks within blocks the outer
+    ones count.
+
+    Args:
+        model: The module; it is left as it is.
+        grouping: Its groups, verified.
+        rows: What its layers read.
+        loss: Computes the training loss of the module it is given, on a real batch.
+        forward: Returns all outputs that the module it is given has at inference.
+        keep: Names or patterns of layers that are left alone, with the blocks around.
+    """
+    training = _blocks_called(model, loss)
+    probe = random_probe(model)
+    inference = _blocks_called(probe, forward)
+    blocks: list[ResidualBlock] = []
+    for name, _ in model.named_modules():
+        last = training.get(name)
+        if last is None or inference.get(name) != last:
+            continue
+        block = ResidualBlock(name, last)
+        if any(outer.holds(name) for outer in blocks):
+            continue
+        is_traced = any(block.holds(weight) for weight in grouping.inputs)
+        reason = None if is_traced else 'took no part in the loss'
+        if reason := reason or _why_not(model, block, rows, keep):
+            logger.debug('block %s stays: %s', name, reason)
+        else:
+            blocks.append(block)
+    blocks = _verified(model, probe, grouping, blocks, loss, forward)
+    if not blocks:
+        logger.warning('blocks=True, but no residual block of the model may go')
+    return replace(grouping, blocks=tuple(blocks))
+
+
+def _why_not(
+    model: nn.Module, block: ResidualBlock, rows: RowUse, keep: Sequence[str]
+) -> str | None:
+    """Return why a block that returns its input stays nevertheless."""
+    names = [
+        n for n, _ in model.named_modules() if f'{n}.'.startswith(f'{block.name}.')
+    ]
+    if any(matches(n, pattern) for n in [block.name, *names] for pattern in keep):
+        return 'kept as configured'
+    if block.last in rows.lost or block.last not in rows.called:
+        return rows.lost.get(block.last, 'what its last layer reads cannot be watched')
+    if any(block.holds(n) for n in rows.first | rows.entry | rows.reentry):
+        return 'it reads the images'
+    inside = set(model.get_submodule(block.name).modules())
+    tensors = {id(p) for m in inside for p in m._parameters.values() if p is not None}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name == block.name or block.holds(name):
+            continue
+        if module in inside or any(id(p) in tensors for p in _parameters(module)):
+            return f'{name} shares something with it'
+    return None
+
+
+def _parameters(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module._parameters.values() if p is not None]
+
+
+@dataclass
+class _Call:
+    """A call of a module that may be a residual block.
+
+    Attributes:
+        given: A copy of its input, which code may change in place.
+        leaves: Names of the norms and layers that it has called so far.
+    """
+
+    given: Tensor
+    leaves: list[str] = field(default_factory=list)
+
+
+class _Trials:
+    """Tries each module that may be a residual block while the model runs.
+
+    Attributes:
+        last: By the name of a module, what lets it return its input.
+        calls: How often each module was called.
+    """
+
+    def __init__(self) -> None:
+        self.last: dict[str, str] = {}
+        self.calls: Counter[str] = Counter()
+        self._leaves: dict[str, nn.Module] = {}
+        self._open: list[tuple[str, _Call | None]] = []
+        self._is_trying = False
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        """Watch all calls of modules."""
+        handles = []
+        for name, module in modules_with_hooks(model):
+            if name and _is_norm_or_layer(module):
+                self._leaves[name] = module
+                handles.append(module.register_forward_pre_hook(self._leaf(name)))
+            elif name and _may_be_block(module):
+                before, after = self._hooks(name)
+                handles.append(
+                    module.register_forward_pre_hook(before, with_kwargs=True)
+                )
+                handles.append(module.register_forward_hook(after, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _leaf(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if not self._is_trying:
+                self.calls[name] += 1
+                for _, call in self._open:
+                    if call is not None:
+                        call.leaves.append(name)
+
+        return hook
+
+    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if self._is_trying:
+                return
+            self.calls[name] += 1
+            is_single = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+            fits = is_single and self.calls[name] == 1 and args[0].is_floating_point()
+            call = _Call(args[0].detach().clone()) if fits else None
+            self._open.append((name, call))
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if self._is_trying:
+                return
+            _, call = self._open.pop()
+            if call is None or not isinstance(output, Tensor):
+                return
+            if output.shape == call.given.shape and output.dtype == call.given.dtype:
+                self._try(name, module, call)
+
+        return before, after
+
+    def _try(self, name: str, module: nn.Module, call: _Call) -> None:
+        self._is_trying = True
+        try:
+            leaves = list(dict.fromkeys(reversed(call.leaves)))
+            for leaf in [n for n in leaves if n.startswith(f'{name}.')][:TRIES]:
+                if _returns_input(module, self._leaves[leaf], call.given):
+                    self.last[name] = leaf
+                    return
+        finally:
+            self._is_trying = False
+
+
+def _is_norm_or_layer(module: nn.Module) -> bool:
+    """Return whether a module has a weight, perhaps a bias, and nothing else."""
+    parameters = {n for n, p in module._parameters.items() if p is not None}
+    is_plain = parameters <= {'weight', 'bias'} and 'weight' in parameters
+    return is_plain and not any(True for _ in module.children())
+
+
+def _may_be_block(module: nn.Module) -> bool:
+    """Return whether a module has parts and is no mere sequence of them."""
+    is_sequence = type(module).forward in (nn.Sequential.forward, nn.Module.forward)
+    return not is_sequence and any(True for _ in module.children())
+
+
+@torch.no_grad()
+def _returns_input(block: nn.Module, last: nn.Module, given: Tensor) -> bool:
+    """Return whether a block gives back its input once ``last`` puts out zero."""
+    parameters = _parameters(last)
+    before = [p.detach().clone() for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.zero_()
+        output = block(given.clone())
+    except Exception as error:
+        error_line(error)  # raises it if memory ran out
+        return False
+    finally:
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+    return torch.equal(output, given)
+
+
+def _blocks_called(
+    model: nn.Module, call: Callable[[nn.Module], Any]
+) -> dict[str, str]:
+    """Run the model and return blocks that are called once, with their last layers."""
+    trials = _Trials()
+    with undisturbed(model), torch.no_grad(), trials.watch(model):
+        call(model)
+    once = {name for name, count in trials.calls.items() if count == 1}
+    return {n: last for n, last in trials.last.items() if {n, last} <= once}
+
+
+def _verified(
+    model: nn.Module,
+    probe: nn.Module,
+    grouping: Grouping,
+    blocks: list[ResidualBlock],
+    loss: LossFunction,
+    forward: Forward,
+) -> list[ResidualBlock]:
+    """Return the blocks without which the model gives what the masked one gives."""
+    check = _Check(model, probe, grouping, loss, forward)
+    if blocks and check(blocks):
+        reasons = {block.name: check([block]) for block in blocks}
+        for name, reason in reasons.items():
+            if reason:
+                logger.debug('block %s stays: %s', name, reason)
+        blocks = [block for block in blocks if not reasons[block.name]]
+        if blocks and (reason := check(blocks)):
+            logger.debug('all blocks stay: without several of them, %s', reason)
+            return []
+    return blocks
+
+
+class _Check:
+    """Compares a masked and a compact model without blocks and half of all units."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        probe: nn.Module,
+        grouping: Grouping,
+        loss: LossFunction,
+        forward: Forward,
+    ) -> None:
+        self._probe, self._grouping = probe, grouping
+        self._outputs = OutputCheck(forward)
+        self._training = TrainingCheck(model, loss)
+
+    def __call__(self, blocks: Sequence[ResidualBlock]) -> str | None:
+        """Return why the two disagree, None if they agree."""
+        groups = self._grouping.groups
+        grouping = replace(self._grouping, blocks=tuple(blocks))
+        parts = [np.arange(g.units) % 2 == 0 for g in groups]
+        kept = np.concatenate([*parts, np.zeros(len(blocks), dtype=bool)])
+        masked = copy_module(self._probe)
+        masks = [block_mask(masked, block) for block in blocks]
+        ColumnMask(masked, [*groups, *masks]).update(kept)
+        names = grouping.blocks_among(~kept)
+        structure = PruneStructure.of(groups, kept, shapes_of(self._probe), names)
+        small = compact(self._probe, structure)
+        return self._outputs(masked, small) or self._training.agrees(masked, small)
