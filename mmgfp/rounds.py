@@ -21,9 +21,6 @@ from mmgfp.utils.validation import check_count
 
 #: The share of a cost that one cut leaves at least: smaller ones lose less in the end.
 STEP = 0.75
-#: Decisions of a cut. Scores say what one unit costs while the others are there, so it
-#: pays to take those of what is left anew (docs/compensation.md).
-DECISIONS = 5
 
 
 @dataclass(frozen=True)
@@ -147,26 +144,3 @@ def stations(ratio: float, rounds: int | Sequence[float] | None = None) -> list[
         expected = f'shares that fall from below 1 to above {ratio:g}'
         raise ConfigError('rounds', expected, repr(rounds), 'leave them out')
     return shares
-
-
-def decision_points(ends: Sequence[float], decisions: int) -> list[float]:
-    """Return the shares of a cost at which decisions end, falling at equal factors.
-
-    Args:
-        ends: Shares at which cuts end, falling.
-        decisions: Decisions of each cut.
-
-    Raises:
-        ConfigError: If the number of decisions is not one.
-
-    Examples:
-        >>> [round(share, 3) for share in decision_points([0.64, 0.16], 2)]
-        [0.8, 0.64, 0.32, 0.16]
-    """
-    check_count('decisions', decisions)
-    points: list[float] = []
-    for start, end in zip([1.0, *ends], ends, strict=False):
-        factor = end / start
-        steps = range(1, decisions)
-        points += [*(start * factor ** (k / decisions) for k in steps), end]
-    return points

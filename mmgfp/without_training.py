@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,7 @@ from mmgfp.compensation.options import CompensationConfig
 from mmgfp.compensation.recording import evaluating
 from mmgfp.config import PruningConfig
 from mmgfp.pruner import ChannelPruner, PruneStep
-from mmgfp.rounds import (
-    DECISIONS,
-    Journal,
-    Pruned,
-    Round,
-    decision_points,
-    stations,
-)
+from mmgfp.rounds import Journal, Pruned, Round, stations
 from mmgfp.selection.costs import LayerProfile
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.expand import take_over
@@ -50,11 +42,10 @@ def prune_without_training(
     profiles: Mapping[str, LayerProfile] | None = None,
     tracing_loss: LossFunction | None = None,
     journal: Journal | None = None,
-    decisions: int = DECISIONS,
 ) -> Pruned:
     """Prune a trained model by statistics of some batches, and refit what remains.
 
-    Each round scores units and masks the lowest, some times over, then cuts and refits.
+    Each round scores units by all batches, cuts the lowest and refits what reads them.
 
     Args:
         model: The trained model; it is left as it is.
@@ -67,7 +58,6 @@ def prune_without_training(
         profiles: How often layers use their weights for one image; recorded if None.
         tracing_loss: Finds coupled channels by its graph; the first loss by default.
         journal: Is told how it goes, and may hold a state to go on from.
-        decisions: How often each round scores units.
 
     Raises:
         ConfigError: If the target cannot be reached, or a state does not fit.
@@ -82,13 +72,15 @@ def prune_without_training(
         >>> result.model[0].out_channels
         4
     """
-    work, ends = copy_module(model), _ends(PruningConfig.of(config), rounds)
-    pruner = ChannelPruner(work, _at_once(config, ends, decisions, len(losses)))
+    work = copy_module(model)  # it is masked, and takes over what is refitted
+    pruner = ChannelPruner(work, _at_once(PruningConfig.of(config), rounds, losses))
     # Else frozen stages cut the graph.
     with closing(pruner), evaluating(work), all_parameters_require_grad(work):
-        run = (model, pruner, ends, losses, compensation, journal or Journal())
-        first = (tracing_loss or losses[0], forward, images, profiles)
-        return _Rounds(*run).run(partial(pruner.prepare, *first))
+        journal = journal or Journal()
+        if journal.state is None:
+            journal.report('finding coupled channels')
+            pruner.prepare(tracing_loss or losses[0], forward, images, profiles)
+        return _Rounds(model, pruner, losses, compensation, journal).run()
 
 
 @dataclass
@@ -98,7 +90,6 @@ class _Rounds:
     Attributes:
         model: The original model.
         pruner: Prunes a copy of it, which stays as large and takes over new weights.
-        ends: Shares of the cost at which rounds end, falling.
         losses: The losses of all batches.
         compensation: How layers are refitted.
         journal: Is told how it goes.
@@ -109,7 +100,6 @@ class _Rounds:
 
     model: nn.Module
     pruner: ChannelPruner
-    ends: Sequence[float]
     losses: Sequence[LossFunction]
     compensation: CompensationConfig | None
     journal: Journal
@@ -120,16 +110,9 @@ class _Rounds:
     def __post_init__(self) -> None:
         self.small = self.model
 
-    def run(self, prepare: Callable[[], Any]) -> Pruned:
-        """Prune to all targets that are not reached yet.
-
-        Args:
-            prepare: Finds coupled channels, where there is no state to go on from.
-        """
-        if self.journal.state is None:
-            self.journal.report('finding coupled channels')
-            prepare()
-        else:
+    def run(self) -> Pruned:
+        """Prune to all targets that are not reached yet."""
+        if self.journal.state is not None:
             self.restore(self.journal.state)
         while not self.pruner.done:
             self.prune()
@@ -150,22 +133,16 @@ class _Rounds:
         """Prune to the next target, and refit what remains."""
         pruner, units = self.pruner, self.pruner.units
         before = units.kept.copy()
-        (cost,) = {target.cost for target in pruner.config.targets}
-        reached = pruner.reached[-1].ratio if pruner.reached else 1.0
-        # One decision may go past several of them.
-        number, end = next((n, e) for n, e in enumerate(self.ends, 1) if e < reached)
-        name = f'{cost} to {end:.0%}'
-        if len(self.ends) > 1:
-            name = f'round {number} of {len(self.ends)}, {name}'
-        steps: list[PruneStep] = []
-        while not pruner.reached or pruner.reached[-1].ratio > end:
-            self.journal.report(f'{name}: scoring {units.kept.sum()} units')
-            steps.append(_decide(pruner, self.losses))
-        step = steps[-1]
+        target, count = pruner.pending[0], len(pruner.config.targets)
+        name = f'{target.cost} to {target.ratio:.0%}'
+        if count > 1:
+            # One cut may go past several targets.
+            name = f'round {len(pruner.reached) + 1} of {count}, {name}'
+        self.journal.report(f'{name}: scoring units')
+        step = _decide(pruner, self.losses)
         self.importance = step.importance
-        share = step.totals.ratio(cost, units.full)
-        gone = np.concatenate([s.units for s in steps])
-        facts = (pruner.reached[-1], step.totals, share, gone)
+        share = step.totals.ratio(target.cost, units.full)
+        facts = (step.reached[-1], step.totals, share, step.units)
         if self.compensation is None:
             self.small = compact(self.model, units.structure())
             self.done.append(Round(*facts))
@@ -217,28 +194,22 @@ class _Rounds:
             raise ConfigError('rounds of the state', expected, got, 'begin anew')
 
 
-def _ends(config: PruningConfig, rounds: int | Sequence[float] | None) -> list[float]:
-    """Return the shares of the target's cost at which rounds end."""
+def _at_once(
+    config: PruningConfig,
+    rounds: int | Sequence[float] | None,
+    losses: Sequence[LossFunction],
+) -> PruningConfig:
+    """Return options of a run that goes to its target in so many cuts."""
+    if not losses:
+        raise ConfigError('losses', 'at least one', 'no losses', 'give some batches')
     if len(config.targets) != 1:
         got = str(len(config.targets))
         raise ConfigError('target', 'one target', got, 'name those before in rounds')
-    return stations(config.targets[0].ratio, rounds)
-
-
-def _at_once(
-    config: PruningConfig | Mapping[str, Any] | None,
-    ends: Sequence[float],
-    decisions: int,
-    losses: int,
-) -> PruningConfig:
-    """Return options of a run that decides after each pass over the losses."""
-    if losses == 0:
-        raise ConfigError('losses', 'at least one', 'no losses', 'give some batches')
-    (target,) = PruningConfig.of(config).targets
+    (target,) = config.targets
     return PruningConfig.of(
         config,
-        target=[{target.cost: share} for share in decision_points(ends, decisions)],
-        schedule=dict(type='one_shot', iterations=losses),
+        target=[{target.cost: share} for share in stations(target.ratio, rounds)],
+        schedule=dict(type='one_shot', iterations=len(losses)),
         units_per_step=1,
         iterations=None,
         statistics_interval=1,

@@ -31,7 +31,6 @@ from mmgfp.apps.prune_only import prune_only
 from mmgfp.apps.prune_recipe import COMPENSATIONS
 from mmgfp.apps.run_config import data_root_options
 from mmgfp.apps.stages import add_timing_arguments, parse_options
-from mmgfp.rounds import DECISIONS
 from mmgfp.utils.errors import ConfigError
 
 TOOLS = Path(__file__).resolve().parent
@@ -145,12 +144,6 @@ def no_train_options() -> argparse.ArgumentParser:
         help='number of cuts, each with scores of its own, or the shares of the cost '
         'that they leave, down to the target; default: as many cuts as take a quarter '
         'or less each',
-    )
-    group.add_argument(
-        '--decisions',
-        type=whole_number(1),
-        default=DECISIONS,
-        help='how often each cut scores units, a pass over the images each time',
     )
     group.add_argument(
         '--compensate',

@@ -46,7 +46,7 @@ def prune_only(args: argparse.Namespace) -> None:
     options = pruning_options(cfg, **{name: getattr(args, name) for name in names})
     shares = shares_of(options, args.rounds)
     data = (args.images, args.batch_size, args.label_free)
-    recipe = Recipe(options, args.compensate, shares, *data, args.decisions)
+    recipe = Recipe(options, args.compensate, shares, *data)
     (target,) = options.targets
     name = args.name or f'{Path(args.config).stem}_{target.label}'
     check_destination(args.work_dir, name, '--work-dir')

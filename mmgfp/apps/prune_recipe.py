@@ -13,7 +13,7 @@ from mmgfp.apps.run_config import pruning_config
 from mmgfp.compensation.in_training import NONE
 from mmgfp.compensation.options import FEW_ROWS, METHODS, CompensationConfig
 from mmgfp.config import PruningConfig
-from mmgfp.rounds import DECISIONS, stations
+from mmgfp.rounds import stations
 from mmgfp.selection.targets import parse_targets
 from mmgfp.utils.errors import ConfigError
 
@@ -33,7 +33,6 @@ class Recipe:
         batch_size: Images of a batch; that of the config if None.
         label_free: Whether the distance to the model's own outputs stands for the
             loss, so that images need no annotations.
-        decisions: How often each cut scores units.
     """
 
     options: PruningConfig
@@ -42,7 +41,6 @@ class Recipe:
     images: int
     batch_size: int | None = None
     label_free: bool = False
-    decisions: int = DECISIONS
 
     @property
     def compensation(self) -> CompensationConfig | None:

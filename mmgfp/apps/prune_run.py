@@ -86,7 +86,8 @@ def prune(
         ConfigError: If the config's model is pruned already, or has no training data.
     """
     original = _unpruned(cfg, checkpoint)
-    model, options = original.model, recipe.options
+    model: Any = original.model
+    options = recipe.options
     with shown_steps() as steps:
         steps.begin('reading images')
         read = without_labels if recipe.label_free else with_labels
@@ -97,7 +98,6 @@ def prune(
     with shown_steps() as steps:
         if file.state is not None:
             steps.say(f'going on after cut {file.rounds}, from {file.path}')
-        told = partial(_after, file, steps, clock)
         pruned = prune_without_training(
             model,
             [CountedLoss(loss, steps) for loss in data.losses],
@@ -108,8 +108,7 @@ def prune(
             recipe.shares[:-1],
             data.calls.profile(model, shape),
             data.tracing_loss,
-            Journal(steps.begin, told, file.state),
-            recipe.decisions,
+            Journal(steps.begin, partial(_after, file, steps, clock), file.state),
         )
     seconds = clock.seconds
     after = validation(pruned.model) if validation else None
