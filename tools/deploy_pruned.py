@@ -132,14 +132,15 @@ def main() -> None:
     name = Path(args.checkpoint).stem if args.name is None else args.name
     check_destination(args.out, name)
     check_export(args)
+    check_checkpoint('checkpoint', args.checkpoint)
     with reading_config(cfg):
         item = read_deployable(cfg, args.checkpoint)
     if args.dead_branches == 'remove':
         item, dead = without_dead_branches(cfg, item)
         if dead.names:
             print(f'nothing reads {", ".join(dead.names)}: gone')
-        for name, reason in dead.reasons.items():
-            print(f'{name} gets no gradient, but stays: {reason}')
+        for module, reason in dead.reasons.items():
+            print(f'{module} gets no gradient, but stays: {reason}')
     shape, source = deployed_shape(args.input_shape, item, cfg)
     print(f'costs are counted for an image of {tuple(shape)}, {source}')
     # Before anything is written, so that a model that does not run leaves no folder.

@@ -79,7 +79,8 @@ def kept_after(
 
     From the model with all units, those with the least importance per cost go until
     the costs of all pending targets are as low as without returns. They are lower after
-    each decision than before it, so runs end.
+    each decision than before it, so runs end. In a decision that reaches a target
+    nothing returns.
 
     Args:
         gone: Numbers of the units that the decision takes without returns, (V,).
@@ -95,8 +96,11 @@ def kept_after(
     may_return = ~point.kept & ~np.isnan(point.importance)
     names = [target.cost for target in point.pending]
     bound = costs.totals(_removed(without, group_of, limits))
+    # What is saved at a target has no units that were not trained since.
+    is_saved = any(target.reached(bound, point.full) for target in point.pending)
     # Of units that cost nothing, as many must go as would without returns.
-    if not may_return.any() or all(bound[n] >= point.now[n] for n in names):
+    is_free = all(bound[n] >= point.now[n] for n in names)
+    if not may_return.any() or is_saved or is_free:
         return without
 
     def is_met(now: Totals) -> bool:

@@ -111,7 +111,7 @@ def check_reachable(
     Raises:
         ConfigError: If a target cannot be reached, or means a cost of zero.
     """
-    for target in targets:
+    for target in reversed(targets):  # the last one is what the user is after
         if not full[target.cost]:
             raise ConfigError(
                 f'target.{target.cost}',
