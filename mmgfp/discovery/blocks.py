@@ -40,6 +40,8 @@ logger = logging.getLogger('mmgfp')
 #: How many of the last norms and layers of a module are tried: behind the last norm of
 #: a branch, a gate may have layers of its own (squeeze-and-excitation has two).
 TRIES = 4
+#: Factor on inputs that shows a clamp, small enough for half precision.
+LARGE = 16
 
 
 def with_blocks(
@@ -67,7 +69,7 @@ def with_blocks(
     """
     training = _blocks_called(model, loss)
     probe = random_probe(model)
-    inference = _blocks_called(probe, forward)
+    inference = _blocks_called(_rescaled(probe), forward)
     blocks: list[ResidualBlock] = []
     for name, _ in model.named_modules():
         last = training.get(name)
@@ -198,10 +200,11 @@ class _Trials:
         self._is_trying = True
         try:
             leaves = list(dict.fromkeys(reversed(call.leaves)))
-            for leaf in [n for n in leaves if n.startswith(f'{name}.')][:TRIES]:
-                if _returns_input(module, self._leaves[leaf], call.given):
-                    self.last[name] = leaf
-                    return
+            with _attributes_restored(module):
+                for leaf in [n for n in leaves if n.startswith(f'{name}.')][:TRIES]:
+                    if _returns_input(module, self._leaves[leaf], call.given):
+                        self.last[name] = leaf
+                        return
         finally:
             self._is_trying = False
 
@@ -220,21 +223,68 @@ def _may_be_block(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
+def _rescaled(model: nn.Module) -> nn.Module:
+    """Return a copy in which a shortcut that learns is no identity any more.
+
+    A scale or a layer of its own may start as one; the scales that are vectors are
+    random in the probe already.
+    """
+    rescaled, generator = copy_module(model), torch.Generator().manual_seed(2)
+    for parameter in rescaled.parameters():
+        if parameter.dim() != 1:
+            noise = torch.rand(parameter.shape, generator=generator, device='cpu')
+            parameter.mul_((noise + 0.5).to(parameter))
+    return rescaled
+
+
+@torch.no_grad()
 def _returns_input(block: nn.Module, last: nn.Module, given: Tensor) -> bool:
-    """Return whether a block gives back its input once ``last`` puts out zero."""
+    """Return whether a block gives back its input once ``last`` puts out zero.
+
+    It must do so whatever the size of its input: values that a clamp would change, as
+    that of ReLU6, and rows and columns that it would crop to even numbers.
+    """
     parameters = _parameters(last)
     before = [p.detach().clone() for p in parameters]
     try:
         for parameter in parameters:
             parameter.zero_()
-        output = block(given.clone())
+        if not all(torch.equal(block(x.clone()), x) for x in (given, LARGE * given)):
+            return False
+        return not any(_is_changed(block, x) for x in _cropped(given))
     except Exception as error:
         error_line(error)  # raises it if memory ran out
         return False
     finally:
         for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)
-    return torch.equal(output, given)
+
+
+@contextmanager
+def _attributes_restored(module: nn.Module) -> Iterator[None]:
+    """Restore attributes, in which modules may keep what they computed."""
+    before = [(vars(m), dict(vars(m))) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for now, then in before:
+            now.clear()
+            now.update(then)
+
+
+def _cropped(given: Tensor) -> list[Tensor]:
+    """Return (N, C, H, W) without its last row, and without its last column."""
+    dims = [d for d in (2, 3) if given.dim() == 4 and given.shape[d] > 1]
+    return [given.narrow(d, 0, given.shape[d] - 1) for d in dims]
+
+
+def _is_changed(block: nn.Module, x: Tensor) -> bool:
+    """Return whether a block changes an input; where it fails, it does not go on."""
+    try:
+        return not torch.equal(block(x.clone()), x)
+    except Exception as error:
+        error_line(error)
+        return False
 
 
 def _blocks_called(

@@ -26,9 +26,17 @@ class Changed(Block):
     def __init__(self, run):
         super().__init__()
         self.run = run
+        self.scalar = nn.Parameter(torch.ones(()))
+        self.scales = nn.Parameter(torch.ones(1, 6, 1, 1))
+        self.layer = nn.Parameter(torch.eye(6)[..., None, None])
 
     def forward(self, x):
         return self.run(self, x)
+
+
+def even(x):
+    """Crop images to an even height and width."""
+    return x[..., : x.shape[-2] // 2 * 2, : x.shape[-1] // 2 * 2]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +63,12 @@ def test_blocks_that_return_their_input(block, last):
         lambda b, x: b.branch(x) + x.mean(1, keepdim=True),
         lambda b, x: b.branch(x) + x if b.training else b.branch(x),
         lambda b, x: b.branch(b.branch(x) + x) + x,  # of two calls of each layer
+        # They do on the batch, as long as nothing is trained.
+        lambda b, x: F.relu6(x + b.branch(x)),
+        lambda b, x: even(x + b.branch(x)),
+        lambda b, x: x * b.scalar + b.branch(x),
+        lambda b, x: x * b.scales + b.branch(x),
+        lambda b, x: F.conv2d(x, b.layer) + b.branch(x),
     ],
 )
 def test_modules_that_do_not(run):
@@ -124,3 +138,17 @@ def test_the_model_is_left_as_it_is():
     assert torch.rand(1) == expected
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
     assert net.training
+
+
+def test_what_a_block_keeps_is_that_of_its_call():
+    class Keeping(Block):
+        def forward(self, x):
+            self.kept = super().forward(x)
+            return self.kept
+
+    class Reading(ResidualNet):
+        def forward(self, x):
+            x = self.blocks(self.stem(x).relu())
+            return self.head(x + getattr(self.blocks[0], 'kept', 0))
+
+    assert found(Reading(Keeping(), Block())) == [('blocks.1', 'blocks.1.bn2')]
