@@ -8,7 +8,7 @@ import torch
 from support.pruning import hooks_on
 from support.residual import Block, PreBlock, ResidualNet
 from support.states import saved_and_loaded
-from support.toys import images, square_loss
+from support.toys import conv, images, square_loss
 from torch import nn
 
 from mmgfp import ChannelPruner, PruneStructure
@@ -200,6 +200,39 @@ def test_compensation_after_a_block_has_gone():
     assert error(result.model) < error(plain)
     changed = take_over(model, result.model, structure)
     assert changed and not any(structure.is_gone(name) for name in changed)
+
+
+def test_compensation_after_a_block_without_channels_of_its_own():
+    """Its one convolution makes channels of the stage, none of which has gone."""
+
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = conv(6, 6, bias=False), nn.BatchNorm2d(6)
+
+        def forward(self, x):
+            return (x + self.bn(self.conv(x))).relu()
+
+    torch.manual_seed(0)
+    model = ResidualNet(Single(), Block()).double().eval()
+    batches = [images(4, seed=seed).double() for seed in range(4)]
+    pruner = ChannelPruner(model, blocks=True)
+    grouping = pruner.prepare(
+        lambda m: square_loss(m(batches[0])), lambda m: m(batches[0]), 4
+    )
+    pruner.close()
+    kept = np.ones(grouping.units, dtype=bool)
+    kept[grouping.units - 2] = False
+    assert grouping.blocks_among(~kept) == ['blocks.0']
+    calls = [lambda m, x=x: m(x) for x in batches]
+    config = CompensationConfig(method='least_squares')
+    result = compensate(model, grouping, kept, calls, config)
+    assert [layer.layer for layer in result.layers] == [
+        'blocks.1.conv1.weight',
+        'blocks.1.conv2.weight',
+        'head.weight',
+    ]
+    assert any(layer.reason is None for layer in result.layers)
 
 
 # -- structures -----------------------------------------------------------------

@@ -61,7 +61,9 @@ def move_norms(
 def statistics(x: Tensor) -> Statistics:
     """Return mean and variance by channel of (N, C, ...), in double precision."""
     dims = [d for d in range(x.dim()) if d != 1]
-    var, mean = torch.var_mean(x.detach(), dims, correction=0)
+    # Half precision would round means, and variances could overflow.
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    var, mean = torch.var_mean(x, dims, correction=0)
     return mean.double(), var.double()
 
 

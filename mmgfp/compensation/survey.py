@@ -131,7 +131,8 @@ def survey(
     layer_modules = {weight: modules[0] for weight, modules in owners.items()}
     seen, graph, scales = look(model, call, layer_modules, norms, with_gradients)
     above = {name: graph.above(entry) for name, entry in seen.items()}
-    lost = _read_less(grouping, kept)
+    # Of a block that is gone, all counts: it need not have channels of its own.
+    lost = _read_less(grouping, kept) | {w for w in owners if structure.is_gone(w)}
     changed = lost | {name for name, weights in above.items() if weights & lost}
     levels = _levels({n for n in changed if not structure.is_gone(n)}, above)
     small_modules = dict(small.named_modules())

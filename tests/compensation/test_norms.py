@@ -8,6 +8,7 @@ from support.toys import conv, grouped, images, square_loss
 from torch import nn
 
 from mmgfp.compensation.compensate import compensate
+from mmgfp.compensation.norms import statistics
 from mmgfp.compensation.options import CompensationConfig
 
 
@@ -160,3 +161,10 @@ def test_no_shift_where_something_else_reads_the_outputs():
     model = Branch().double().eval()
     result = run(model)
     assert result.layers[0].layer == 'mid.weight' and result.norms == ('norm',)
+
+
+def test_statistics_of_half_precision_are_taken_in_single():
+    x = torch.tensor([[-300.0, 1.0], [300.0, 1.0009765625]]).half()
+    mean, var = statistics(x)
+    assert var[0] == 90000  # more than half precision holds
+    assert mean[1] == 1.00048828125  # between two of its numbers
