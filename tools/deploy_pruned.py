@@ -17,6 +17,7 @@ from mmgfp.apps.analysis import costs_of
 from mmgfp.apps.cli import (
     Overrides,
     add_shape_argument,
+    check_checkpoint,
     load_config,
     reading_config,
     run_cli,

@@ -11,6 +11,7 @@ from support.tooling import ROOT, load_tool
 
 from mmgfp import PruneStructure, compact_
 from mmgfp.apps.cli import load_config
+from mmgfp.discovery.dead import DeadBranches
 from mmgfp.discovery.unit_sets import random_units
 from mmgfp.engine.artifact import save_artifact
 from mmgfp.engine.model_building import build_model
@@ -136,6 +137,23 @@ def test_deploy_writes_a_folder_and_a_summary(run_tool, pruning_run, tmp_path):
         'structure.json',
         'summary.json',
     ]
+
+
+def test_deploy_names_files_alike_when_it_tells_of_modules_that_stay(
+    pruning_run, tmp_path, monkeypatch, capsys
+):
+    tool = load_tool('deploy_pruned')
+    told = DeadBranches(reasons={'backbone.spare': 'it is not called'})
+    monkeypatch.setattr(tool, 'without_dead_branches', lambda cfg, item: (item, told))
+    config, out = tmp_path / 'config.py', tmp_path / 'out'
+    pruning_run.config.dump(config)
+    args = [config, pruning_run.artifact, '--out', out, '--name', 'small']
+    argv = ['deploy_pruned.py', *map(str, args), '--rounds', '0']
+    monkeypatch.setattr('sys.argv', argv)
+    tool.main()
+    assert 'backbone.spare gets no gradient, but stays' in capsys.readouterr().out
+    names = {path.name for path in out.iterdir()}
+    assert names == {'small.pth', 'small.py', 'structure.json', 'summary.json'}
 
 
 @pytest.mark.parametrize('name', [FASTER, MASK])
