@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,8 +131,7 @@ def survey(
     layer_modules = {weight: modules[0] for weight, modules in owners.items()}
     seen, graph, scales = look(model, call, layer_modules, norms, with_gradients)
     above = {name: graph.above(entry) for name, entry in seen.items()}
-    # Of a block that is gone, all counts: it need not have channels of its own.
-    lost = _read_less(grouping, kept) | {w for w in owners if structure.is_gone(w)}
+    lost = _read_less(grouping, kept, structure, owners)
     changed = lost | {name for name, weights in above.items() if weights & lost}
     levels = _levels({n for n in changed if not structure.is_gone(n)}, above)
     small_modules = dict(small.named_modules())
@@ -200,13 +199,19 @@ def _candidates(
     return owners, norms
 
 
-def _read_less(grouping: Grouping, kept: np.ndarray) -> set[str]:
-    """Return the names of the weights that read channels that are gone.
+def _read_less(
+    grouping: Grouping,
+    kept: np.ndarray,
+    structure: PruneStructure,
+    owners: Iterable[str],
+) -> set[str]:
+    """Return the names of the weights that read channels that are gone, or are gone.
 
-    A group convolution loses a channel's outputs with it, and so nothing.
+    A group convolution loses a channel's outputs with it, and so nothing. A block that
+    is gone need not have had channels of its own.
     """
     ends = np.cumsum([g.units for g in grouping.groups])
-    return {
+    return {weight for weight in owners if structure.is_gone(weight)} | {
         member.name
         for group, end in zip(grouping.groups, ends, strict=True)
         if not kept[end - group.units : end].all()
