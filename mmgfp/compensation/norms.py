@@ -3,9 +3,9 @@
 Running statistics of a trained model need not be those of the images at hand: frozen
 ones are of other data, others of weights that training has since moved on. What a norm
 makes of its inputs is what the model has learnt to read. So statistics are not taken
-anew, but moved as far as the inputs x' of the compact model differ from those of the
-original, x: ``mean' = mean + E[x'] - E[x]`` and
-``var' = var (Var[x'] + eps) / (Var[x] + eps)``.
+anew, but moved so that what norms put out keeps mean and spread: with r the ratio of
+``Var[x'] + eps`` to ``Var[x] + eps``, x and x' being inputs in the original and in the
+compact model, ``var' = r var`` and ``mean' = E[x'] - sqrt(r) (E[x] - mean)``.
 """
 
 from __future__ import annotations
@@ -116,9 +116,9 @@ class _Moving:
         mean, var = self._before
         if parts is not None:
             old_mean, old_var, new_mean, new_var = parts
-            mean = mean + new_mean - old_mean
-            eps = self._norm.eps
-            var = var * (new_var + eps) / (old_var + eps)
+            ratio = (new_var + self._norm.eps) / (old_var + self._norm.eps)
+            mean = new_mean - ratio.sqrt() * (old_mean - mean)
+            var = ratio * var
         self._norm.running_mean.copy_(mean)
         self._norm.running_var.copy_(var)
 

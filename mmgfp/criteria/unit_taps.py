@@ -104,7 +104,8 @@ class UnitTaps:
         These are pruned units that are read by layers of other kinds than
         `MaskedInputs` knows.
         """
-        assert self._context is not None
+        if self._context is None or self._context.aside is None:
+            return values
         return np.where(self._blind & ~self._context.kept, np.nan, values)
 
     def detach(self) -> None:

@@ -176,7 +176,10 @@ def test_comparisons_we_ship_can_be_run(path, monkeypatch, tmp_path):
     comparison = read_comparison(str(path), ['data_root=elsewhere/'])
     comparison.check_configs()
     assert len(comparison.seeds) == 3
-    config = comparison.prune_config(comparison.runs[0], FILES)
+    run = comparison.runs[0]
+    is_pruned = run.variant.is_pruned
+    build = comparison.prune_config if is_pruned else comparison.train_config
+    config = build(run, FILES)
     assert config.train_dataloader.dataset.data_root == 'elsewhere/'
 
 

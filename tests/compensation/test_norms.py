@@ -53,10 +53,12 @@ def test_statistics_move_as_far_as_what_is_read():
         kept = [0, 2, 3]
         assert torch.equal(small[1].running_mean, before['1.running_mean'][kept])
         (old_mean, old_var), (mean, var) = read_by_norm(model), read_by_norm(small)
-        moved = before['4.running_mean'] + mean - old_mean
+        ratio = (var + 1e-5) / (old_var + 1e-5)
+        moved = mean - ratio.sqrt() * (old_mean - before['4.running_mean'])
         torch.testing.assert_close(small[4].running_mean, moved)
-        moved = before['4.running_var'] * (var + 1e-5) / (old_var + 1e-5)
-        torch.testing.assert_close(small[4].running_var, moved)
+        torch.testing.assert_close(
+            small[4].running_var, ratio * before['4.running_var']
+        )
         assert small[4].momentum == 0.3 and not small[4].weight.requires_grad
     assert model[1].training and not model[4].training
     state = model.state_dict()
@@ -82,20 +84,30 @@ def test_a_norm_behind_a_norm_reads_what_that_one_gives_then():
         model(x.double())
     model.eval()
     small = run(model, method='bn').model
+    for each in (model, small):
+        each.requires_grad_(False)
 
-    def moved(norm, old, new):
-        old_var, new_var = (y.var((0, 2, 3), correction=0) for y in (old, new))
-        mean = norm.running_mean + new.mean((0, 2, 3)) - old.mean((0, 2, 3))
-        return mean, norm.running_var * (new_var + norm.eps) / (old_var + norm.eps)
+    def parts(old, new):
+        means = old.mean((0, 2, 3)), new.mean((0, 2, 3))
+        return [*means, *(y.var((0, 2, 3), correction=0) for y in (old, new))]
 
-    means = []
+    def moved(norm, parts):
+        old_mean, mean, old_var, var = parts
+        ratio = (var + norm.eps) / (old_var + norm.eps)
+        shift = ratio.sqrt() * (old_mean - norm.running_mean)
+        return mean - shift, ratio * norm.running_var
+
+    read = []
     for x in [x.double() for x in batches()]:
-        first = moved(model[3], model[:3](x), small[:3](x))
-        shape = (1, -1, 1, 1)
-        y = (small[:3](x) - first[0].view(shape)) / (first[1] + 1e-5).sqrt().view(shape)
-        y = y * model[3].weight.view(shape) + model[3].bias.view(shape)
-        means.append(moved(model[5], model[:5](x), small[4](y))[0])
-    torch.testing.assert_close(small[5].running_mean, torch.stack(means).mean(0))
+        mean, var = moved(model[3], parts(model[:3](x), small[:3](x)))
+        y = nn.functional.batch_norm(
+            small[:3](x), mean, var, model[3].weight, model[3].bias
+        )
+        read.append(parts(model[:5](x), small[4](y)))
+    averages = [torch.stack(values).mean(0) for values in zip(*read, strict=True)]
+    mean, var = moved(model[5], averages)
+    torch.testing.assert_close(small[5].running_mean, mean)
+    torch.testing.assert_close(small[5].running_var, var)
 
 
 def test_statistics_of_other_data_stay_apart_from_those_at_hand():

@@ -129,7 +129,7 @@ def test_nothing_changes_where_nothing_goes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(refitting, 'compensate', refuse)
     nothing = np.array([], dtype=int)
-    monkeypatch.setattr(UnitState, 'select', lambda *args: nothing)
+    monkeypatch.setattr(UnitState, 'select', lambda *args: (nothing, nothing))
     runner = toy_runner(tmp_path, 4, hook=HOOK)
     runner.train()
     assert pruner_of(runner).iteration == 4 and pruner_of(runner).units.kept.all()
