@@ -17,7 +17,6 @@ from mmgfp.apps.analysis import costs_of
 from mmgfp.apps.cli import (
     Overrides,
     add_shape_argument,
-    check_checkpoint,
     load_config,
     reading_config,
     run_cli,
@@ -133,7 +132,6 @@ def main() -> None:
     name = Path(args.checkpoint).stem if args.name is None else args.name
     check_destination(args.out, name)
     check_export(args)
-    check_checkpoint('checkpoint', args.checkpoint)
     with reading_config(cfg):
         item = read_deployable(cfg, args.checkpoint)
     if args.dead_branches == 'remove':
