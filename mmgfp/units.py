@@ -248,7 +248,7 @@ class UnitState:
 
     @property
     def asides(self) -> list[ColumnsAside | None]:
-        """What is kept aside of the model and of each copy."""
+        """Columns kept aside, of the model and of each copy; None without returns."""
         return [mask.aside for mask in self.masks]
 
     def _cut(self, stay: np.ndarray, optimizers: Sequence[Optimizer]) -> bool:

@@ -15,11 +15,10 @@ from mmgfp.utils.tree import tree_tensors
 from mmgfp.utils.trial_runs import (
     Forward,
     LossFunction,
-    all_parameters_require_grad,
     copy_module,
     modules_with_hooks,
     undisturbed,
-    without_checkpointing,
+    whole_graph,
 )
 
 #: Why modules stay that get no gradient.
@@ -128,12 +127,7 @@ def _outermost(reasons: Mapping[str, str], names: list[str]) -> dict[str, str]:
 
 def _without_gradient(model: nn.Module, loss: LossFunction) -> set[str]:
     """Return the names of the parameters that the loss does not depend on."""
-    with (
-        undisturbed(model),
-        all_parameters_require_grad(model),  # else frozen stages cut the graph
-        without_checkpointing(),
-        torch.enable_grad(),
-    ):
+    with whole_graph(model):
         names, parameters = zip(*model.named_parameters(), strict=True)
         gradients = torch.autograd.grad(loss(model), parameters, allow_unused=True)
     return {n for n, g in zip(names, gradients, strict=True) if g is None}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
 from torch import nn
 
 from mmgfp.discovery.blocks import with_blocks
@@ -39,10 +37,8 @@ from mmgfp.utils.trial_runs import (
     Forward,
     FrozenParameters,
     LossFunction,
-    all_parameters_require_grad,
-    undisturbed,
     watch_outputs,
-    without_checkpointing,
+    whole_graph,
 )
 
 logger = logging.getLogger('mmgfp')
@@ -109,7 +105,7 @@ def trace_model(
     """
     frozen = FrozenParameters(model)
     with (
-        _trial(model),
+        whole_graph(model),
         watch_rows(model) as calls,
         watch_entries(model) as entries,
         watch_widths(model, has_attribute_rule) as widths,
@@ -123,7 +119,7 @@ def trace_model(
 
     def follow(first: Sequence[str]) -> Mapping[str, LayerCalls]:
         watched = watch_rows(model, first), watch_entries(model, follow=True)
-        with _trial(model), watched[0] as followed, watched[1]:
+        with whole_graph(model), watched[0] as followed, watched[1]:
             loss(model)
         return followed
 
@@ -140,25 +136,13 @@ def trace_again(model: nn.Module, loss: LossFunction, readings: Readings) -> Tra
     """Run the loss once more, and read splits of channels as ``readings`` say."""
     frozen = FrozenParameters(model)
     with (
-        _trial(model),
+        whole_graph(model),
         watch_widths(model, has_attribute_rule) as widths,
         watch_buffers(model),
         watch_outputs(model) as outputs,
     ):
         value = loss(model)
         return trace_loss(model, value, False, widths, outputs, readings, frozen)
-
-
-@contextmanager
-def _trial(model: nn.Module) -> Iterator[None]:
-    """Let the loss run for a look at its whole graph."""
-    with (
-        undisturbed(model),
-        all_parameters_require_grad(model),  # else frozen stages cut the graph
-        without_checkpointing(),
-        torch.enable_grad(),
-    ):
-        yield
 
 
 def own_profiles(

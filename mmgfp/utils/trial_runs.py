@@ -254,3 +254,15 @@ def _call(
 ) -> Any:
     """Take the arguments of `checkpoint` and only call the function."""
     return function(*args, **kwargs)
+
+
+@contextmanager
+def whole_graph(model: nn.Module) -> Iterator[None]:
+    """Let a loss run for a look at its whole graph, and leave the model as it was."""
+    with (
+        undisturbed(model),
+        all_parameters_require_grad(model),  # else frozen stages cut the graph
+        without_checkpointing(),
+        torch.enable_grad(),
+    ):
+        yield
