@@ -23,7 +23,7 @@ from mmgfp.apps.cli import (
     whole_number,
     write_json,
 )
-from mmgfp.apps.dead_branches import without_dead_branches
+from mmgfp.apps.dead_branches import lines_of, without_dead_branches
 from mmgfp.apps.exporting import (
     add_export_arguments,
     check_export,
@@ -136,10 +136,8 @@ def main() -> None:
         item = read_deployable(cfg, args.checkpoint)
     if args.dead_branches == 'remove':
         item, dead = without_dead_branches(cfg, item)
-        if dead.names:
-            print(f'nothing reads {", ".join(dead.names)}: gone')
-        for module, reason in dead.reasons.items():
-            print(f'{module} gets no gradient, but stays: {reason}')
+        for line in lines_of(dead):
+            print(line)
     shape, source = deployed_shape(args.input_shape, item, cfg)
     print(f'costs are counted for an image of {tuple(shape)}, {source}')
     # Before anything is written, so that a model that does not run leaves no folder.

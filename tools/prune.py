@@ -80,7 +80,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     add_shape_argument(
         parser,
         'image for costs; default: its size in testing, or, where the config names '
-        "none, the library's default; that of the first batch with --no-train",
+        "none, the library's default; with --no-train that of the first batch",
     )
     add_export_arguments(parser)
     parser.add_argument(
@@ -132,7 +132,7 @@ def no_train_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group('with --no-train')
     group.add_argument(
-        '--images', type=whole_number(2), default=512, help='training images to use'
+        '--images', type=whole_number(1), default=512, help='training images to use'
     )
     group.add_argument(
         '--batch-size', type=whole_number(1), help="default: the config's"

@@ -62,6 +62,15 @@ def without_dead_branches(
     return replace(item, structure=structure), dead
 
 
+def lines_of(dead: DeadBranches) -> list[str]:
+    """Return lines that say what went, and what stays although it gets no gradient."""
+    went = [f'nothing reads {", ".join(dead.names)}: gone'] if dead.names else []
+    return went + [
+        f'{module} gets no gradient, but stays: {reason}'
+        for module, reason in dead.reasons.items()
+    ]
+
+
 def _results(data: dict[str, Any], model: nn.Module, has_any: list[bool]) -> Any:
     """Return what a model predicts; nothing where it could not at first."""
     if has_any == [False]:

@@ -162,7 +162,7 @@ class Pipeline:
         if code:
             raise StageError(
                 f'{stage} must exit with status 0 (got {code}: {last}); see {log}; '
-                'the same command continues from here'
+                'once its cause is mended, the same command continues from here'
             )
         seconds = time.perf_counter() - began
         write_json(done, {'command': command, 'weights': weights, 'seconds': seconds})

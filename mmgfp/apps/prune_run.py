@@ -6,7 +6,7 @@ import copy
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,12 @@ from mmengine.config import Config
 from torch import nn
 
 from mmgfp.apps.analysis import costs_of
+from mmgfp.apps.dead_branches import lines_of, without_dead_branches
+from mmgfp.apps.input_shape import size_in_testing
 from mmgfp.apps.prune_recipe import Recipe
+from mmgfp.apps.refitting_data import LEAST_BATCHES
 from mmgfp.apps.rounds_file import RoundsFile
-from mmgfp.apps.scoring_data import with_labels, without_labels
+from mmgfp.apps.scoring_data import ScoringData, with_labels, without_labels
 from mmgfp.apps.sensitivity_run import Validation, validation_config
 from mmgfp.apps.shown_steps import CountedLoss, Steps, round_line, shown_steps
 from mmgfp.apps.tables import size_cells
@@ -90,9 +93,8 @@ def prune(
     options = recipe.options
     with shown_steps() as steps:
         steps.begin('reading images')
-        read = without_labels if recipe.label_free else with_labels
-        data = read(cfg, model, recipe.images, recipe.batch_size)
-    shape = options.input_shape or data.shape
+        data = _scoring_data(cfg, model, recipe)
+    shape = options.input_shape or _shape(cfg, data)
     before = validation(model) if validation else None
     clock = _Clock(file.seconds)
     with shown_steps() as steps:
@@ -111,10 +113,33 @@ def prune(
             Journal(steps.begin, partial(_after, file, steps, clock), file.state),
         )
     seconds = clock.seconds
+    pruned = _without_dead_branches(cfg, original, pruned)
     after = validation(pruned.model) if validation else None
     models = {'original': (model, before), 'pruned': (pruned.model, after)}
     rows, metric = _rows(data.calls, shape, models), before and before[0]
     return Outcome(original, pruned, options, shape, rows, metric, seconds)
+
+
+def _scoring_data(cfg: Config, model: Any, recipe: Recipe) -> ScoringData:
+    """Return what a model is scored by; only refitting holds batches out."""
+    read = without_labels if recipe.label_free else with_labels
+    least = 1 if recipe.compensation is None else LEAST_BATCHES
+    return read(cfg, model, recipe.images, recipe.batch_size, least)
+
+
+def _shape(cfg: Config, data: ScoringData) -> Sequence[int]:
+    """Return the size (C, H, W) in testing, else that of the images at hand."""
+    size = size_in_testing(cfg)
+    return (data.shape[0], *size) if size else data.shape
+
+
+def _without_dead_branches(cfg: Config, original: Trained, pruned: Pruned) -> Pruned:
+    """Return a model without what nothing reads; say what that is."""
+    parts = (pruned.structure, original.model, pruned.model, original.meta)
+    item, dead = without_dead_branches(cfg, Deployable(cfg.model.to_dict(), *parts))
+    for line in lines_of(dead):
+        print(line)
+    return replace(pruned, model=item.model, structure=item.structure)
 
 
 class _Clock:

@@ -28,6 +28,7 @@ def refitting_batches(
     batch_size: int | None = None,
     seed: int = 0,
     annotated: bool = True,
+    least: int = LEAST_BATCHES,
 ) -> list[Any]:
     """Return batches of training images, without augmentation.
 
@@ -41,13 +42,14 @@ def refitting_batches(
         seed: Number from which the draw and augmentations start.
         annotated: Whether annotations are read; without, all images of the dataset may
             be drawn, those on which nothing is annotated, too.
+        least: Batches that are needed.
 
     Returns:
         The batches, before the data preprocessor. All are of the same size.
 
     Raises:
-        ConfigError: If the config has no training data, or too few for two batches, or
-            no pipeline of testing for images without annotations.
+        ConfigError: If the config has no training data, or too few for so many
+            batches, or no pipeline of testing for images without annotations.
     """
     loader = cfg.get('train_dataloader')
     if not loader:
@@ -61,10 +63,11 @@ def refitting_batches(
     chosen = rng.permutation(len(dataset))[:images].tolist()
     size = min(batch_size or loader.get('batch_size') or 1, len(chosen))
     starts = range(0, len(chosen) - size + 1, size or 1)
-    if len(starts) < LEAST_BATCHES:
+    if len(starts) < least:
         raise ConfigError(
             '--images',
-            f'at least {LEAST_BATCHES} batches of {size}, as some are held out',
+            f'at least {least} batches of {size}'
+            + ', as some are held out' * (least > 1),
             f'{len(chosen)} images',
             'raise it, or lower --batch-size',
         )

@@ -37,7 +37,11 @@ class ScoringData:
 
 
 def with_labels(
-    cfg: Config, model: Any, images: int, batch_size: int | None
+    cfg: Config,
+    model: Any,
+    images: int,
+    batch_size: int | None,
+    least: int = LEAST_BATCHES,
 ) -> ScoringData:
     """Return the training losses on annotated images.
 
@@ -46,19 +50,24 @@ def with_labels(
         model: The model.
         images: Images to draw.
         batch_size: Images of a batch; that of the config if None.
+        least: Batches that are needed.
 
     Raises:
         ConfigError: If there are too few, or none.
     """
-    drawn = refitting_batches(cfg, images, batch_size, seed_of(cfg))
-    batches = _annotated(model, drawn)
+    drawn = refitting_batches(cfg, images, batch_size, seed_of(cfg), least=least)
+    batches = _annotated(model, drawn, least)
     losses = recorded_losses(model, batches)
     calls = BatchCalls(model, batches[0])
     return ScoringData(losses, losses[0], calls, _shape_of(calls))
 
 
 def without_labels(
-    cfg: Config, model: Any, images: int, batch_size: int | None
+    cfg: Config,
+    model: Any,
+    images: int,
+    batch_size: int | None,
+    least: int = LEAST_BATCHES,
 ) -> ScoringData:
     """Return the distances to the model's own outputs, on images without labels.
 
@@ -70,12 +79,13 @@ def without_labels(
         model: The model.
         images: Images to draw.
         batch_size: Images of a batch; that of the config if None.
+        least: Batches that are needed.
 
     Raises:
         ConfigError: If there are too few, or none, or the model has no raw outputs.
     """
     seed = seed_of(cfg)
-    batches = refitting_batches(cfg, images, batch_size, seed, annotated=False)
+    batches = refitting_batches(cfg, images, batch_size, seed, False, least)
     forwards = [RecordedOutputs(model, data, i) for i, data in enumerate(batches)]
     losses = output_losses(model, forwards, seed)
     made_up = demo_batch(cfg, channels=image_channels(cfg, model))
@@ -89,17 +99,17 @@ def _shape_of(calls: BatchCalls) -> Sequence[int]:
     return calls.size or calls.data['inputs'][0].shape[1:]
 
 
-def _annotated(model: Any, batches: Sequence[Any]) -> list[Any]:
+def _annotated(model: Any, batches: Sequence[Any], least: int) -> list[Any]:
     """Return the batches on which something is annotated.
 
     Raises:
-        ConfigError: If these are fewer than two.
+        ConfigError: If these are fewer than needed.
     """
     chosen = [data for data in batches if not BatchCalls(model, data).without_boxes]
-    if len(chosen) < LEAST_BATCHES:
+    if len(chosen) < least:
         raise ConfigError(
             'train_dataloader',
-            f'with at least {LEAST_BATCHES} batches of images that have boxes',
+            f'with at least {least} batches of images that have boxes',
             f'{len(chosen)} of {len(batches)}',
             'raise --images, look at the annotations, or do without: --label-free',
         )

@@ -188,6 +188,30 @@ def test_the_tool_needs_no_labels(kind, run_tool, tmp_path):
     assert (tmp_path / 'work/net_flops60.onnx').is_file()
 
 
+@pytest.mark.slow
+def test_one_batch_will_do_where_nothing_is_refitted_and_what_nothing_reads_goes(
+    run_tool, tmp_path
+):
+    options = {'images': 2, 'compensate': 'none', 'rounds': 1, 'max-images': 0}
+    arguments = command(tmp_path, 'retinanet', **options)
+    cfg = Config.fromfile(arguments[1])
+    cfg.model.backbone.out_indices = (0, 1, 2)  # the last stage runs all the same
+    cfg.model.neck.in_channels = [8, 16, 32]
+    cfg.dump(arguments[1])
+    torch.save(
+        {'state_dict': build_model(cfg).state_dict()},
+        arguments[2],
+    )
+    done = succeed(run_tool(*arguments))
+    assert 'nothing reads backbone.layer4: gone' in done.stdout
+    saved = torch.load(tmp_path / 'work/net_flops60.pth', weights_only=True)
+    assert not any(n.startswith('backbone.layer4') for n in saved['state_dict'])
+    small = build_model(Config.fromfile(tmp_path / 'work/net_flops60.py'))
+    small.load_state_dict(saved['state_dict'])
+    _, after = json.loads((tmp_path / 'work/summary.json').read_text())['rows']
+    assert after['params'] == sum(p.numel() for p in small.parameters())
+
+
 def killed_after(rounds, arguments, file):
     """Start a run, and kill it once its file tells of so many rounds."""
     process = subprocess.Popen(
@@ -320,6 +344,7 @@ def test_what_is_refused(tmp_path):
     cfg = config_of(tmp_path, 'classifier')
     with pytest.raises(ConfigError, match='--images must be at least 2 batches of 4'):
         refitting_batches(cfg, 7)
+    assert len(refitting_batches(cfg, 7, least=1)) == 1
     cfg.train_dataloader = None
     with pytest.raises(ConfigError, match='train_dataloader must be in the config'):
         refitting_batches(cfg, 7)
