@@ -63,18 +63,23 @@ def refitting_batches(
     chosen = rng.permutation(len(dataset))[:images].tolist()
     size = min(batch_size or loader.get('batch_size') or 1, len(chosen))
     starts = range(0, len(chosen) - size + 1, size or 1)
-    if len(starts) < least:
-        raise ConfigError(
-            '--images',
-            f'at least {least} batches of {size}'
-            + ', as some are held out' * (least > 1),
-            f'{len(chosen)} images',
-            'raise it, or lower --batch-size',
-        )
+    _check_enough(len(starts), size, len(chosen), least)
     collate = pseudo_collate if scope_of(cfg) == 'mmdet' else default_collate
     with reading_config(cfg), random_states_restored(nn.Identity()):
         seed_all(seed)  # a run that goes on needs the same images, augmented or not
         return [collate([dataset[i] for i in chosen[s : s + size]]) for s in starts]
+
+
+def _check_enough(batches: int, size: int, images: int, least: int) -> None:
+    """Refuse fewer batches than needed."""
+    if batches < least:
+        why = ', as some are held out' if least > 1 else ''
+        raise ConfigError(
+            '--images',
+            f'at least {least} batches of {size}{why}',
+            f'{images} images',
+            'raise it, or lower --batch-size',
+        )
 
 
 def _dataset(cfg: Config) -> Mapping[str, Any]:

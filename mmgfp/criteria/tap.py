@@ -7,7 +7,7 @@ add up to: the gradients of a mask are those of the weights that it scales. What
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from mmgfp.criteria.backward_passes import ReachedParameters, in_backward
 from mmgfp.criteria.forward_passes import ForwardPasses
+from mmgfp.criteria.image_sums import ImageSums
 from mmgfp.criteria.mask_gradients import mask_gradient
 from mmgfp.criteria.masked_inputs import MaskedInputs
 from mmgfp.tracing import RowUse
@@ -31,6 +33,7 @@ from mmgfp.tracing.rows import (
     with_input,
 )
 from mmgfp.tracing.value import op_name
+from mmgfp.utils.module_hooks import ModuleHook
 
 #: Under this name a layer's tapped input knows what it was before.
 UNTAPPED = 'mmgfp_untapped'
@@ -60,10 +63,6 @@ def _shareable(x: Tensor) -> bool:
     """
     hooks = getattr(torch._C._autograd, '_top_saved_tensors_default_hooks', None)
     return x.grad_fn is not None and hooks is not None and hooks(True) is None
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 class _Call(NamedTuple):
@@ -138,31 +137,6 @@ def _rows(use: RowUse, name: str, layer: nn.Module, x: Tensor) -> Rows | Lost:
     return rows
 
 
-class TapHook:
-    """A hook of one module; a copy of it, as in a copied or saved model, does nothing.
-
-    Args:
-        module: The module.
-        function: Called with what the hook is called with, but for the module.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module | None = None,
-        function: Callable[..., Any] | None = None,
-    ) -> None:
-        self._module, self._function = module, function
-
-    def __call__(self, module: nn.Module, *args: Any) -> Any:
-        """Do what is to be done at a call of the module."""
-        if module is self._module and self._function is not None:
-            return self._function(*args)
-        return None
-
-    def __reduce__(self) -> tuple[type[TapHook], tuple[()]]:
-        return TapHook, ()
-
-
 class MaskGradientTap:
     """Takes mask gradients off the layers of a model, call by call.
 
@@ -212,8 +186,9 @@ class MaskGradientTap:
             for name in self.layers
         }
         self._passes = ForwardPasses(use)
-        self._sums: dict[int, dict[str, Tensor]] = {}
-        self._task: tuple[int, bool] = (-1, False)
+        self._sums = ImageSums()
+        whole = [] if model is None else [model]
+        self._parameters = ReachedParameters([*self.layers.values(), *whole])
         self.lost: dict[str, str] = {}
         self._handles: list[Any] = []
 
@@ -251,7 +226,7 @@ class MaskGradientTap:
         register = (
             module.register_forward_pre_hook if before else module.register_forward_hook
         )
-        self._handles.append(register(TapHook(module, function), with_kwargs=True))
+        self._handles.append(register(ModuleHook(module, function), with_kwargs=True))
 
     def detach(self) -> None:
         """Remove every trace from the modules."""
@@ -271,7 +246,7 @@ class MaskGradientTap:
         return hook
 
     def _enter(self, args: Any, kwargs: Any) -> None:
-        if self.active and torch.is_grad_enabled() and not _in_backward():
+        if self.active and torch.is_grad_enabled() and not in_backward():
             self._passes.enter(args, kwargs)
 
     def _tap(self, name: str, args: Any, kwargs: Any) -> Any:
@@ -305,7 +280,7 @@ class MaskGradientTap:
         if isinstance(rows, Lost) and not isinstance(rows, Aside):
             self.lost[name] = f'{UNTOLD}: {rows.reason}'
             return None
-        call = _Call(self, name, rows, self._passes.call(), _in_backward())
+        call = _Call(self, name, rows, self._passes.call(), in_backward())
         tapped = tap.apply(x, call)
         mark_rows(tapped, rows)
         return tapped
@@ -340,7 +315,7 @@ class MaskGradientTap:
             self.lost[name] = f'{UNTOLD}: {rows.reason}'
             return
         x = getattr(node, KEPT[op_name(node)]).detach()
-        call = _Call(self, name, rows, self._passes.call(), _in_backward())
+        call = _Call(self, name, rows, self._passes.call(), in_backward())
 
         def hook(grads: Sequence[Tensor], _: Any) -> None:
             if torch.is_grad_enabled():
@@ -358,7 +333,7 @@ class MaskGradientTap:
         """Add one call's mask gradients to the layer's sum."""
         if torch.is_grad_enabled():  # under `create_graph=True`
             x, grad = x.detach(), grad.detach()
-        if not (call.again or self._reaches_parameters()):
+        if not (call.again or self._parameters.are_reached()):
             return
         layer, rows = call.layer, call.rows
         if call.again and self._passes.overlap:
@@ -368,7 +343,6 @@ class MaskGradientTap:
             x, grad = x.movedim(rows.dim, 0), grad.movedim(rows.dim, 0)
             rows = rows.rows
         self._passes.close(call.batch)
-        sums = self._sums.setdefault(call.batch, {})
         is_output = layer in self.outputs
         dim = 1 if is_output else self._channel_dim(layer)
         if is_output:  # one mask is on all channels
@@ -377,35 +351,18 @@ class MaskGradientTap:
             gradient = mask_gradient(x, grad, dim, rows)  # (N, C)
         else:
             gradient = self.summary(x, dim)  # (R, C)
-        others = next(iter(sums.values()), gradient)
-        if len(gradient) != len(others):
-            found = f'{len(gradient)} images where others saw {len(others)}'
-            self.lost[layer] = f'{UNTOLD}: {found}'
-        elif layer in sums:
-            sums[layer] += gradient
-        else:
-            sums[layer] = gradient
-
-    def _reaches_parameters(self) -> bool:
-        """Return whether this backward pass adds to the ``.grad`` of parameters."""
-        task = torch._C._current_graph_task_id()
-        if task != self._task[0]:
-            self._task = (task, any(map(is_reached, self._parameters())))
-        return self._task[1]
-
-    def _parameters(self) -> Iterable[nn.Parameter]:
-        for module in [*self.layers.values(), *([self._model] if self._model else [])]:
-            yield from module.parameters()
+        if reason := self._sums.add(call.batch, layer, gradient):
+            self.lost[layer] = f'{UNTOLD}: {reason}'
 
     @property
     def gradients(self) -> dict[str, Tensor]:
         """The (N, C) sums by layer since the last `take`; images of all passes."""
-        return _joined([sums for sums in self._sums.values() if sums])
+        return self._sums.joined
 
     def take(self) -> dict[str, Tensor]:
         """Return the (N, C) sums by layer since the last call, and start anew."""
         gradients = self.gradients
-        self._sums = {}
+        self._sums.clear()
         self._passes.overlap = False
         return gradients
 
@@ -413,31 +370,3 @@ class MaskGradientTap:
         """Return layers with incomplete sums since the last call, and start anew."""
         lost, self.lost = self.lost, {}
         return lost
-
-
-def is_reached(parameter: nn.Parameter) -> bool:
-    """Return whether the backward pass that runs adds to a parameter's ``.grad``."""
-    if not parameter.requires_grad:
-        return False
-    node = torch.autograd.graph.get_gradient_edge(parameter).node
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # `torch.autograd.grad` asks for this very parameter
-        return False
-
-
-def _joined(sums: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return sums by layer, (N, C), for the images of several forward passes."""
-    if len(sums) == 1:
-        return dict(sums[0])
-    counts = [len(next(iter(s.values()))) for s in sums]
-    joined: dict[str, Tensor] = {}
-    for layer in dict.fromkeys(layer for s in sums for layer in s):
-        example = next(s[layer] for s in sums if layer in s)
-        none = example.new_zeros(1)
-        parts = [
-            s.get(layer, none.expand(n, *example.shape[1:]))
-            for s, n in zip(sums, counts, strict=True)
-        ]
-        joined[layer] = torch.cat(parts)
-    return joined

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmgfp.criteria.backward_passes import is_reached
 from mmgfp.criteria.base import ScoringContext
-from mmgfp.criteria.tap import is_reached
 from mmgfp.criteria.unit_weights import UnitWeights
 
 

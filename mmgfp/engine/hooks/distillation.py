@@ -11,7 +11,6 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmgfp.criteria.tap import TapHook
 from mmgfp.engine.distillation.adapters import Adapters
 from mmgfp.engine.distillation.outputs import Call, Subject, check_alike, subject_of
 from mmgfp.engine.distillation.teacher import build_teacher, check_same_images
@@ -20,6 +19,7 @@ from mmgfp.engine.registry import HOOKS
 from mmgfp.engine.runner_access import check_not_compiled, optimizer_of, unwrap_model
 from mmgfp.engine.train_scope import during_training
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.module_hooks import ModuleHook
 from mmgfp.utils.registry import check_known
 from mmgfp.utils.trial_runs import undisturbed
 from mmgfp.utils.validation import check
@@ -136,7 +136,7 @@ class DistillationHook(Hook):
         self._subject = subject_of(model, self.teacher, self._temperature, outputs)
         self._handles = [
             model.register_forward_hook(
-                TapHook(model, self._add_terms), with_kwargs=True
+                ModuleHook(model, self._add_terms), with_kwargs=True
             )
         ]
         modules = dict(model.named_modules())
@@ -152,7 +152,7 @@ class DistillationHook(Hook):
             if self._trains and torch.is_grad_enabled():
                 self._calls[name] = Call(args, output)
 
-        hook = TapHook(module, note)
+        hook = ModuleHook(module, note)
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def before_train_iter(
