@@ -14,6 +14,7 @@ from torch import nn
 from mmgfp.compensation.reports import LayerReport
 from mmgfp.discovery.discover import Discovery
 from mmgfp.selection.costs import Totals
+from mmgfp.selection.greedy import Limits
 from mmgfp.selection.targets import Target
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.errors import ConfigError
@@ -80,6 +81,7 @@ class Pruned:
         discovery: The facts about the original.
         kept: Its units that stay, (U,).
         importance: Importance of its units before the last cut, (U,).
+        limits: How far each of its groups could shrink.
     """
 
     model: nn.Module
@@ -89,6 +91,7 @@ class Pruned:
     discovery: Discovery
     kept: np.ndarray
     importance: np.ndarray | None
+    limits: Limits
 
     @property
     def totals(self) -> Totals:

@@ -51,6 +51,7 @@ class UnitState:
         widths: Channels of one unit of each group, (G,).
         costs: Costs for any number of units.
         full: Costs of the unpruned model.
+        shapes: Shapes by name, of its tensors and of attributes that count channels.
         kept: Units that were not pruned, (U,).
         in_model: Units that are in the model, masked or not, (U,).
         remaining: Groups of the units that are in the model, numbered anew.
@@ -81,7 +82,7 @@ class UnitState:
         self.full = self.costs.totals(np.zeros(self.costs.groups))
         self.kept = np.ones(grouping.units, dtype=bool)
         self.in_model = self.kept.copy()
-        self._shapes = shapes_of(model)
+        self.shapes = shapes_of(model)
         self._copies = list(copies)
         self._recover = recover
         self.masks: list[ColumnMask] = []
@@ -149,7 +150,7 @@ class UnitState:
 
     def _structure(self, kept: np.ndarray) -> PruneStructure:
         gone = self.grouping.blocks_among(~kept)
-        return PruneStructure.of(self.grouping.groups, kept, self._shapes, gone)
+        return PruneStructure.of(self.grouping.groups, kept, self.shapes, gone)
 
     def remaining_structure(self, stay: np.ndarray) -> PruneStructure:
         """Return the entries that units, (U,), take of the model as it is now."""

@@ -127,6 +127,7 @@ class _Rounds:
             self.pruner.discovery,
             units.kept,
             self.importance,
+            self.pruner.limits,
         )
 
     def prune(self) -> None:

@@ -29,6 +29,7 @@ from mmgfp.config import PruningConfig
 from mmgfp.engine.demo_batch import demo_calls, image_channels
 from mmgfp.pruner import ChannelPruner
 from mmgfp.selection.costs import COSTS
+from mmgfp.selection.narrow import NarrowGroups
 from mmgfp.units import UnitState
 from mmgfp.utils.io import check_folder
 
@@ -92,7 +93,7 @@ def analyze(
     facts = (found.grouping, found.profiles)
     units = UnitState(model, *facts, costs=options.costs)
     sizes = {'input_shape': list(size), 'input_shape_from': source}
-    return report(units, profiles, options.profile) | sizes
+    return report(units, profiles, options) | sizes
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -108,6 +109,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         frozen.add_row(layer['layer'], layer['reason'])
     console.print(groups)
     console.print(frozen)
+    if narrow := NarrowGroups(**result['narrow']).text:
+        console.print(narrow)
     console.print(
         f'{sum(g["units"] for g in result["groups"])} units in '
         f'{len(result["groups"])} groups; prunable: '

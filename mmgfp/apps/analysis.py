@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from mmgfp.config import PruningConfig
 from mmgfp.groups import Grouping, module_of
 from mmgfp.selection.costs import CostTable, LayerProfile
-from mmgfp.selection.latency_profile import LatencyProfile
+from mmgfp.selection.narrow import NarrowGroups
 from mmgfp.units import UnitState
 
 
@@ -70,16 +72,21 @@ def coverage(
 def report(
     units: UnitState,
     profiles: dict[str, LayerProfile],
-    latency: LatencyProfile | None = None,
+    options: PruningConfig,
 ) -> dict[str, Any]:
-    """Report costs, groups, frozen layers and coverage of a model.
+    """Report costs, groups, what stays and coverage of a model.
 
     Args:
         units: All units of the model.
         profiles: How often its layers use their weights.
-        latency: What ``units`` predict latency by.
+        options: How the model is to be pruned, with the latency profile of ``units``.
+
+    Raises:
+        ConfigError: If ratios are of other groups.
     """
-    full = units.full
+    full, latency = units.full, options.profile
+    # Without targets, as what can be pruned is of interest even if it's not enough.
+    narrow = NarrowGroups.of(units.limits(options, ()), units.grouping)
     costs: dict[str, Any] = {n: int(value) for n, value in full.values.items()}
     if latency is not None:
         costs |= {'latency': full['latency'], 'latency_profile': latency.runtime}
@@ -97,6 +104,7 @@ def report(
         'frozen': [
             {'layer': f.layer, 'reason': f.reason} for f in units.grouping.frozen
         ],
+        'narrow': asdict(narrow),
         **({'blocks': blocks} if blocks else {}),
         'coverage': coverage(units.model, units.grouping, profiles),
     }

@@ -29,6 +29,7 @@ from mmgfp.engine.artifact import choices, circumstances, costs_in_numbers
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.deploy import Deployable, Trained, read_trained
 from mmgfp.rounds import Journal, Pruned, Round
+from mmgfp.selection.narrow import NarrowGroups
 from mmgfp.utils.errors import ConfigError
 from mmgfp.without_training import prune_without_training
 
@@ -199,11 +200,12 @@ def deployable(cfg: Config, outcome: Outcome) -> Deployable:
         outcome: The result.
     """
     pruned, options, original = outcome.pruned, outcome.options, outcome.original
+    facts = (pruned.discovery, pruned.kept, pruned.importance, pruned.limits)
     meta = {
         **{k: v for k, v in original.meta.items() if k == 'dataset_meta'},
         'costs': costs_in_numbers(pruned.totals, pruned.full),
         **circumstances(options),
-        **choices(options, pruned.discovery, pruned.kept, pruned.importance),
+        **choices(options, *facts),
         'input_shape': list(outcome.shape),
     }
     architecture = copy.deepcopy(cfg.model.to_dict())
@@ -241,10 +243,15 @@ def summary(outcome: Outcome) -> dict[str, Any]:
 
 
 def left_alone(outcome: Outcome) -> list[str]:
-    """Return a line for each reason why layers were not refitted in the last cut."""
-    layers = outcome.pruned.rounds[-1].layers
+    """Return a line for each reason why something stayed as it was.
+
+    Groups may be too narrow to be pruned; layers, not be refitted in the last cut.
+    """
+    pruned = outcome.pruned
+    narrow = NarrowGroups.of(pruned.limits, pruned.discovery.grouping).text
+    layers = pruned.rounds[-1].layers
     reasons = Counter(layer.reason for layer in layers if layer.reason)
-    return [
+    return ([narrow] if narrow else []) + [
         f'{count} of {len(layers)} layers keep their weights: {why}'
         for why, count in reasons.most_common()
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from mmgfp.criteria.base import CRITERIA
 from mmgfp.discovery.discover import Discovery
 from mmgfp.groups import Grouping
 from mmgfp.selection.costs import Totals
+from mmgfp.selection.greedy import Limits
+from mmgfp.selection.narrow import NarrowGroups
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
 from mmgfp.utils.io import save_checkpoint
 from mmgfp.utils.plain import plain
@@ -60,8 +62,9 @@ def choices(
     discovery: Discovery,
     kept: np.ndarray,
     importance: np.ndarray | None,
+    limits: Limits,
 ) -> dict[str, Any]:
-    """Return which channels are coupled, how many units stay, and why layers stay.
+    """Return which channels are coupled, how many units stay, and why layers do.
 
     Args:
         config: Options of the run.
@@ -70,6 +73,7 @@ def choices(
         importance: Importance of the units at the last decision, (U,), if known. Of the
             units of a group that stay, the lowest, the median and the highest are
             given, None where nothing is known.
+        limits: How far each group may shrink.
     """
     grouping, spec = discovery.grouping, config.criterion
     name = spec['type'] if isinstance(spec, Mapping) else spec
@@ -77,6 +81,7 @@ def choices(
         'criterion': CRITERIA.canonical(name),
         'groups': _groups(grouping, kept, importance),
         'frozen': [asdict(layer) for layer in grouping.frozen],
+        'narrow': asdict(NarrowGroups.of(limits, grouping)),
         # Transposed layers have their output channels in another dimension.
         'out_dims': {n: p.out_dim for n, p in discovery.profiles.items() if p.out_dim},
     }
@@ -100,6 +105,18 @@ def _groups(
             }
         )
     return groups
+
+
+def weight_shapes(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return the shapes of the layers of an unpruned model, in its order.
+
+    A file that names them tells the widths of layers in modules that are gone whole.
+
+    Args:
+        shapes: Shapes of all tensors by name.
+    """
+    weights = {n: [*s] for n, s in shapes.items() if n.endswith('.weight')}
+    return {'shapes': {n: shape for n, shape in weights.items() if len(shape) > 1}}
 
 
 def circumstances(config: PruningConfig) -> dict[str, Any]:

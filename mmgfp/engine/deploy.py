@@ -15,12 +15,12 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from mmgfp.engine.artifact import save_artifact
+from mmgfp.engine.artifact import save_artifact, weight_shapes
 from mmgfp.engine.model_building import build_model
 from mmgfp.engine.registry import TRAINING_HOOKS, is_named
 from mmgfp.surgery.compact import compact
 from mmgfp.surgery.fit import check_fits
-from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
+from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure, shapes_of
 from mmgfp.utils.errors import ConfigError, StructureError
 from mmgfp.utils.io import atomic_write, load_weights_only
 
@@ -287,7 +287,8 @@ def deploy(cfg: Config, item: Deployable, out: Path, name: str) -> dict[str, Pat
         'structure': out / 'structure.json',
         'config': out / f'{name}.py',
     }
-    save_artifact(paths['weights'], item.model, item.structure, item.meta)
+    meta = {**item.meta, **weight_shapes(shapes_of(item.original))}
+    save_artifact(paths['weights'], item.model, item.structure, meta)
     shape = recorded_shape(item.meta)
     size = {} if shape is None else {'input_shape': list(shape)}
     text = json.dumps({**item.structure.to_dict(), **size})

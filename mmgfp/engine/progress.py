@@ -14,9 +14,10 @@ from mmengine.runner import Runner
 from mmgfp.config import RUNNER_DIVISOR
 from mmgfp.engine.plotting import plot_step
 from mmgfp.pruner import ChannelPruner, PruneStep
-from mmgfp.selection.latency import best_divisor
+from mmgfp.selection.narrow import NarrowGroups
 from mmgfp.selection.schedules import TimedSchedule
 from mmgfp.selection.targets import Target
+from mmgfp.units import UnitState
 
 
 class Progress:
@@ -44,9 +45,11 @@ class Progress:
     def log_groups(self, shape: Sequence[int] | None) -> None:
         """Log costs for one image of ``shape`` (C, H, W), and why layers stay."""
         grouping = self.pruner.units.grouping
+        count = len(grouping.blocks)
+        blocks = f' and {counted(count, "residual block")}' if count else ''
         self.runner.logger.info(
-            f'pruning {grouping.units} units in {len(grouping.groups)} groups; costs '
-            f'are for one image of {shape}: {costs_text(self.pruner)}'
+            f'pruning {grouping.units - count} units in {len(grouping.groups)} groups'
+            f'{blocks}; costs are for one image of {shape}: {costs_text(self.pruner)}'
         )
         if grouping.blocks:
             names = ', '.join(grouping.names[len(grouping.groups) :])
@@ -56,10 +59,10 @@ class Progress:
         self._log_alignment()
 
     def _log_alignment(self) -> None:
-        """Say which groups the divisor leaves whole, or what doing without it costs."""
-        units, divisor = self.pruner.units, self.pruner.config.divisor
-        if divisor == 'auto':
-            divisor = best_divisor(units.costs, units.sizes, units.widths)
+        """Say which groups stay whole, or what doing without a divisor costs."""
+        units, limits = self.pruner.units, self.pruner.limits
+        divisor = limits.divisor
+        if self.pruner.config.divisor == 'auto':
             self.runner.logger.info(f'divisor={divisor}, by the latency profile')
         elif divisor % RUNNER_DIVISOR:
             self.runner.logger.warning(
@@ -67,13 +70,14 @@ class Progress:
                 f'{RUNNER_DIVISOR}: counts go down, but the time in onnxruntime may '
                 'even rise (docs/performance.md)'
             )
-        whole = np.flatnonzero(self.pruner.limits.smallest(units.sizes) == units.sizes)
-        if len(whole):
-            names = [units.grouping.groups[g].name for g in whole]
+        if narrow := NarrowGroups.of(limits, units.grouping).text:
+            self.runner.logger.info(narrow)
+        held = np.flatnonzero(limits.least == units.sizes)
+        if len(held):
+            names = ', '.join(units.grouping.names[g] for g in held)
             self.runner.logger.info(
-                f'{len(whole)} groups are too narrow to lose channels under '
-                f'divisor={divisor}, min_channels, max_ratio and ratios: '
-                f'{", ".join(names)}'
+                f'{len(held)} groups stay whole by min_channels, max_ratio and ratios, '
+                f'or have one unit only: {names}'
             )
 
     def log_step(self, step: PruneStep) -> None:
@@ -83,14 +87,11 @@ class Progress:
         # The schedule may wait, as a linear one does ahead of its line.
         waits = not len(step.units) and not step.exhausted
         why = ' (ahead of schedule)' if waits else ''
-        blocks = self.pruner.units.grouping.blocks_among(step.units)
-        count = len(step.units) - len(blocks)
-        whole = f' and {", ".join(blocks)} whole' if blocks else ''
         back = 0 if step.back is None else len(step.back)
         back_text = f' ({back} came back)' if back else ''
+        gone, left = counts_text(self.pruner.units, step.units)
         self.runner.logger.info(
-            f'pruned {count} units{whole}{why}{back_text}, '
-            f'{self.pruner.units.kept.sum()} remain: '
+            f'pruned {gone}{why}{back_text}, {left} remain: '
             f'{costs_text(self.pruner)}, eta to the target {self._eta()}'
         )
 
@@ -158,6 +159,41 @@ class TimeToTarget(Hook):
                 known.pop('eta')
             else:
                 runner.message_hub.update_info('eta', seconds)
+
+
+def counts_text(units: UnitState, gone: np.ndarray) -> tuple[str, str]:
+    """Return what a decision took and what is left, for people.
+
+    Residual blocks are counted beside the units of channels, and those inside of a
+    block that went count as units that went.
+
+    Args:
+        units: The units after the decision.
+        gone: Numbers of those that it took.
+    """
+    grouping = units.grouping
+    blocks, names = grouping.blocks_among(units.kept), grouping.blocks_among(gone)
+    pruned = f'{len(gone) - len(names)} units'
+    left = int(units.kept.sum()) - len(blocks)
+    if not grouping.blocks:
+        return pruned, str(left)
+    which = f' ({", ".join(names)})' if names else ''
+    total = len(grouping.blocks)
+    return (
+        f'{pruned} and {counted(len(names), "block")}{which}',
+        f'{left} of {grouping.units - total} units and {len(blocks)} of '
+        f'{counted(total, "block")}',
+    )
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words.
+
+    Examples:
+        >>> counted(1, 'block'), counted(0, 'block')
+        ('1 block', '0 blocks')
+    """
+    return f'{number} {noun}{"" if number == 1 else "s"}'
 
 
 def costs_text(pruner: ChannelPruner) -> str:

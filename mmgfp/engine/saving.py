@@ -13,6 +13,7 @@ from mmgfp.engine.artifact import (
     circumstances,
     costs_in_numbers,
     save_artifact,
+    weight_shapes,
 )
 from mmgfp.engine.runner_access import averaged_models
 from mmgfp.pruner import ChannelPruner
@@ -46,13 +47,15 @@ def save_compact(
     path = Path(runner.work_dir) / f'{name}_{label}.pth'
     units = pruner.units
     assert pruner.discovery is not None
+    facts = (pruner.config, pruner.discovery, units.kept, importance, pruner.limits)
     meta = {
         'dataset_meta': getattr(runner.train_dataloader.dataset, 'metainfo', {}),
         'cfg': runner.cfg.pretty_text,
         'iter': iteration,
         'costs': costs_in_numbers(units.totals, units.full),
         **circumstances(pruner.config),
-        **choices(pruner.config, pruner.discovery, units.kept, importance),
+        **weight_shapes(units.shapes),
+        **choices(*facts),
     }
     structure, model = units.structure(), pruner.compact()
     averaged = averaged_models(runner)

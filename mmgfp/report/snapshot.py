@@ -9,6 +9,7 @@ from typing import Any
 
 from mmgfp.groups import FrozenLayer
 from mmgfp.report.quantities import Quantity, quantities_of
+from mmgfp.selection.narrow import NarrowGroups
 from mmgfp.surgery.structure import STRUCTURE_KEY, PruneStructure
 from mmgfp.utils.errors import StructureError
 from mmgfp.utils.io import load_weights_only
@@ -32,6 +33,11 @@ class Cost:
     def before(self) -> float:
         """The value of the unpruned model."""
         return self.remaining / self.ratio if self.ratio else 0.0
+
+    @property
+    def text(self) -> str:
+        """The value as tables show it."""
+        return self.quantity.text(self.remaining)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class Snapshot:
         groups: All groups; None if the file does not name them.
         frozen: Layers that keep channels; None if the file does not name them.
         gone: Modules that are gone whole.
+        narrow: Groups that the divisor keeps whole; None if the file does not name
+            them.
     """
 
     path: Path
@@ -86,6 +94,7 @@ class Snapshot:
     groups: tuple[GroupFacts, ...] | None
     frozen: tuple[FrozenLayer, ...] | None
     gone: tuple[str, ...] = ()
+    narrow: NarrowGroups | None = None
 
 
 def read_snapshot(path: Path, label: str) -> Snapshot | None:
@@ -104,13 +113,14 @@ def read_snapshot(path: Path, label: str) -> Snapshot | None:
     structure = PruneStructure.from_dict(checkpoint[STRUCTURE_KEY], str(path))
     try:
         meta = checkpoint.get('meta') or {}
-        shapes = {  # of the original
+        shapes = meta.get('shapes') or {  # of the original, as far as layers are left
             name: structure.sizes.get(name, list(tensor.shape))
             for name, tensor in checkpoint['state_dict'].items()
         }
         widths = layer_widths(structure, shapes, meta.get('out_dims'))
         costs, shape = meta.get('costs', {}), meta.get('input_shape')
         groups, frozen = meta.get('groups'), meta.get('frozen')
+        narrow = meta.get('narrow')
         return Snapshot(
             path,
             label,
@@ -123,6 +133,7 @@ def read_snapshot(path: Path, label: str) -> Snapshot | None:
             None if groups is None else tuple(map(_group, groups)),
             None if frozen is None else tuple(FrozenLayer(**layer) for layer in frozen),
             structure.identities,
+            None if narrow is None else _narrow(narrow),
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise StructureError(
@@ -156,6 +167,10 @@ def _group(raw: Mapping[str, Any]) -> GroupFacts:
     )
 
 
+def _narrow(raw: Mapping[str, Any]) -> NarrowGroups:
+    return NarrowGroups(int(raw['divisor']), tuple(map(str, raw['names'])))
+
+
 def layer_widths(
     structure: PruneStructure,
     shapes: Mapping[str, Sequence[int]],
@@ -170,7 +185,8 @@ def layer_widths(
 
     Returns:
         Kept and original output channels by layer name, for each layer with a
-        weight of two or more dimensions, pruned or not.
+        weight of two or more dimensions, pruned or not; none are kept in modules that
+        are gone whole.
 
     Examples:
         >>> structure = PruneStructure(
@@ -185,5 +201,6 @@ def layer_widths(
             dim = (out_dims or {}).get(name, 0)
             kept = structure.kept.get(name, {}).get(dim)
             count = shape[dim] if kept is None else len(kept)
+            count = 0 if structure.is_gone(name) else count
             widths[name.removesuffix('.weight')] = (count, shape[dim])
     return widths

@@ -26,12 +26,15 @@ class Limits:
             None if units of all groups compete (`scope`).
         inside: Groups that go with a residual block, by the number of the block, which
             is that of a group of one unit after all others.
+        divisor: What groups' numbers of channels are multiples of at rest, which gives
+            the steps.
     """
 
     least: np.ndarray
     steps: np.ndarray
     shares: np.ndarray | None = None
     inside: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    divisor: int = 1
 
     @classmethod
     def of(
@@ -63,7 +66,8 @@ class Limits:
         most = max_ratio if shares is None else np.minimum(max_ratio, shares)
         by_ratio = np.ceil(units * (1 - most) - 1e-9).astype(int)
         least = np.maximum(by_channels, np.maximum(by_ratio, 1))
-        return cls(least, divisor // np.gcd(widths, divisor), shares)
+        steps = divisor // np.gcd(widths, divisor)
+        return cls(least, steps, shares, divisor=divisor)
 
     def with_blocks(self, inside: Sequence[Sequence[int]]) -> Limits:
         """Return the limits of the same groups and of residual blocks, which may go.

@@ -2,12 +2,14 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from mmengine.logging import MessageHub
 
 from mmgfp.config import PruningConfig
 from mmgfp.engine import progress as module
-from mmgfp.engine.progress import Progress
+from mmgfp.engine.progress import Progress, counts_text
+from mmgfp.groups import ChannelGroup, Grouping, Member, ResidualBlock
 
 
 @pytest.fixture
@@ -64,6 +66,31 @@ def test_time_left_is_that_to_the_target(options, left, clock):
     pruner.pending = ()
     progress._estimate()
     assert shown(progress) == 0
+
+
+@pytest.mark.parametrize(
+    ('blocks', 'kept', 'gone', 'expected'),
+    [
+        # Two groups of 3 and 2 units; both units of the second are in the block.
+        (0, [1, 1, 0, 1, 0], [2, 4], ('2 units', '3')),
+        (1, [1, 1, 0, 1, 1, 1], [2], ('1 units and 0 blocks', '4 of 5 units and 1 of')),
+        (1, [1, 1, 0, 0, 0, 0], [3, 4, 5], ('2 units and 1 block (b0)', '2 of 5 ')),
+        (2, [1, 1, 1, 0, 0, 0, 1], [3, 4, 5], ('2 units and 1 block (b0)', '3 of 5 ')),
+    ],
+)
+def test_units_and_blocks_are_counted_apart(blocks, kept, gone, expected):
+    entries = {'a': np.zeros((3, 1), int), 'b': np.zeros((2, 1), int)}
+    members = (Member(name, 0, index, 'out') for name, index in entries.items())
+    groups = tuple(ChannelGroup(member.name, (member,)) for member in members)
+    found = tuple(ResidualBlock(f'b{i}', f'b{i}.bn') for i in range(blocks))
+    units = SimpleNamespace(
+        grouping=Grouping(groups, (), {}, found), kept=np.array(kept, bool)
+    )
+    pruned, left = counts_text(units, np.array(gone))
+    assert pruned == expected[0] and left.startswith(expected[1])
+    if blocks:
+        number = sum(kept[5:])
+        assert left.endswith(f'and {number} of {blocks} block{"s" * (blocks > 1)}')
 
 
 def test_another_run_of_the_runner_is_shown_by_the_same_hook(clock):

@@ -8,6 +8,7 @@ from torch import nn
 from mmgfp import ChannelPruner, PruneStructure
 from mmgfp.engine.artifact import choices, costs_in_numbers, save_artifact
 from mmgfp.report.snapshot import layer_widths, read_snapshot
+from mmgfp.selection.narrow import NarrowGroups
 from mmgfp.utils.errors import StructureError
 
 
@@ -20,6 +21,9 @@ def test_widths_count_output_channels():
     assert layer_widths(structure, shapes | vectors) == widths
     transposed = {'stem': (3, 8), 'fc': (3, 8)}
     assert layer_widths(structure, shapes, {'fc.weight': 1}) == transposed
+    gone = PruneStructure(identities=('block',))
+    shapes = {'stem.weight': [8, 3, 3, 3], 'block.a.weight': [16, 8, 3, 3]}
+    assert layer_widths(gone, shapes) == {'stem': (8, 8), 'block.a': (0, 16)}
 
 
 @pytest.fixture
@@ -36,6 +40,7 @@ def pruned(tmp_path):
         step = pruner.step()
     units, path = pruner.units, tmp_path / 'net.pth'
     facts = (pruner.config, pruner.discovery, units.kept, step.importance)
+    facts += (pruner.limits,)
     costs = costs_in_numbers(units.totals, units.full)
     meta = {'costs': costs, 'iter': 3, 'input_shape': (3, 8, 8), **choices(*facts)}
     save_artifact(path, pruner.compact(), units.structure(), meta)
@@ -65,6 +70,7 @@ def test_all_that_a_file_says(pruned):
     assert group.importance == (stay[0], pytest.approx(np.median(stay)), stay[-1])
     assert snapshot.frozen == units.grouping.frozen
     assert [layer.layer for layer in snapshot.frozen] == ['4']
+    assert snapshot.narrow == NarrowGroups(1, ())
 
 
 def test_units_of_unknown_importance_do_not_count(pruned):
@@ -72,10 +78,11 @@ def test_units_of_unknown_importance_do_not_count(pruned):
     importance = np.arange(14.0)
     importance[:8] = np.nan
     facts = (pruner.config, pruner.discovery, np.ones(14, bool))
-    groups = choices(*facts, importance)['groups']
+    groups = choices(*facts, importance, pruner.limits)['groups']
     assert groups[0]['importance'] is None
     assert groups[1]['importance'].tolist() == [8.0, 10.5, 13.0]
-    assert choices(*facts, None)['groups'][1]['importance'] is None
+    unknown = choices(*facts, None, pruner.limits)['groups']
+    assert unknown[1]['importance'] is None
 
 
 def test_a_file_of_before_has_channels_alone(pruned):
@@ -92,7 +99,14 @@ def test_a_file_of_before_has_channels_alone(pruned):
 
 @pytest.mark.parametrize(
     'meta',
-    [{'groups': [{}]}, {'frozen': [3]}, {'costs': {'macs': 3}}, {'input_shape': 1}],
+    [
+        {'groups': [{}]},
+        {'frozen': [3]},
+        {'narrow': {}},
+        {'shapes': {'0.weight': 3}},
+        {'costs': {'macs': 3}},
+        {'input_shape': 1},
+    ],
 )
 def test_damage_is_named(meta, pruned):
     _, _, path = pruned

@@ -1,0 +1,60 @@
+"""Groups that are too narrow for the divisor, so that they keep all channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmgfp.selection.greedy import Limits
+
+if TYPE_CHECKING:  # groups are made from tensors; here they are numbers only
+    from mmgfp.groups import Grouping
+
+#: Names that a line shows before it counts the rest.
+MOST_NAMES = 4
+
+
+@dataclass(frozen=True)
+class NarrowGroups:
+    """Groups that stay whole because of the divisor, not of another limit.
+
+    Attributes:
+        divisor: What numbers of channels are multiples of at rest.
+        names: Names of the groups; none if the divisor holds back none.
+
+    Examples:
+        >>> NarrowGroups(8, ('stem', 'head')).text.partition(';')[0]
+        '2 groups are too narrow to lose channels under divisor=8: stem, head'
+    """
+
+    divisor: int
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, limits: Limits, grouping: Grouping) -> NarrowGroups:
+        """Return the groups of a model that its limits would let shrink otherwise.
+
+        Args:
+            limits: How far each group may shrink.
+            grouping: The groups of the unpruned model.
+        """
+        units = np.bincount(grouping.group_of)
+        is_held = (limits.smallest(units) == units) & (limits.least < units)
+        names = tuple(grouping.names[g] for g in np.flatnonzero(is_held))
+        return cls(limits.divisor, names)
+
+    @property
+    def text(self) -> str:
+        """A line for people, with the remedy; empty if there are no such groups."""
+        count, more = len(self.names), len(self.names) - MOST_NAMES
+        if not count:
+            return ''
+        groups, them = ('group is', 'it') if count == 1 else ('groups are', 'them')
+        rest = f' and {more} more' if more > 0 else ''
+        return (
+            f'{count} {groups} too narrow to lose channels under divisor='
+            f'{self.divisor}: {", ".join(self.names[:MOST_NAMES])}{rest}; a smaller '
+            f'divisor lets {them}, divisor=1 in any case'
+        )
