@@ -42,13 +42,18 @@ def draw_checkpoints(cfg: Config, checkpoints: Sequence[str], count: int) -> Gal
         StructureError: If a checkpoint does not fit.
     """
     labels = _labels([Path(path) for path in checkpoints])
-    models = (read_trained(cfg, path).model for path in checkpoints)
-    return draw_detections(cfg, dict(zip(labels, models, strict=True)), count)
+    models = [read_trained(cfg, path).model for path in checkpoints]
+    gallery = draw_detections(cfg, dict(zip(labels, models, strict=True)), count)
+    if gallery is None:
+        got = f'that of a {type(models[0]).__name__}'
+        remedy = 'leave --config and --checkpoints out'
+        raise ConfigError('--config', 'that of a detector', got, remedy)
+    return gallery
 
 
 def draw_detections(
     cfg: Config, models: Mapping[str, nn.Module], count: int = IMAGES
-) -> Gallery:
+) -> Gallery | None:
     """Draw what models detect on validation images, evenly spaced.
 
     Args:
@@ -56,10 +61,15 @@ def draw_detections(
         models: Models in eval mode, by the names that are shown.
         count: Number of images, at most.
 
+    Returns:
+        The pictures; None for models of other tasks, which detect nothing.
+
     Raises:
-        ConfigError: If the config is of no detector, has no data to look at, or there
-            are too many pictures for a page.
+        ConfigError: If the config has no data to look at, the images are in no files,
+            or there are too many pictures for a page.
     """
+    if not all(map(is_detector, models.values())):
+        return None
     init_default_scope(scope_of(cfg) or 'mmengine')
     with reading_config(cfg):
         dataset = _validation_set(cfg)
@@ -75,6 +85,15 @@ def draw_detections(
         expected = 'so few that a page holds them'
         raise ConfigError('images to show', expected, got, 'ask for fewer')
     return Gallery(tuple(models), tuple(names), pictures, THRESHOLD)
+
+
+def is_detector(model: nn.Module) -> bool:
+    """Return whether a model is a detector of MMDetection, or inherits from one."""
+    try:
+        from mmdet.models.detectors.base import BaseDetector
+    except ImportError:  # who has classifiers alone may do without it
+        return False
+    return isinstance(model, BaseDetector)
 
 
 def _labels(paths: Sequence[Path]) -> tuple[str, ...]:

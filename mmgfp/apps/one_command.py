@@ -216,7 +216,7 @@ def _export_flags(args: argparse.Namespace) -> list[str]:
 
 def _detections(
     candidates: Sequence[Candidate], options: Sequence[str], shown: Config
-) -> Gallery:
-    """Draw what the candidates detect on images of a config."""
+) -> Gallery | None:
+    """Draw what the candidates detect on images of a config, if they are detectors."""
     models = {c.name: build(c, options)[0] for c in candidates}
     return draw_detections(shown, models)

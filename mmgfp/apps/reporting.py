@@ -15,19 +15,19 @@ from mmgfp.utils.errors import MMGFPError
 NAME = 'report.html'
 
 
-def report_on(folder: Path, draw: Callable[[], Gallery]) -> list[str]:
+def report_on(folder: Path, draw: Callable[[], Gallery | None]) -> list[str]:
     """Write a report on what a folder holds; say in a line what it has to do without.
 
     What the report is about is there already, so no failure is one of the command.
 
     Args:
         folder: The work directory, which gets the file.
-        draw: Draws detections.
+        draw: Draws detections, None of models that detect nothing.
 
     Returns:
         The name of the file; nothing without it, as where its packages are missing.
     """
-    print('drawing detections and writing the report', flush=True)
+    print('writing the report', flush=True)
     gallery = None
     try:
         gallery = draw()

@@ -73,6 +73,12 @@ class CostTable:
         """All quantities of some row, in order."""
         return list(dict.fromkeys(q for row in self.rows for q in row.values))
 
+    def has(self, snapshot: Snapshot) -> bool:
+        """Return whether a row shows all costs of a pruned model."""
+        texts = {cost.quantity: cost.text for cost in snapshot.costs}
+        rows = ({q: q.text(v) for q, v in row.values.items()} for row in self.rows[1:])
+        return any(texts.items() <= row.items() for row in rows)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -93,6 +99,25 @@ class Run:
     history: History
     finetuning: History
     tables: tuple[CostTable, ...]
+
+    @property
+    def costed(self) -> list[Snapshot]:
+        """Pruned models whose costs are to be shown; none if the tables have them."""
+        known = [snapshot for snapshot in self.snapshots if snapshot.costs]
+        in_tables = (any(t.has(snapshot) for t in self.tables) for snapshot in known)
+        return [] if all(in_tables) else known
+
+    @property
+    def timed_in(self) -> set[str]:
+        """Keys of the times that were measured."""
+        keys = {q.key for table in self.tables for q in table.quantities}
+        return keys & {*RUNTIMES, *PROCESSOR}
+
+    @property
+    def has_rois(self) -> bool:
+        """Whether it is a two-stage detector's."""
+        layers = (layer for s in self.snapshots for layer in s.widths)
+        return any(layer.startswith('roi_head.') for layer in layers)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

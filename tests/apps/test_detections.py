@@ -11,9 +11,11 @@ import pytest
 import torch
 from mmengine.structures import InstanceData
 from support.html import Page
+from support.small_configs import config_of
 from support.tooling import load_tool
 
-from mmgfp.apps.detections import _draw
+from mmgfp.apps.detections import _draw, draw_checkpoints, draw_detections
+from mmgfp.engine.model_building import build_model
 from mmgfp.report.gallery import encode
 from mmgfp.utils.errors import ConfigError
 
@@ -55,6 +57,16 @@ def test_boxes_of_enough_score_are_drawn_where_they_are(tmp_path):
 def test_models_without_boxes_are_refused(tmp_path):
     with pytest.raises(ConfigError, match='what is drawn must be of a detector'):
         drawn(None, tmp_path)
+
+
+def test_classifiers_have_no_pictures(tmp_path):
+    config = config_of(tmp_path, 'classifier')
+    model = build_model(config)
+    assert draw_detections(config, {'original': model}) is None
+    weights = tmp_path / 'net.pth'
+    torch.save({'state_dict': model.state_dict()}, weights)
+    with pytest.raises(ConfigError, match='--config must be that of a detector .got'):
+        draw_checkpoints(config, [str(weights)], 1)
 
 
 def test_pictures_shrink_until_they_fit():

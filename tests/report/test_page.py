@@ -11,10 +11,12 @@ import torch
 from support.html import Page
 from support.tooling import ROOT
 
+from mmgfp.groups import FrozenLayer
 from mmgfp.report import page
 from mmgfp.report.history import History
 from mmgfp.report.run import CostTable, Row, Run, read_runs
 from mmgfp.report.snapshot import Cost, GroupFacts, Quantity, Snapshot
+from mmgfp.selection.narrow import NarrowGroups
 from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.errors import ConfigError
 
@@ -115,6 +117,59 @@ def run_named(name, **parts):
     return replace(whole, **parts)
 
 
+TIME = Quantity('onnxruntime_ms', 'CPU latency, onnxruntime', 'ms')
+
+
+def table_of(metric=None, pruned=2.5e9, is_timed=False):
+    """Costs of the model of `run_named` and of the original, as a tool wrote them."""
+    times = {TIME: 4.0} if is_timed else {}
+    rows = [Row('original', {MACS: 5e9, **times}, {}, metric and 50.0)]
+    rows.append(Row('pruned', {MACS: pruned, **times}, {}, metric and 40.0))
+    return CostTable(Path('x/summary.json'), tuple(rows), metric)
+
+
+def text_of(*tables, **parts):
+    read = Page(page.render([run_named('x', tables=tables, **parts)]))
+    return read, ' '.join(read.text.split())
+
+
+def test_costs_are_shown_once():
+    for tables in ((), (table_of('top-1', pruned=2.6e9),)):
+        read, _ = text_of(*tables)
+        assert [*read.table('costs')[1]] == ['original', 'flops50']
+    read, text = text_of(table_of('top-1'))
+    assert 'costs' not in read.tables and 'x.pth (iteration 7)' in text
+    _, rows = read.table('measured')
+    assert [c.text for c in rows['pruned']] == ['40.0', '2.5 (50.0%)']
+    # With several targets, all of them or none.
+    (first,) = run_named('x').snapshots
+    other = replace(first, label='flops30', costs=(Cost(MACS, 1.5e9, 0.3),))
+    read, _ = text_of(table_of('top-1'), snapshots=(first, other))
+    assert [*read.table('costs')[1]] == ['original', 'flops50', 'flops30']
+
+
+@pytest.mark.parametrize(
+    ('table', 'said'),
+    [
+        (table_of('top-1'), 'Nothing here was timed: '),
+        (table_of(is_timed=True), 'Nothing here was tested: '),
+        (table_of(), 'Nothing here was timed or tested: '),
+        (table_of('top-1', is_timed=True), 'Times are medians'),
+    ],
+)
+def test_only_what_was_measured_is_explained(table, said):
+    """And nothing of RoIs or detections where there are none."""
+    read, text = text_of(table)
+    assert said in text
+    assert ('Times are' in text) == any(TIME in row.values for row in table.rows)
+    assert text.count('Nothing here was') == (said != 'Times are medians')
+    assert not re.search('Detections|detector|RoI', text)
+    (shot,) = run_named('x').snapshots
+    two_stage = replace(shot, widths={**shot.widths, 'roi_head.fc': (4, 8)})
+    _, text = text_of(table, snapshots=(two_stage,))
+    assert ('runs up to its RoIs' in text) == ('Times are' in text)
+
+
 def test_several_runs_are_side_by_side():
     slow = Quantity('latency_ms', 'CPU latency, PyTorch', 'ms')
     rows = (Row('a', {MACS: 5e9, slow: 8.0}, {}, 50.0), Row('b', {slow: 6.0}, {}, None))
@@ -131,6 +186,30 @@ def test_several_runs_are_side_by_side():
     assert [c.text for c in rows['a']] == ['50.0', '5', '8']
     assert [c.text for c in rows['b']] == ['–', '–', '6 (75.0%)']
     assert 'not known' in read.text and 'Every layer may lose channels.' in read.text
+
+
+def test_what_the_divisor_keeps_is_said_with_the_remedy():
+    (shot,) = run_named('x').snapshots
+    names = ('layer0', 'layer1', '<b>', 'layer3', 'layer4', 'layer5')
+    shot = replace(shot, narrow=NarrowGroups(8, names))
+    text = Page(page.render([run_named('x', snapshots=(shot,))])).text
+    assert '6 groups are too narrow to lose channels under divisor=8' in text
+    assert '<b>, layer3 and 2 more; a smaller divisor' in text
+    assert 'Every layer may lose channels.' not in text
+    # The same below a table of layers that stay.
+    shot = replace(shot, frozen=(FrozenLayer('fc', 'an output', 3),))
+    read = Page(page.render([run_named('x', snapshots=(shot,))]))
+    assert [*read.table('frozen')[1]] == ['fc'] and 'divisor=8' in read.text
+
+
+def test_a_block_that_is_gone_has_its_rows():
+    (first,) = run_named('x').snapshots
+    widths = {'backbone.a': (0, 8), 'head': (3, 3)}
+    second = replace(first, label='flops30', widths=widths)
+    read = Page(page.render([run_named('x', snapshots=(first, second))]))
+    _, rows = read.table('channels')
+    assert [c.text for c in rows['backbone.a']] == ['8', '4', '0 (removed)']
+    assert read.tags.count('svg') == 2
 
 
 def test_several_targets_are_in_one_chart_and_table():
