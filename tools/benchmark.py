@@ -2,8 +2,9 @@
 
 All of them take turns in one process; each turn times a second run. Times are wall
 clock and the processor time of the process (of all its threads), as medians with
-quartiles, and ratios are taken round by round to the first model in the same runtime
-at the same batch: name the baseline first. Progress goes to the error stream.
+quartiles, and ratios are medians of those of each round to the first model in the same
+runtime at the same batch: name the baseline first. After few rounds they need not be
+the ratios of the medians. Progress goes to the error stream.
 Models of configs give raw outputs, of two-stage detectors those of the RPN, in every
 runtime; --outputs end-to-end includes boxes, NMS and RoI heads.
 

@@ -121,7 +121,8 @@ def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
         print(
             f'latency: medians of rounds in turn with {torch.get_num_threads()} '
             'thread(s); on a busy machine go by processor time (of all threads) and by '
-            'the ratios, which are taken round by round'
+            'their ratios, medians of those of each round: after few rounds, they need '
+            'not be the ratios of the medians'
         )
 
 
@@ -134,6 +135,8 @@ def main() -> None:
     check_export(args)
     with reading_config(cfg):
         item = read_deployable(cfg, args.checkpoint)
+    if gone := item.structure.identities:
+        print(f'the checkpoint is without {", ".join(gone)}')
     if args.dead_branches == 'remove':
         item, dead = without_dead_branches(cfg, item)
         for line in lines_of(dead):
@@ -150,12 +153,12 @@ def main() -> None:
     summary = {'input_shape': list(shape), **rows, **reports(exported)}
     if gone := item.structure.identities:
         summary['gone'] = list(gone)
-        print(f'gone whole: {", ".join(gone)}')
     sparsity = item.meta.get('sparsity')
     if isinstance(sparsity, dict) and isinstance(sparsity.get('density'), float):
         summary['sparsity'] = sparsity
         print(f'{sparsity["density"]:.2%} of the weights that could go are left')
-    write_json(args.out / 'summary.json', summary)
+    paths['summary'] = args.out / 'summary.json'
+    write_json(paths['summary'], summary)
     show(rows, Console())
     if 'onnxruntime_ms' in rows['original'] and hasattr(item.original, 'roi_head'):
         print('in onnxruntime, a two-stage detector runs up to its RoIs, without heads')

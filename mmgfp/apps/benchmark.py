@@ -28,6 +28,12 @@ from mmgfp.runtimes.timing import ratios, spread, take_turns
 from mmgfp.utils.errors import ConfigError
 
 WARMUP = 2
+#: Why a ratio may differ from that of the times beside it.
+PAIRED = (
+    'Each cell: the median, and the quartiles below. Ratios are taken within each '
+    'round, and their median is shown: what slows a whole round cancels out, and after '
+    'few rounds they need not be the ratios of the median times.'
+)
 
 
 def say(line: str) -> None:
@@ -167,6 +173,7 @@ def time_table(rows: Sequence[dict[str, Any]]) -> Table:
     numbers = {source: str(i) for i, source in enumerate(names, 1)}
     legend = '\n'.join(f'{numbers[source]}: {names[source]}' for source in names)
     table = Table('#', 'runtime', box=None, title=Text(legend), title_justify='left')
+    table.caption, table.caption_justify, table.caption_style = PAIRED, 'left', ''
     table.title_style, table.padding, table.pad_edge = '', (0, 1, 0, 0), False
     titles = ['batch', 'wall (ms)', 'CPU (ms)']
     titles += [f'{clock} to\nfirst of\nruntime' for clock in ('wall', 'CPU')]

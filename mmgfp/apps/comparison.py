@@ -100,6 +100,7 @@ def write_results(
         'seconds': pipeline.seconds(),
         **machine_facts(),
         'input_shape': list(shape),
+        'two_stage': cfg.model.get('roi_head') is not None,
     }
     cells = table_cells(rows)
     text = markdown(cells, facts)

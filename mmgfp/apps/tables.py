@@ -116,7 +116,8 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
     Args:
         cells: The cells of `table_cells`.
         facts: The facts of `machine_facts`, and `configs`, `input_shape`, `seed` and
-            `seconds` by stage; optionally lines on the runs in `notes`.
+            `seconds` by stage; optionally lines on the runs in `notes`, and whether the
+            model is `two_stage`.
 
     Returns:
         The text of a section, without a heading.
@@ -128,10 +129,8 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
         *markdown_table(cells),
         '',
         'MACs count one multiply-add as one; memory is the number of elements that',
-        f'all layers output; both for one {shape} image. CPU is the median time of the',
-        'network for that image, or for a batch of such, without decoding boxes; its',
-        'share is the median over rounds in which models took turns; of a two-stage',
-        'detector onnxruntime runs what comes before the RoIs.',
+        f'all layers output; both for one {shape} image.',
+        *_on_times(cells[0], facts.get('two_stage', False)),
         '',
         f'- configs: {", ".join(f"`{path}`" for path in facts["configs"])}',
         *(f'- {note}' for note in facts.get('notes', ())),
@@ -140,6 +139,21 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
         f'- wall-clock time: {stages} (of the last run, where one was cut off)',
     ]
     return '\n'.join(lines) + '\n'
+
+
+def _on_times(header: Sequence[str], is_two_stage: bool) -> list[str]:
+    """Return lines on the times of a table, if it has any."""
+    timed = [name for name in header if name.startswith('CPU, ')]
+    if not timed:
+        return []
+    lines = [
+        'CPU is the median time of the network for that image, or for a batch of such,',
+        'up to its raw outputs; its share is the median of the ratios of each round in',
+        'which models took turns: after few rounds, it need not be that of the times.',
+    ]
+    if is_two_stage and any('onnxruntime' in name for name in timed):
+        lines.append('onnxruntime runs what comes before the RoIs.')
+    return lines
 
 
 def markdown_table(cells: Sequence[Sequence[str]]) -> list[str]:

@@ -150,6 +150,8 @@ def test_names_stay_apart_in_80_columns():
     numbers = ['1234.5', '1234.5', '0.43', '0.43', '1234']
     assert cells[0] == ['1', 'onnxruntime', '1', *numbers]
     assert sum(line.count('1200.0-1300.0') for line in lines) == 6
+    note = ' '.join(lines[-4:])
+    assert 'Ratios are taken within each round, and their median is shown' in note
 
 
 def test_a_config_without_weights_says_so(files, benchmark, capsys):

@@ -96,3 +96,10 @@ def test_markdown_tells_how_the_numbers_came_about():
     assert 'of the last run, where one was cut off' in text
     assert 'torch ' in text
     json.dumps(facts)
+    # Of times and RoIs only where there are some.
+    assert 'median of the ratios of each round' in text and 'RoIs' not in text
+    two_stage = {**facts, 'two_stage': True}
+    assert 'what comes before the RoIs' in markdown(table_cells(ROWS), two_stage)
+    rows = [{k: v for k, v in row.items() if k not in HIDDEN} for row in ROWS]
+    untimed = markdown(table_cells(rows), two_stage)
+    assert 'CPU is' not in untimed and 'RoIs' not in untimed

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from support.configs import FASTER, MASK, PRUNE_CONFIG, slim
 from support.roundtrip import traced
 from support.tooling import ROOT, load_tool
@@ -62,6 +63,23 @@ def test_analyze_counts_at_the_size_of_the_hook(run_tool, tmp_path):
     result = load_tool('analyze').analyze(shown, None, None, False)
     assert result['input_shape'] == [3, 64, 96]
     assert result['input_shape_from'] == 'as images are resized for testing'
+
+
+def test_analyze_names_the_groups_that_the_divisor_keeps_whole(capsys):
+    tool, cfg = load_tool('analyze'), load_config(str(DEMO))
+    cfg.model.backbone.base_channels = 8
+    cfg.model.neck.update(in_channels=[8, 16, 32, 64])
+    result = tool.analyze(cfg, None, (3, 64, 64), False)
+    narrow = [g['name'] for g in result['groups'] if g['units'] == 8]
+    assert narrow and result['narrow'] == {'divisor': 8, 'names': tuple(narrow)}
+    tool.show(result, Console(width=200))
+    said = f'{len(narrow)} groups are too narrow to lose channels under divisor=8: '
+    assert f'{said}{narrow[0]}' in capsys.readouterr().out
+    cfg.custom_hooks = [dict(type='ChannelPruningHook', divisor=1)]
+    result = tool.analyze(cfg, None, (3, 64, 64), False)
+    assert result['narrow'] == {'divisor': 1, 'names': ()}
+    tool.show(result, Console(width=200))
+    assert 'too narrow' not in capsys.readouterr().out
 
 
 def test_latency_is_profiled_and_predicted(run_tool, tmp_path):
@@ -151,9 +169,11 @@ def test_deploy_names_files_alike_when_it_tells_of_modules_that_stay(
     argv = ['deploy_pruned.py', *map(str, args), '--rounds', '0']
     monkeypatch.setattr('sys.argv', argv)
     tool.main()
-    assert 'backbone.spare gets no gradient, but stays' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'backbone.spare gets no gradient, but stays' in said
     names = {path.name for path in out.iterdir()}
     assert names == {'small.pth', 'small.py', 'structure.json', 'summary.json'}
+    assert all(f'{out / name}' in said.splitlines()[-1] for name in names)
 
 
 @pytest.mark.parametrize('name', [FASTER, MASK])

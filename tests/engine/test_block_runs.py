@@ -1,12 +1,14 @@
 """Runs that lose residual blocks: trained, reloaded by config, deployed, exported."""
 
 import json
+import re
 import sys
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
+from support.html import Page
 from support.small_configs import config_of
 from support.tooling import load_tool
 from torch import nn
@@ -52,7 +54,7 @@ def run_of(config, folder, **options):
         pytest.param('mask', marks=pytest.mark.slow),
     ],
 )
-def test_a_model_loses_blocks(tmp_path, monkeypatch, kind, compact_interval):
+def test_a_model_loses_blocks(tmp_path, monkeypatch, capsys, kind, compact_interval):
     config = config_of(tmp_path, kind)
     runner = run_of(config, tmp_path / 'work', compact_interval=compact_interval)
     (pruner,) = (h.pruner for h in runner.hooks if hasattr(h, 'pruner'))
@@ -61,9 +63,29 @@ def test_a_model_loses_blocks(tmp_path, monkeypatch, kind, compact_interval):
     gone = structure.identities
     assert gone and all('layer' in name for name in gone)
     log = next((tmp_path / 'work').glob('*/*.log')).read_text()
-    assert all(f'{name}' in log for name in gone)
-    assert read_snapshot(artifact, 'half').gone == gone
-    assert gone[0] in (tmp_path / 'work/report.html').read_text()
+    # Each decision's counts, and what is left, blocks apart from channels.
+    grouping, kept = pruner.units.grouping, pruner.units.kept
+    blocks = len(grouping.blocks)
+    line = r'pruned (\d+) units and (\d+) blocks?(?: \(([^)]+)\))?, (.* remain):'
+    units, counts, names, left = zip(*re.findall(line, log), strict=True)
+    assert sum(map(int, units)) == sum(~kept[:-blocks])
+    assert sum(map(int, counts)) == len(gone)
+    assert sorted(', '.join(filter(None, names)).split(', ')) == sorted(gone)
+    assert left[-1] == (
+        f'{sum(kept[:-blocks])} of {len(kept) - blocks} units and '
+        f'{blocks - len(gone)} of {blocks} blocks remain'
+    )
+    snapshot = read_snapshot(artifact, 'half')
+    assert snapshot.gone == gone
+    # The report has a row for each layer of the original, those of blocks included.
+    shapes = pruner.units.shapes
+    layers = [n for n, s in shapes.items() if n.endswith('.weight') and len(s) > 1]
+    assert [f'{layer}.weight' for layer in snapshot.widths] == layers
+    page = Page((tmp_path / 'work/report.html').read_text())
+    _, rows = page.table('channels')
+    for layer, (before, after) in rows.items():
+        assert int(before.text) == shapes[f'{layer}.weight'][0]
+        assert (after.text == '0 (removed)') == structure.is_gone(layer)
 
     # Masked, or cut, equals compact; and the model reloads by config.
     config.dump(tmp_path / 'whole.py')
@@ -71,13 +93,18 @@ def test_a_model_loses_blocks(tmp_path, monkeypatch, kind, compact_interval):
     args = ['deploy_pruned.py', tmp_path / 'whole.py', artifact, '--out', out]
     args += ['--name', 'small', '--rounds', '1', '--input-shape', '3', '64', '64']
     monkeypatch.setattr(sys, 'argv', [*map(str, args), '--export', 'onnx'])
+    capsys.readouterr()  # what the run has logged
     load_tool('deploy_pruned').main()
+    said = capsys.readouterr().out
+    assert f'the checkpoint is without {", ".join(gone)}\n' in said
+    assert said.count(gone[0]) == 1
     summary = json.loads((out / 'summary.json').read_text())
     assert summary['gone'] == list(gone)
     assert list(out.glob('*.onnx'))
     small = build_model(Config.fromfile(out / 'small.py'))
     weights = torch.load(out / 'small.pth', weights_only=True)['state_dict']
     small.load_state_dict(weights)
+    assert read_snapshot(out / 'small.pth', 'half').widths == snapshot.widths
     assert all(isinstance(small.get_submodule(name), nn.Identity) for name in gone)
     assert type(small) is type(pruner.model)
     parameters = sum(p.numel() for p in small.parameters())
@@ -112,6 +139,7 @@ def test_the_dead_layer_of_mobilenet_behind_an_fpn(tmp_path, monkeypatch, capsys
     args += ['--name', 'small', '--rounds', '0', '--input-shape', '3', '64', '64']
     args += ['--dead-branches', dead, '--export', 'onnx']
     monkeypatch.setattr(sys, 'argv', [*map(str, args)])
+    capsys.readouterr()  # what the run has logged
     load_tool('deploy_pruned').main()
     summary = json.loads((out / 'summary.json').read_text())
     small = build_model(Config.fromfile(out / 'small.py'))
@@ -121,7 +149,10 @@ def test_the_dead_layer_of_mobilenet_behind_an_fpn(tmp_path, monkeypatch, capsys
     assert (
         is_gone == (dead == 'remove') == ('backbone.conv2' in summary.get('gone', ()))
     )
-    assert ('nothing reads backbone.conv2' in capsys.readouterr().out) == is_gone
+    said = capsys.readouterr().out
+    # Once, beside the lines on files; blocks that were pruned on another line.
+    assert said.count('backbone.conv2') == is_gone
+    assert ('nothing reads backbone.conv2' in said) == is_gone
     parameters = sum(p.numel() for p in small.parameters())
     assert parameters == summary['pruned']['params']
     names = [n for n in saved if n.startswith('backbone.conv2.')]

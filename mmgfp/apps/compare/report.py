@@ -97,6 +97,7 @@ def write_report(
         **machine_facts(),
         'threads': latency['threads'],
         'input_shape': list(shape),
+        'two_stage': comparison.baseline_config().model.get('roi_head') is not None,
         'notes': _notes(comparison, runs, failures, latency),
     }
     text = markdown(cells, facts)
