@@ -13,7 +13,7 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
-from mmgfp.apps.analysis import costs_of
+from mmgfp.apps.analysis import costs_of, counted_costs
 from mmgfp.apps.cli import (
     Overrides,
     add_shape_argument,
@@ -108,6 +108,26 @@ def summarize(
     return rows
 
 
+def described(
+    item: Deployable, shape: Sequence[int], rows: dict[str, dict[str, Any]]
+) -> Deployable:
+    """Return a model whose file tells the image size and the costs at that size.
+
+    Whoever deploys or fine-tunes the result counts at the same size. Those of the
+    pruning run may be of another one, and with branches that nothing reads.
+
+    Args:
+        item: The model.
+        shape: Size (C, H, W) of the image.
+        rows: What `summarize` returns.
+    """
+    meta = {**item.meta, 'input_shape': list(shape)}
+    if costs := meta.get('costs'):  # not of fine-tuning, which knows none
+        counted = counted_costs(rows['original'], rows['pruned'])
+        meta['costs'] = {**costs, **counted}
+    return replace(item, meta=meta)
+
+
 def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
     """Print original and pruned side by side, with the ratio."""
     table = Table('', 'original', 'pruned', 'ratio')
@@ -146,8 +166,7 @@ def main() -> None:
     # Before anything is written, so that a model that does not run leaves no folder.
     with shown_steps():
         rows = summarize(cfg, item, shape, args.rounds)
-        # Whoever deploys or fine-tunes the result counts at the same size.
-        item = replace(item, meta={**item.meta, 'input_shape': list(shape)})
+        item = described(item, shape, rows)
         exported = export(cfg, item, shape, args.out, name, args)
     paths = deploy(cfg, item, args.out, name)
     summary = {'input_shape': list(shape), **rows, **reports(exported)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 from torch import nn
 
 from mmgfp.config import PruningConfig
+from mmgfp.engine.artifact import costs_in_numbers
 from mmgfp.groups import Grouping, module_of
-from mmgfp.selection.costs import CostTable, LayerProfile
+from mmgfp.selection.costs import COSTS, CostTable, LayerProfile, Totals
 from mmgfp.selection.narrow import NarrowGroups
 from mmgfp.units import UnitState
 
@@ -35,6 +37,24 @@ def costs_of(model: nn.Module, profiles: dict[str, LayerProfile]) -> dict[str, i
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     totals = CostTable(shapes, profiles, ()).totals(np.zeros(0))
     return {cost: int(value) for cost, value in totals.values.items()}
+
+
+def counted_costs(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Return what `costs_of` counted of two models as the file of a pruned one has it.
+
+    Args:
+        before: Costs of the original model, maybe among other things.
+        after: Likewise, of the pruned one.
+
+    Examples:
+        >>> counted_costs({'macs': 8, 'latency_ms': 3}, {'macs': 2, 'latency_ms': 1})
+        {'macs': {'remaining': 2, 'ratio': 0.25}}
+    """
+    names = [name for name in COSTS.names() if name in after]
+    now, full = (Totals({n: row[n] for n in names}) for row in (after, before))
+    return costs_in_numbers(now, full)
 
 
 def coverage(

@@ -14,7 +14,7 @@ from typing import Any
 from mmengine.config import Config
 from torch import nn
 
-from mmgfp.apps.analysis import costs_of
+from mmgfp.apps.analysis import costs_of, counted_costs
 from mmgfp.apps.dead_branches import lines_of, without_dead_branches
 from mmgfp.apps.input_shape import size_in_testing
 from mmgfp.apps.prune_recipe import Recipe
@@ -203,7 +203,9 @@ def deployable(cfg: Config, outcome: Outcome) -> Deployable:
     facts = (pruned.discovery, pruned.kept, pruned.importance, pruned.limits)
     meta = {
         **{k: v for k, v in original.meta.items() if k == 'dataset_meta'},
-        'costs': costs_in_numbers(pruned.totals, pruned.full),
+        # Of the model as it is written, without what nothing reads.
+        'costs': costs_in_numbers(pruned.totals, pruned.full)
+        | counted_costs(*outcome.rows),
         **circumstances(options),
         **choices(options, *facts),
         'input_shape': list(outcome.shape),

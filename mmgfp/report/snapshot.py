@@ -130,7 +130,7 @@ def read_snapshot(path: Path, label: str) -> Snapshot | None:
             _costs(costs, meta),
             widths,
             str(meta.get('criterion', '')),
-            None if groups is None else tuple(map(_group, groups)),
+            None if groups is None else tuple(_group(g, structure) for g in groups),
             None if frozen is None else tuple(FrozenLayer(**layer) for layer in frozen),
             structure.identities,
             None if narrow is None else _narrow(narrow),
@@ -153,15 +153,17 @@ def _costs(raw: Mapping[str, Any], meta: Mapping[str, Any]) -> tuple[Cost, ...]:
     )
 
 
-def _group(raw: Mapping[str, Any]) -> GroupFacts:
+def _group(raw: Mapping[str, Any], structure: PruneStructure) -> GroupFacts:
     importance = raw['importance']
     if importance is not None:
         low, middle, high = map(float, importance)
         importance = (low, middle, high)
+    # With a branch that nothing reads, a group goes that no decision has pruned.
+    is_gone = all(structure.is_gone(name) for name, *_ in raw['members'])
     return GroupFacts(
         str(raw['name']),
         int(raw['units']),
-        int(raw['remaining']),
+        0 if is_gone else int(raw['remaining']),
         tuple((str(n), int(dim), str(role)) for n, dim, role in raw['members']),
         importance,
     )

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,13 +19,16 @@ from support.small_configs import config_of
 from support.tooling import ROOT, load_tool
 
 from mmgfp.apps.prune_recipe import Recipe, pruning_options, shares_of
+from mmgfp.apps.prune_run import left_alone
 from mmgfp.apps.refitting_data import refitting_batches
 from mmgfp.apps.rounds_file import RoundsFile
 from mmgfp.config import PruningConfig
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.deploy import read_deployable
 from mmgfp.engine.model_building import build_model
+from mmgfp.groups import ChannelGroup, Grouping, Member
 from mmgfp.report.quantities import main_metric
+from mmgfp.selection.greedy import Limits
 from mmgfp.utils.errors import ConfigError, StructureError
 
 
@@ -212,6 +216,15 @@ def test_one_batch_will_do_where_nothing_is_refitted_and_what_nothing_reads_goes
     small.load_state_dict(saved['state_dict'])
     _, after = json.loads((tmp_path / 'work/summary.json').read_text())['rows']
     assert after['params'] == sum(p.numel() for p in small.parameters())
+    # The file and the report say the same, once, and that the layers are gone.
+    assert saved['meta']['costs']['params']['remaining'] == after['params']
+    page = Page((tmp_path / 'work/report.html').read_text())
+    assert 'measured' in page.tables and 'costs' not in page.tables
+    _, rows = page.table('channels')
+    gone = [rows[n][1].text for n in rows if n.startswith('backbone.layer4')]
+    assert gone and set(gone) == {'0 (removed)'}
+    _, rows = page.table('groups')
+    assert rows['backbone.layer4.0.conv1'][1].text == '0'
 
 
 def killed_after(rounds, arguments, file):
@@ -352,6 +365,23 @@ def test_what_is_refused(tmp_path):
         refitting_batches(cfg, 7)
     with pytest.raises(ConfigError, match='target'):
         pruning_options(cfg, target=dict(speed=0.5))
+
+
+def test_what_stayed_is_said():
+    """Groups that are too narrow for the divisor, and layers that kept weights."""
+    member = Member('stem.weight', 0, np.zeros((8, 1), int), 'out')
+    grouping = Grouping((ChannelGroup('stem', (member,)),), (), {})
+    reports = [SimpleNamespace(reason=reason) for reason in ('', 'shared', 'shared')]
+    pruned = SimpleNamespace(
+        discovery=SimpleNamespace(grouping=grouping),
+        rounds=[SimpleNamespace(layers=reports)],
+    )
+    kept = '2 of 3 layers keep their weights: shared'
+    for divisor, narrow in ((8, 1), (4, 0)):
+        pruned.limits = Limits.of(np.array([8]), np.array([1]), divisor=divisor)
+        lines = left_alone(SimpleNamespace(pruned=pruned))
+        assert lines[narrow:] == [kept]
+        assert all('under divisor=8: stem; a smaller' in x for x in lines[:narrow])
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,15 @@ def test_deploy_writes_a_folder_and_a_summary(run_tool, pruning_run, tmp_path):
     for runtime in ('PyTorch', 'onnxruntime'):
         assert f'CPU latency, {runtime} (ms)' in done.stdout
         assert f'processor time, {runtime} (ms)' in done.stdout
+    # Costs of the file are those at the size that was asked for.
+    weights = out / f'{pruning_run.artifact.stem}.pth'
+    command = ('deploy_pruned.py', out / f'{weights.stem}.py', weights)
+    sized = ('--out', tmp_path / 'small', '--input-shape', 3, 32, 32)
+    assert run_tool(*command, *sized, '--rounds', 0).returncode == 0
+    other = torch.load(tmp_path / 'small' / weights.name, weights_only=True)['meta']
+    deployed = json.loads((tmp_path / 'small/summary.json').read_text())['pruned']
+    assert other['costs']['macs']['remaining'] == deployed['macs']
+    assert deployed['macs'] < summary['pruned']['macs']
     assert sorted(p.name for p in out.iterdir()) == [
         'retinanet_r18_fpn_digits_prune_flops50.pth',
         'retinanet_r18_fpn_digits_prune_flops50.py',
