@@ -73,7 +73,7 @@ finish(start('whole'))
 run = start('cut')
 while run.poll() is None and not [*(WORK / 'cut').glob('iter_*.pth')]:
     time.sleep(0.1)
-run.send_signal(signal.SIGTERM)
+run.send_signal(signal.SIGTERM)  # torchrun passes it on, and ends with a traceback
 print(f'stopped, with status {run.wait()}')
 
 # %% The same command with --resume goes on from the last checkpoint

@@ -102,8 +102,9 @@ def test_a_two_stage_detector(tmp_path):
     paths = 'work/small/small.py', 'work/faster_rcnn.py'
     small, whole = (build_model(Config.fromfile(tmp_path / path)) for path in paths)
     assert type(small) is type(whole)
-    sizes = [m.roi_head.bbox_head.shared_fcs[0].in_features for m in (small, whole)]
-    assert sizes[0] < sizes[1]
+    assert small.rpn_head.rpn_conv.out_channels < whole.rpn_head.rpn_conv.out_channels
+    widths = [m.roi_head.bbox_head.shared_fcs[0].out_features for m in (small, whole)]
+    assert widths[0] < widths[1]
     state = torch.load(tmp_path / 'work/small/small.pth', weights_only=True)
     small.load_state_dict(state['state_dict'])
 
