@@ -72,7 +72,8 @@ predicted = torch.load(pruned, weights_only=True)['meta']['costs']['latency']
 config = Config.fromfile(f'{DEMO}.py')
 deploy(config, read_deployable(config, pruned), WORK / 'small', 'small')
 
-# %% Time both, in turns: what else the machine does slows both, so the share tells more
+# %% Time both, in turns. Runs of one model in a row, as in the profile, find warmer
+# caches, so both may take longer than there; the share is what was aimed at.
 times = WORK / 'times.json'
 command = [f'{DEMO}.py:{DEMO}.pth', WORK / 'small', '--runtime', 'onnxruntime']
 tool('benchmark', *command, '--no-memory', '--json', times, *size)
