@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ def run_cli(main: Callable[[], None]) -> None:
     except (MMGFPError, OSError) as error:
         print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 class Overrides(DictAction):

@@ -81,7 +81,7 @@ def choices(
         'criterion': CRITERIA.canonical(name),
         'groups': _groups(grouping, kept, importance),
         'frozen': [asdict(layer) for layer in grouping.frozen],
-        'narrow': asdict(NarrowGroups.of(limits, grouping)),
+        'narrow': asdict(NarrowGroups.of(limits, grouping, kept)),
         # Transposed layers have their output channels in another dimension.
         'out_dims': {n: p.out_dim for n, p in discovery.profiles.items() if p.out_dim},
     }

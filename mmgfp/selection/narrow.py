@@ -33,15 +33,21 @@ class NarrowGroups:
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, limits: Limits, grouping: Grouping) -> NarrowGroups:
+    def of(
+        cls, limits: Limits, grouping: Grouping, kept: np.ndarray | None = None
+    ) -> NarrowGroups:
         """Return the groups of a model that its limits would let shrink otherwise.
 
         Args:
             limits: How far each group may shrink.
             grouping: The groups of the unpruned model.
+            kept: Which units are left, (U,): groups that went with a residual block
+                are not named. All of them if None.
         """
         units = np.bincount(grouping.group_of)
         is_held = (limits.smallest(units) == units) & (limits.least < units)
+        if kept is not None:
+            is_held &= np.bincount(grouping.group_of, kept) > 0
         names = tuple(grouping.names[g] for g in np.flatnonzero(is_held))
         return cls(limits.divisor, names)
 

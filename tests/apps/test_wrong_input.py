@@ -250,3 +250,13 @@ def test_pruned_weights_in_an_unpruned_model(config, folder, monkeypatch, capsys
     said = capsys.readouterr().err
     (line,) = [x for x in said.splitlines() if x.startswith('error: ')]
     assert 'give the config that tools/deploy_pruned.py writes' in line
+
+
+def test_ctrl_c_ends_a_tool_in_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == 'interrupted\n'

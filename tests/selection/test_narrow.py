@@ -44,6 +44,15 @@ def test_the_divisor_alone_is_the_reason(divisor, options, names, blocks):
     assert NarrowGroups.of(limits, grouping(*blocks)) == NarrowGroups(divisor, names)
 
 
+def test_groups_that_are_gone_are_not_named():
+    sizes, widths = np.array([*GROUPS.values()]).T
+    limits = Limits.of(sizes, widths, divisor=8)
+    kept = np.ones(sizes.sum(), bool)
+    kept[:5] = False  # all of a
+    kept[5:7] = False  # some of b
+    assert NarrowGroups.of(limits, grouping(), kept).names == ('b', 'heads')
+
+
 def test_a_line_is_short_and_names_the_remedy():
     few = NarrowGroups(8, ('a',)).text
     assert few == (
