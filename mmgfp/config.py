@@ -253,6 +253,18 @@ class PruningConfig:
         return parse_targets(self.target)
 
     @property
+    def limiting(self) -> list[str]:
+        """Names of the options that limit what may go, but for the divisor."""
+        in_force = {
+            'keep': bool(self.keep),
+            'coupled': not self.coupled,
+            'min_channels': self.min_channels > 1,
+            'max_ratio': self.max_ratio < 1,
+            'ratios': self.ratios is not None,
+        }
+        return [name for name, is_in_force in in_force.items() if is_in_force]
+
+    @property
     def compensation(self) -> InTraining | None:
         """How decisions are made up for, None if they are not."""
         return read_compensation(self.compensate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -14,17 +13,16 @@ from mmgfp.criteria.base import ScoringContext
 from mmgfp.groups import Grouping
 from mmgfp.selection.costs import Cost, CostTable, LayerProfile, Totals
 from mmgfp.selection.greedy import Limits, select_units
-from mmgfp.selection.latency import choose_divisor
 from mmgfp.selection.recovery import kept_after
 from mmgfp.selection.schedules import DecisionPoint, Quota
-from mmgfp.selection.scope import group_shares
-from mmgfp.selection.targets import Target, check_reachable
+from mmgfp.selection.targets import Target
 from mmgfp.surgery.aside import ColumnsAside, load_values_aside
 from mmgfp.surgery.blocks import block_mask
 from mmgfp.surgery.live import compact_training_, units_to_keep_in_model
 from mmgfp.surgery.masking import ColumnMask, check_not_masked
 from mmgfp.surgery.structure import PruneStructure, shapes_of
 from mmgfp.tracing import RowUse
+from mmgfp.unit_limits import check_targets, limits_of
 from mmgfp.utils.errors import ConfigError
 
 
@@ -116,29 +114,12 @@ class UnitState:
                 all hooks are off then.
         """
         try:
-            limits = self._limits(config)
-            units = np.bincount(
-                self.group_of if kept is None else self.group_of[kept],
-                minlength=len(self.sizes),
-            )
-            least = self.costs.totals(self.sizes - limits.smallest(units))
-            has_ratios = config.ratios is not None
-            check_reachable(targets, least, self.full, has_ratios)
+            limits = limits_of(self, config)
+            check_targets(self, targets, limits, config.limiting, kept)
         except ConfigError:
             self.close()
             raise
         return limits
-
-    def _limits(self, config: PruningConfig) -> Limits:
-        divisor: Any = config.divisor
-        if config.profile is not None:
-            divisor = choose_divisor(divisor, self.costs, self.sizes, self.widths)
-        groups, blocks = self.grouping.groups, self.grouping.blocks
-        shares = group_shares(config.scope, config.ratios, [g.name for g in groups])
-        options = (config.min_channels, config.max_ratio, divisor, shares)
-        sizes, widths = self.sizes[: len(groups)], self.widths[: len(groups)]
-        inside = [self.grouping.groups_inside(block) for block in blocks]
-        return Limits.of(sizes, widths, *options).with_blocks(inside)
 
     def structure(self) -> PruneStructure:
         """Return the kept entries of every tensor dimension of the unpruned model."""

@@ -10,6 +10,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.runner import load_checkpoint
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmgfp.apps.analysis import report
@@ -23,7 +24,7 @@ from mmgfp.apps.cli import (
     write_json,
 )
 from mmgfp.apps.input_shape import profiled_shape
-from mmgfp.apps.run_config import pruning_config
+from mmgfp.apps.run_config import pruning_config, pruning_hook
 from mmgfp.apps.shown_steps import shown_steps
 from mmgfp.config import PruningConfig
 from mmgfp.engine.demo_batch import demo_calls, image_channels
@@ -93,7 +94,8 @@ def analyze(
     facts = (found.grouping, found.profiles)
     units = UnitState(model, *facts, costs=options.costs)
     sizes = {'input_shape': list(size), 'input_shape_from': source}
-    return report(units, profiles, options) | sizes
+    is_asked = pruning_hook(cfg) is not None
+    return report(units, profiles, options, is_asked) | sizes
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -118,6 +120,11 @@ def show(result: dict[str, Any], console: Console) -> None:
         f'{result["coverage"]["macs"]:.1%} of MACs'
     )
     costs = {name: COSTS[name] for name in COSTS.names() if name in result}
+    shares = (f'{costs[n].label} {share:.1%}' for n, share in result['least'].items())
+    limits = ', '.join(result['limited_by'])
+    console.print(f'the smallest model allowed ({limits}) has', ', '.join(shares))
+    if refused := result.get('refused'):
+        console.print(f'[bold]pruning would be refused:[/bold] {escape(refused)}')
     amounts = (
         f'{cost.label} {amount} {cost.unit}'
         for name, cost in costs.items()

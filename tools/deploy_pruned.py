@@ -13,7 +13,12 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
-from mmgfp.apps.analysis import costs_of, counted_costs
+from mmgfp.apps.analysis import (
+    costs_of,
+    counted_costs,
+    is_predicted,
+    without_predictions,
+)
 from mmgfp.apps.cli import (
     Overrides,
     add_shape_argument,
@@ -34,12 +39,14 @@ from mmgfp.apps.exporting import (
 from mmgfp.apps.input_shape import deployed_shape
 from mmgfp.apps.latency import measure_runtimes
 from mmgfp.apps.shown_steps import shown_steps
+from mmgfp.discovery.dead import DeadBranches
 from mmgfp.engine.demo_batch import demo_calls
 from mmgfp.engine.deploy import (
     Deployable,
     check_destination,
     deploy,
     read_deployable,
+    recorded_shape,
 )
 from mmgfp.report.quantities import PROCESSOR, quantities_of, ratio_key
 
@@ -108,6 +115,25 @@ def summarize(
     return rows
 
 
+def without_stale_predictions(
+    item: Deployable, shape: Sequence[int], is_whole: bool
+) -> Deployable:
+    """Return a model whose file does not name a latency of another one; say so.
+
+    Args:
+        item: The model.
+        shape: Size (C, H, W) of the image.
+        is_whole: Whether the model is still the one that the pruning run had.
+    """
+    costs = item.meta.get('costs') or {}
+    is_same = is_whole and list(shape) == list(recorded_shape(item.meta) or shape)
+    if is_same or not any(map(is_predicted, costs)):
+        return item
+    what = 'another image size' if is_whole else 'the model with all branches'
+    print(f'the latency that the pruning run predicted is of {what}: left out')
+    return replace(item, meta={**item.meta, 'costs': without_predictions(costs)})
+
+
 def described(
     item: Deployable, shape: Sequence[int], rows: dict[str, dict[str, Any]]
 ) -> Deployable:
@@ -157,12 +183,14 @@ def main() -> None:
         item = read_deployable(cfg, args.checkpoint)
     if gone := item.structure.identities:
         print(f'the checkpoint is without {", ".join(gone)}')
+    dead = DeadBranches()
     if args.dead_branches == 'remove':
         item, dead = without_dead_branches(cfg, item)
         for line in lines_of(dead):
             print(line)
     shape, source = deployed_shape(args.input_shape, item, cfg)
     print(f'costs are counted for an image of {tuple(shape)}, {source}')
+    item = without_stale_predictions(item, shape, not dead.names)
     # Before anything is written, so that a model that does not run leaves no folder.
     with shown_steps():
         rows = summarize(cfg, item, shape, args.rounds)

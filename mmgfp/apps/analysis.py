@@ -14,7 +14,10 @@ from mmgfp.engine.artifact import costs_in_numbers
 from mmgfp.groups import Grouping, module_of
 from mmgfp.selection.costs import COSTS, CostTable, LayerProfile, Totals
 from mmgfp.selection.narrow import NarrowGroups
+from mmgfp.selection.targets import least_ratio
+from mmgfp.unit_limits import least_costs
 from mmgfp.units import UnitState
+from mmgfp.utils.errors import ConfigError
 
 
 def costs_of(model: nn.Module, profiles: dict[str, LayerProfile]) -> dict[str, int]:
@@ -57,6 +60,26 @@ def counted_costs(
     return costs_in_numbers(now, full)
 
 
+def without_predictions(costs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return costs of a pruned model's file without what a profile predicted.
+
+    It holds for the model and the image size of the pruning run only.
+
+    Args:
+        costs: What `costs_in_numbers` returned there.
+
+    Examples:
+        >>> without_predictions({'macs': {'ratio': 0.5}, 'latency': {'ratio': 0.6}})
+        {'macs': {'ratio': 0.5}}
+    """
+    return {n: v for n, v in costs.items() if not is_predicted(n)}
+
+
+def is_predicted(cost: str) -> bool:
+    """Return whether a cost is one that a profile predicts."""
+    return cost in COSTS and COSTS[cost].from_profile
+
+
 def coverage(
     model: nn.Module, grouping: Grouping, profiles: dict[str, LayerProfile]
 ) -> dict[str, float]:
@@ -93,24 +116,29 @@ def report(
     units: UnitState,
     profiles: dict[str, LayerProfile],
     options: PruningConfig,
+    is_asked: bool,
 ) -> dict[str, Any]:
     """Report costs, groups, what stays and coverage of a model.
 
     Args:
-        units: All units of the model.
+        units: All units of the model; their masks may be off afterwards.
         profiles: How often its layers use their weights.
         options: How the model is to be pruned, with the latency profile of ``units``.
+        is_asked: Whether somebody has asked for the targets of the options.
 
     Raises:
         ConfigError: If ratios are of other groups.
     """
     full, latency = units.full, options.profile
     # Without targets, as what can be pruned is of interest even if it's not enough.
-    narrow = NarrowGroups.of(units.limits(options, ()), units.grouping)
+    limits = units.limits(options, ())
+    narrow = NarrowGroups.of(limits, units.grouping)
+    least = least_costs(units, limits)
     costs: dict[str, Any] = {n: int(value) for n, value in full.values.items()}
     if latency is not None:
         costs |= {'latency': full['latency'], 'latency_profile': latency.runtime}
     blocks = [block.name for block in units.grouping.blocks]
+    refused = _refusal(units, options) if is_asked else ''
     return {
         **costs,
         'groups': [
@@ -125,6 +153,18 @@ def report(
             {'layer': f.layer, 'reason': f.reason} for f in units.grouping.frozen
         ],
         'narrow': asdict(narrow),
+        'least': {name: least_ratio(name, least, full) for name in full.values},
+        'limited_by': [*options.limiting, f'divisor={limits.divisor}'],
+        **({'refused': refused} if refused else {}),
         **({'blocks': blocks} if blocks else {}),
         'coverage': coverage(units.model, units.grouping, profiles),
     }
+
+
+def _refusal(units: UnitState, options: PruningConfig) -> str:
+    """Return why a run would refuse its targets; empty if it would not."""
+    try:
+        units.limits(options, options.targets)
+    except ConfigError as error:
+        return str(error)
+    return ''

@@ -30,6 +30,8 @@ READ_BY_RUNNERS = {
     *('auto_scale_lr', 'custom_imports', 'find_unused_parameters', 'runner_type'),
     *('model_wrapper_cfg', 'sync_bn', 'compile', 'activation_checkpointing'),
 }
+#: What the line begins with in which a tool refuses what its user gave.
+REFUSAL = 'error: '
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -38,7 +40,7 @@ def run_cli(main: Callable[[], None]) -> None:
         with without_onedl_notice():
             main()
     except (MMGFPError, OSError) as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'{REFUSAL}{" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

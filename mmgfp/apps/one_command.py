@@ -145,21 +145,27 @@ def _write(recipe: RecipeConfigs, pruned: Path | None) -> None:
         pruned = Path(pruned_checkpoint(work_dir / 'prune', str(sources.prune)))
     for path, text, stage in recipe.files(pruned):
         remedy = f'run the command that began {work_dir}, or name another --work-dir'
-        if said := files.write(path, text, (work_dir / stage).exists(), remedy):
+        # A stage that was refused, or killed early, has left nothing to go on from.
+        used = any((work_dir / stage).glob('*.pth'))
+        if said := files.write(path, text, used, remedy):
             print(said, flush=True)
 
 
 def show_coverage(args: argparse.Namespace, tools: Path, configs: Configs) -> int:
     """Print the table of `tools/analyze.py`; return its exit status."""
     checkpoint = [args.checkpoint] if args.checkpoint else []
-    command = [configs.prune, *checkpoint, '--input-shape', *map(str, configs.shape)]
+    command = [configs.prune, *checkpoint]
     options = args.cfg_options if args.prune_config else []
     if configs.profile is not None and not configs.profile.is_file():
         print('latency is measured when the run begins; the table does without')
+        command += ['--input-shape', *map(str, configs.shape)]
         options = [*options, 'custom_hooks=None']
     command += ['--cfg-options', *options] if options else []
     program = [sys.executable, str(tools / 'analyze.py')]
-    return subprocess.run([*program, *command], check=False).returncode
+    status = subprocess.run([*program, *command], check=False).returncode
+    if not status:
+        print('nothing was pruned: the same command without --dry-run does it')
+    return status
 
 
 def is_tested(cfg: Config) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmgfp.apps.cli import write_json
+from mmgfp.apps.cli import REFUSAL, write_json
 from mmgfp.apps.weight_files import digests_of
 from mmgfp.utils.errors import MMGFPError
 from mmgfp.utils.io import check_folder
@@ -160,9 +160,11 @@ class Pipeline:
         program = [sys.executable, str(self.tools / f'{tool}.py')]
         code, last = self._run_logged([*program, *command[1:]], log)
         if code:
+            remedy = f'see {log}; once its cause is mended, the same command continues'
+            if last.startswith(REFUSAL):
+                raise StageError(f'{stage}: {last.removeprefix(REFUSAL)} ({remedy})')
             raise StageError(
-                f'{stage} must exit with status 0 (got {code}: {last}); see {log}; '
-                'once its cause is mended, the same command continues from here'
+                f'{stage} must exit with status 0 (got {code}: {last}); {remedy}'
             )
         seconds = time.perf_counter() - began
         write_json(done, {'command': command, 'weights': weights, 'seconds': seconds})
@@ -232,8 +234,8 @@ class Pipeline:
             log: The file to append to.
 
         Returns:
-            The exit status, and the last line of output. Unless the status is 0, the
-            last lines are shown.
+            The exit status, and the last line of output. Where that is not 0, the last
+            lines are shown, unless the tool has put what is wrong into the very last.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         last: deque[str] = deque(maxlen=20)
@@ -244,9 +246,10 @@ class Pipeline:
                 last.append(line.rstrip())
                 if PROGRESS.search(line):
                     self._say(line.rstrip())
-        if process.returncode:
+        words = next((text for text in reversed(last) if text), 'no output')
+        if process.returncode and not words.startswith(REFUSAL):
             self._say('\n'.join(last))
-        return process.returncode, next((t for t in reversed(last) if t), 'no output')
+        return process.returncode, words
 
     def _say(self, text: str) -> None:
         """Print lines in one go, as other pipelines may print at the same time."""

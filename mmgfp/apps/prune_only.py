@@ -14,6 +14,7 @@ from mmgfp.apps.exporting import check_export, export, print_exported, reports
 from mmgfp.apps.prune_recipe import Recipe, pruning_options, shares_of
 from mmgfp.apps.prune_run import (
     Outcome,
+    beyond_target,
     cells,
     deployable,
     left_alone,
@@ -52,6 +53,8 @@ def prune_only(args: argparse.Namespace) -> None:
     check_destination(args.work_dir, name, '--work-dir')
     check_folder(args.work_dir)
     file = RoundsFile(args.work_dir, recipe.settings(cfg, args.checkpoint))
+    if file.state is None and (args.work_dir / 'summary.json').is_file():
+        print(f'{args.work_dir} has the result of an earlier call: it is replaced')
     testing = (args.metric, args.max_images, args.work_dir / 'logs')
     validation = validation_of(cfg, args.checkpoint, *testing)
     outcome = prune(cfg, args.checkpoint, recipe, validation, file)
@@ -67,6 +70,8 @@ def write(cfg: Config, outcome: Outcome, name: str, args: argparse.Namespace) ->
     for line in left_alone(outcome):
         print(line)
     print_table(cells(outcome))
+    if beyond := beyond_target(outcome):
+        print(beyond)
     rounds = len(outcome.pruned.rounds)
     cuts = '1 cut' if rounds == 1 else f'{rounds} cuts'
     print(f'{cuts} in {outcome.seconds / 60:.1f} min, without training')

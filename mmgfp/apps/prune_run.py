@@ -14,7 +14,7 @@ from typing import Any
 from mmengine.config import Config
 from torch import nn
 
-from mmgfp.apps.analysis import costs_of, counted_costs
+from mmgfp.apps.analysis import costs_of, counted_costs, without_predictions
 from mmgfp.apps.dead_branches import lines_of, without_dead_branches
 from mmgfp.apps.input_shape import size_in_testing
 from mmgfp.apps.prune_recipe import Recipe
@@ -25,10 +25,12 @@ from mmgfp.apps.sensitivity_run import Validation, validation_config
 from mmgfp.apps.shown_steps import CountedLoss, Steps, round_line, shown_steps
 from mmgfp.apps.tables import size_cells
 from mmgfp.config import PruningConfig
+from mmgfp.discovery.dead import DeadBranches
 from mmgfp.engine.artifact import choices, circumstances, costs_in_numbers
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.deploy import Deployable, Trained, read_trained
 from mmgfp.rounds import Journal, Pruned, Round
+from mmgfp.selection.costs import COSTS
 from mmgfp.selection.narrow import NarrowGroups
 from mmgfp.utils.errors import ConfigError
 from mmgfp.without_training import prune_without_training
@@ -47,6 +49,7 @@ class Outcome:
             where there are images to test on.
         metric: The metric's name, None if nothing was tested.
         seconds: How long pruning took, without tests.
+        dead: What went because nothing reads it.
     """
 
     original: Trained
@@ -56,6 +59,7 @@ class Outcome:
     rows: list[dict[str, Any]]
     metric: str | None
     seconds: float
+    dead: DeadBranches
 
 
 def validation_of(
@@ -95,8 +99,8 @@ def prune(
     with shown_steps() as steps:
         steps.begin('reading images')
         data = _scoring_data(cfg, model, recipe)
-    shape = options.input_shape or _shape(cfg, data)
-    before = validation(model) if validation else None
+    shape, source = _shape(cfg, data, options)
+    print(f'costs are counted for an image of {tuple(shape)}, {source}')
     clock = _Clock(file.seconds)
     with shown_steps() as steps:
         if file.state is not None:
@@ -114,11 +118,11 @@ def prune(
             Journal(steps.begin, partial(_after, file, steps, clock), file.state),
         )
     seconds = clock.seconds
-    pruned = _without_dead_branches(cfg, original, pruned)
-    after = validation(pruned.model) if validation else None
-    models = {'original': (model, before), 'pruned': (pruned.model, after)}
-    rows, metric = _rows(data.calls, shape, models), before and before[0]
-    return Outcome(original, pruned, options, shape, rows, metric, seconds)
+    pruned, dead = _without_dead_branches(cfg, original, pruned)
+    # Tests come last, as a target may be refused when channels are found.
+    models = {'original': model, 'pruned': pruned.model}
+    rows, metric = _rows(data.calls, shape, models, validation)
+    return Outcome(original, pruned, options, shape, rows, metric, seconds, dead)
 
 
 def _scoring_data(cfg: Config, model: Any, recipe: Recipe) -> ScoringData:
@@ -128,19 +132,26 @@ def _scoring_data(cfg: Config, model: Any, recipe: Recipe) -> ScoringData:
     return read(cfg, model, recipe.images, recipe.batch_size, least)
 
 
-def _shape(cfg: Config, data: ScoringData) -> Sequence[int]:
-    """Return the size (C, H, W) in testing, else that of the images at hand."""
-    size = size_in_testing(cfg)
-    return (data.shape[0], *size) if size else data.shape
+def _shape(
+    cfg: Config, data: ScoringData, options: PruningConfig
+) -> tuple[Sequence[int], str]:
+    """Return the size (C, H, W) for which costs are counted, and where it is from."""
+    if options.input_shape is not None:
+        return options.input_shape, 'as --input-shape or the config says'
+    if size := size_in_testing(cfg):
+        return (data.shape[0], *size), 'as images are resized for testing'
+    return data.shape, 'as in the first batch'
 
 
-def _without_dead_branches(cfg: Config, original: Trained, pruned: Pruned) -> Pruned:
-    """Return a model without what nothing reads; say what that is."""
+def _without_dead_branches(
+    cfg: Config, original: Trained, pruned: Pruned
+) -> tuple[Pruned, DeadBranches]:
+    """Return a model without what nothing reads, and what that is; say so."""
     parts = (pruned.structure, original.model, pruned.model, original.meta)
     item, dead = without_dead_branches(cfg, Deployable(cfg.model.to_dict(), *parts))
     for line in lines_of(dead):
         print(line)
-    return replace(pruned, model=item.model, structure=item.structure)
+    return replace(pruned, model=item.model, structure=item.structure), dead
 
 
 class _Clock:
@@ -169,14 +180,17 @@ def _after(
 def _rows(
     calls: BatchCalls,
     shape: Sequence[int],
-    models: Mapping[str, tuple[nn.Module, tuple[str, float] | None]],
-) -> list[dict[str, Any]]:
-    """Return costs of models, and their metric where it was measured."""
-    return [
-        {'model': name, **costs_of(model, calls.profile(model, shape))}
-        | ({'metric': result[1]} if result else {})
-        for name, (model, result) in models.items()
-    ]
+    models: Mapping[str, nn.Module],
+    validation: Validation | None,
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Return costs of models, with a metric and its name if they are tested."""
+    rows, metric = [], None
+    for name, model in models.items():
+        row = {'model': name, **costs_of(model, calls.profile(model, shape))}
+        if validation is not None:
+            metric, row['metric'] = validation(model)
+        rows.append(row)
+    return rows, metric
 
 
 def _unpruned(cfg: Config, checkpoint: str) -> Trained:
@@ -201,11 +215,13 @@ def deployable(cfg: Config, outcome: Outcome) -> Deployable:
     """
     pruned, options, original = outcome.pruned, outcome.options, outcome.original
     facts = (pruned.discovery, pruned.kept, pruned.importance, pruned.limits)
+    costs = costs_in_numbers(pruned.totals, pruned.full)
+    if outcome.dead.names:
+        costs = without_predictions(costs)
     meta = {
         **{k: v for k, v in original.meta.items() if k == 'dataset_meta'},
         # Of the model as it is written, without what nothing reads.
-        'costs': costs_in_numbers(pruned.totals, pruned.full)
-        | counted_costs(*outcome.rows),
+        'costs': costs | counted_costs(*outcome.rows),
         **circumstances(options),
         **choices(options, *facts),
         'input_shape': list(outcome.shape),
@@ -244,16 +260,37 @@ def summary(outcome: Outcome) -> dict[str, Any]:
     }
 
 
+def beyond_target(outcome: Outcome) -> str:
+    """Return a line on why clearly less is left than was asked for, or nothing."""
+    (target,), pruned = outcome.options.targets, outcome.pruned
+    cost = COSTS.canonical(target.cost)
+    full, now = (row.get(cost) for row in outcome.rows)
+    if not full or now / full > target.ratio - 0.01:
+        return ''
+    cut, divisor = pruned.rounds[-1].share, pruned.limits.divisor
+    reasons = []
+    if cut < target.ratio - 0.005 and divisor > 1:
+        reasons.append(f'widths come to rest at multiples of {divisor} (--divisor)')
+    if outcome.dead.names and now / full < cut - 0.005:
+        reasons.append('what nothing reads went after the last cut')
+    why = f': {" and ".join(reasons)}' if reasons else ''
+    return (
+        f'{now / full:.1%} of {target.cost} are left, {target.ratio:.0%} were asked '
+        f'for; the last cut ended at {cut:.1%}{why}'
+    )
+
+
 def left_alone(outcome: Outcome) -> list[str]:
     """Return a line for each reason why something stayed as it was.
 
     Groups may be too narrow to be pruned; layers, not be refitted in the last cut.
     """
     pruned = outcome.pruned
-    narrow = NarrowGroups.of(pruned.limits, pruned.discovery.grouping).text
+    narrow = NarrowGroups.of(pruned.limits, pruned.discovery.grouping)
+    narrow = narrow.left_in(pruned.structure)
     layers = pruned.rounds[-1].layers
     reasons = Counter(layer.reason for layer in layers if layer.reason)
-    return ([narrow] if narrow else []) + [
+    return ([narrow.text] if narrow.text else []) + [
         f'{count} of {len(layers)} layers keep their weights: {why}'
         for why, count in reasons.most_common()
     ]

@@ -42,9 +42,19 @@ class PruneRecipe:
     @property
     def iterations(self) -> int:
         """Iterations in which the target is reached."""
-        share = int(self.basis.finetuning * PRUNING_SHARE)
-        interval = self.interval
-        return max(share // interval, LEAST_DECISIONS) * interval
+        return max(self._by_share, LEAST_DECISIONS) * self.interval
+
+    @property
+    def _by_share(self) -> int:
+        """Decisions in a share of the iterations of fine-tuning."""
+        return int(self.basis.finetuning * PRUNING_SHARE) // self.interval
+
+    @property
+    def _pace(self) -> str:
+        """What the number of iterations is by."""
+        if self._by_share >= LEAST_DECISIONS:
+            return f'{PRUNING_SHARE:.0%} of fine-tuning'
+        return f'{LEAST_DECISIONS} decisions, as fine-tuning is short'
 
     @property
     def interval(self) -> int:
@@ -70,8 +80,7 @@ class PruneRecipe:
                     val_interval=last,
                 ),
                 f'The hook below stops at its target, about iteration {self.iterations}'
-                f' ({PRUNING_SHARE:.0%} of fine-tuning, at least {LEAST_DECISIONS} '
-                'decisions); max_iters is an upper bound.',
+                f' ({self._pace}); max_iters is an upper bound.',
             ),
             self._sampler(),
             *(

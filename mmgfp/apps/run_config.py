@@ -42,12 +42,17 @@ def pruning_config(cfg: Config, profiled: bool = True) -> PruningConfig:
         >>> pruning_config(Config(dict(custom_hooks=[hook]))).keep
         ('neck',)
     """
-    for hook in cfg.get('custom_hooks') or []:
-        if is_named(hook.get('type'), *PRUNING_HOOKS):
-            left_out = ('type', 'priority', *(() if profiled else NEED_PROFILE))
-            options = {k: v for k, v in hook.items() if k not in left_out}
-            return PruningConfig.for_runner(**options)
-    return PruningConfig.for_runner()
+    left_out = ('type', 'priority', *(() if profiled else NEED_PROFILE))
+    hook = pruning_hook(cfg) or {}
+    return PruningConfig.for_runner(
+        **{k: v for k, v in hook.items() if k not in left_out}
+    )
+
+
+def pruning_hook(cfg: Config) -> Mapping[str, Any] | None:
+    """Return the settings of the config's pruning hook, None without one."""
+    hooks = cfg.get('custom_hooks') or []
+    return next((h for h in hooks if is_named(h.get('type'), *PRUNING_HOOKS)), None)
 
 
 def configure_run(cfg: Config, args: argparse.Namespace) -> None:

@@ -134,7 +134,7 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
         '',
         f'- configs: {", ".join(f"`{path}`" for path in facts["configs"])}',
         *(f'- {note}' for note in facts.get('notes', ())),
-        f'- seed {facts["seed"]}; {facts["cpu"]}, {facts["threads"]} threads',
+        f'- seed {facts["seed"]}; {facts["cpu"]}, {facts["threads"]} thread(s)',
         f'- Python {facts["python"]}, {versions}',
         f'- wall-clock time: {stages} (of the last run, where one was cut off)',
     ]

@@ -83,7 +83,7 @@ class Progress:
     def log_step(self, step: PruneStep) -> None:
         """Log and plot a pruning step."""
         plot_step(self.runner.visualizer, self.pruner, step, self.runner.iter + 1)
-        self._estimate()
+        self._estimate(step.exhausted)
         # The schedule may wait, as a linear one does ahead of its line.
         waits = not len(step.units) and not step.exhausted
         why = ' (ahead of schedule)' if waits else ''
@@ -105,8 +105,12 @@ class Progress:
         pending = self.pruner.pending
         return max((self.ratio(t) - t.ratio for t in pending), default=0.0)
 
-    def _estimate(self) -> None:
-        """Work out when the last target is met, at the pace so far."""
+    def _estimate(self, exhausted: bool) -> None:
+        """Work out when the last target is met, at the pace so far.
+
+        Args:
+            exhausted: Whether there is nothing left to prune, so that it never is.
+        """
         now = time.time()
         spent = now - self._started
         schedule = self.pruner.config.build_schedule()
@@ -120,6 +124,8 @@ class Progress:
             done, left = self._first_gap - gap, gap
         if not self.pruner.pending:
             self._due = now
+        elif exhausted:
+            self._due = None
         else:
             self._due = now + spent * left / done if done > 0 else None
 

@@ -18,7 +18,7 @@ from mmgfp.report.quantities import (
     quantities_of,
     ratio_key,
 )
-from mmgfp.report.snapshot import Snapshot, read_snapshot
+from mmgfp.report.snapshot import Cost, Snapshot, read_snapshot
 from mmgfp.utils.errors import ConfigError
 
 #: Checkpoints of training, which are large and say nothing of what was pruned.
@@ -62,22 +62,32 @@ class CostTable:
         source: The file that it is taken from.
         rows: The models.
         metric: The name of the metric; None if nothing was tested.
+        input_shape: Size (C, H, W) of the image that costs are counted for, if known.
     """
 
     source: Path
     rows: tuple[Row, ...]
     metric: str | None = None
+    input_shape: tuple[int, ...] | None = None
 
     @property
     def quantities(self) -> list[Quantity]:
         """All quantities of some row, in order."""
         return list(dict.fromkeys(q for row in self.rows for q in row.values))
 
-    def has(self, snapshot: Snapshot) -> bool:
-        """Return whether a row shows all costs of a pruned model."""
-        texts = {cost.quantity: cost.text for cost in snapshot.costs}
-        rows = ({q: q.text(v) for q, v in row.values.items()} for row in self.rows[1:])
-        return any(texts.items() <= row.items() for row in rows)
+    @property
+    def times(self) -> set[str]:
+        """Keys of the times that were measured."""
+        return {q.key for q in self.quantities} & {*RUNTIMES, *PROCESSOR}
+
+    def has(self, cost: Cost) -> bool:
+        """Return whether a row shows a cost of a pruned model."""
+        shown = (
+            (quantity.label, quantity.text(value))
+            for row in self.rows[1:]
+            for quantity, value in row.values.items()
+        )
+        return (cost.quantity.label, cost.text) in shown
 
 
 @dataclass(frozen=True)
@@ -102,16 +112,24 @@ class Run:
 
     @property
     def costed(self) -> list[Snapshot]:
-        """Pruned models whose costs are to be shown; none if the tables have them."""
-        known = [snapshot for snapshot in self.snapshots if snapshot.costs]
-        in_tables = (any(t.has(snapshot) for t in self.tables) for snapshot in known)
-        return [] if all(in_tables) else known
+        """Pruned models whose files name costs."""
+        return [snapshot for snapshot in self.snapshots if snapshot.costs]
+
+    @property
+    def costs_apart(self) -> list[Quantity]:
+        """Costs of the pruned models that the tables do not show for each of them."""
+        apart = (
+            cost.quantity
+            for snapshot in self.costed
+            for cost in snapshot.costs
+            if not any(table.has(cost) for table in self.tables)
+        )
+        return list(dict.fromkeys(apart))
 
     @property
     def timed_in(self) -> set[str]:
         """Keys of the times that were measured."""
-        keys = {q.key for table in self.tables for q in table.quantities}
-        return keys & {*RUNTIMES, *PROCESSOR}
+        return {key for table in self.tables for key in table.times}
 
     @property
     def has_rois(self) -> bool:
@@ -166,6 +184,9 @@ def read_run(folder: Path, name: str) -> Run:
         if (folder / file).is_file()
         for table in [_table(folder / file)]
     ]
+    if len(tables) > 1 and tables[-1].times <= tables[0].times:
+        # What was deployed is in the results as well, timed beside the others.
+        tables = tables[:-1] if tables[-1].source.parent.name == 'deploy' else tables
     if not (snapshots or tables or history.shares):
         got = f'{folder}, where nothing says what was pruned'
         raise ConfigError('WORK_DIR', 'the folder of a run', got, REMEDY)
@@ -206,7 +227,8 @@ def _table(path: Path) -> CostTable:
             metric = main_metric(rows[0]['metrics'])[0]
         elif isinstance(rows[0].get('metric'), Mapping):  # of several seeds
             metric = f'{rows[0]["metric"]["name"]} (mean)'
-        return CostTable(path, tuple(map(_row, rows)), metric)
+        shape = tuple(data['input_shape']) if data.get('input_shape') else None
+        return CostTable(path, tuple(map(_row, rows)), metric, shape)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         got = f'{type(error).__name__}: {error}'
         expected = 'a summary of mmgfp with costs before and after'

@@ -133,7 +133,7 @@ def read_snapshot(path: Path, label: str) -> Snapshot | None:
             None if groups is None else tuple(_group(g, structure) for g in groups),
             None if frozen is None else tuple(FrozenLayer(**layer) for layer in frozen),
             structure.identities,
-            None if narrow is None else _narrow(narrow),
+            None if narrow is None else _narrow(narrow).left_in(structure),
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise StructureError(

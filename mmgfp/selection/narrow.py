@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +11,7 @@ from mmgfp.selection.greedy import Limits
 
 if TYPE_CHECKING:  # groups are made from tensors; here they are numbers only
     from mmgfp.groups import Grouping
+    from mmgfp.surgery.structure import PruneStructure
 
 #: Names that a line shows before it counts the rest.
 MOST_NAMES = 4
@@ -50,6 +51,11 @@ class NarrowGroups:
             is_held &= np.bincount(grouping.group_of, kept) > 0
         names = tuple(grouping.names[g] for g in np.flatnonzero(is_held))
         return cls(limits.divisor, names)
+
+    def left_in(self, structure: PruneStructure) -> NarrowGroups:
+        """Return those that are not made in modules that a model lost whole."""
+        left = (n for n in self.names if not structure.is_gone(f'{n}.weight'))
+        return replace(self, names=tuple(left))
 
     @property
     def text(self) -> str:

@@ -98,7 +98,11 @@ def parse_targets(raw: Any) -> tuple[Target, ...]:
 
 
 def check_reachable(
-    targets: Sequence[Target], least: Totals, full: Totals, has_ratios: bool = False
+    targets: Sequence[Target],
+    least: Totals,
+    full: Totals,
+    limits: Sequence[str] = (),
+    finer: Totals | None = None,
 ) -> None:
     """Refuse targets below what is there when nothing more may go.
 
@@ -106,7 +110,8 @@ def check_reachable(
         targets: The targets.
         least: Costs of the model with as few units in each group as may stay.
         full: Costs of the unpruned model.
-        has_ratios: Whether shares of groups were given, which limit what may go.
+        limits: Names of the options that limit what may go, but for the divisor.
+        finer: What ``least`` would be with a divisor of 1; None if that is the divisor.
 
     Raises:
         ConfigError: If a target cannot be reached, or means a cost of zero.
@@ -120,13 +125,42 @@ def check_reachable(
                 'give another cost, or a batch on which the layers run',
             )
         if not target.reached(least, full):
-            ratio = ceil(least.ratio(target.cost, full) * 1000) / 1000
-            # What is measured may be lower at wider groups, in whole blocks.
-            hint = " ('auto' or 8)" if COSTS[target.cost].from_profile else ''
             raise ConfigError(
                 f'target.{target.cost}',
-                f'at least {ratio:g}, which remains when all groups are at their limit',
+                f'at least {least_ratio(target.cost, least, full):g}, which remains '
+                'when all groups are at their limit',
                 f'{target.ratio:g}',
-                'raise it, or let more go with keep, coupled, min_channels, max_ratio'
-                f'{", ratios" if has_ratios else ""} and divisor{hint}',
+                _remedy(target, full, limits, finer),
             )
+
+
+def least_ratio(cost: str, least: Totals, full: Totals) -> float:
+    """Return the least target for a cost that can be reached, to three digits.
+
+    Args:
+        cost: A name in `COSTS`.
+        least: Costs of the model with as few units in each group as may stay.
+        full: Costs of the unpruned model.
+
+    Examples:
+        >>> least_ratio('macs', Totals({'macs': 2001}), Totals({'macs': 4000}))
+        0.501
+    """
+    return ceil(least.ratio(cost, full) * 1000) / 1000
+
+
+def _remedy(
+    target: Target, full: Totals, limits: Sequence[str], finer: Totals | None
+) -> str:
+    """Return what lets more go: the options that are in the way, no others."""
+    names = list(limits)
+    if COSTS[target.cost].from_profile:
+        # What is measured may be lower at wider groups, in whole blocks.
+        names.append("divisor ('auto' or 8)")
+    elif finer is not None and target.reached(finer, full):
+        least = least_ratio(target.cost, finer, full)
+        return f'raise it, or give a smaller divisor: divisor=1 leaves {least:g}'
+    elif finer is not None:
+        names.append('divisor')
+    more = ', '.join(names[:-1]) + ' and ' * (len(names) > 1) + ''.join(names[-1:])
+    return f'raise it, or let more go with {more}' if names else 'raise it'

@@ -60,6 +60,12 @@ def written(folder, options=None, epochs=None, checkpoint='net.pth', **pruning):
     ]
 
 
+def prose_of(folder):
+    """The text of the config that prunes, without breaks of lines."""
+    words = (folder / 'work/net_prune.py').read_text().replace('#', ' ').split()
+    return ' '.join(words)
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_written_configs_prune_and_fine_tune_by_the_paper(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -113,6 +119,7 @@ def test_an_iteration_based_config(tmp_path):
         custom_hooks=[dict(type='EMAHook')],
     )
     prune, tune = written(tmp_path, checkpoint=None)
+    assert '(25% of fine-tuning)' in prose_of(tmp_path)
     ema, hook = prune.custom_hooks
     assert ema == dict(type='EMAHook')
     assert hook.iterations == 1000  # a quarter, in whole intervals of 25
@@ -123,6 +130,7 @@ def test_an_iteration_based_config(tmp_path):
     assert prune.load_from == str(tmp_path / 'work/baseline/iter_4030.pth')
     # 90 epochs of 4 iterations.
     prune, tune = written(tmp_path, epochs=90)
+    assert '(20 decisions, as fine-tuning is short)' in prose_of(tmp_path)
     assert prune.custom_hooks[1].iterations == 500
     assert tune.train_cfg.max_iters == tune.train_cfg.val_interval == 360
     assert tune.param_scheduler[0].T_max == 360
@@ -380,6 +388,24 @@ def test_dry_run_writes_configs_and_shows_what_can_be_pruned(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_refused_target_can_be_asked_for_otherwise(tmp_path):
+    """In the same folder, as nothing was pruned; the dry run has told before."""
+    command = start(tmp_path, 'retinanet')
+    command[command.index('--divisor') + 1] = '64'
+    said = ' '.join(finished(tmp_path, [*command, '--dry-run']).split())
+    refusal = 'target.flops must be at least'
+    assert f'pruning would be refused: {refusal}' in said
+    assert 'the same command without --dry-run' in said
+    said = finished(tmp_path, command, 2)
+    assert said.count(refusal) == 1 and 'must exit with status' not in said
+    assert f'error: prune: {refusal}' in said and 'divisor=1 leaves' in said
+    command[command.index('--divisor') + 1] = '4'
+    said = finished(tmp_path, command)
+    assert 'net_prune.py: written anew' in said
+    assert (tmp_path / 'work/report.html').is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_killed_in_each_stage_it_goes_on_to_the_end(kind, tmp_path):
     command, work = start(tmp_path, kind), tmp_path / 'work'
@@ -402,6 +428,7 @@ def test_killed_in_each_stage_it_goes_on_to_the_end(kind, tmp_path):
     assert {f'net_finetune{s}' for s in suffixes} | {'structure.json'} <= names
     assert (work / 'channels.png').stat().st_size > 0
     page = Page((work / 'report.html').read_text())
+    assert len(page.tables['measured']) == 1
     if kind == 'classifier':
         assert 'detections' not in said and 'Detections' not in page.text
     else:

@@ -19,7 +19,7 @@ from support.small_configs import config_of
 from support.tooling import ROOT, load_tool
 
 from mmgfp.apps.prune_recipe import Recipe, pruning_options, shares_of
-from mmgfp.apps.prune_run import left_alone
+from mmgfp.apps.prune_run import beyond_target, left_alone
 from mmgfp.apps.refitting_data import refitting_batches
 from mmgfp.apps.rounds_file import RoundsFile
 from mmgfp.config import PruningConfig
@@ -29,6 +29,7 @@ from mmgfp.engine.model_building import build_model
 from mmgfp.groups import ChannelGroup, Grouping, Member
 from mmgfp.report.quantities import main_metric
 from mmgfp.selection.greedy import Limits
+from mmgfp.surgery.structure import PruneStructure
 from mmgfp.utils.errors import ConfigError, StructureError
 
 
@@ -195,6 +196,21 @@ def test_the_tool_needs_no_labels(kind, run_tool, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_target_out_of_reach_is_refused_before_anything_is_tested(run_tool, tmp_path):
+    def has_tested():
+        return any((tmp_path / 'work/logs').rglob('*.json'))
+
+    arguments = command(tmp_path, 'classifier', divisor=64)
+    done = run_tool(*arguments)
+    assert done.returncode == 2 and 'target.flops must be at least' in done.stderr
+    assert 'a smaller divisor: divisor=1 leaves' in done.stderr
+    assert not has_tested() and not any(tmp_path.glob('work/*.pth'))
+    arguments[arguments.index('64')] = '2'
+    succeed(run_tool(*arguments))
+    assert has_tested()
+
+
+@pytest.mark.slow
 def test_one_batch_will_do_where_nothing_is_refitted_and_what_nothing_reads_goes(
     run_tool, tmp_path
 ):
@@ -210,6 +226,9 @@ def test_one_batch_will_do_where_nothing_is_refitted_and_what_nothing_reads_goes
     )
     done = succeed(run_tool(*arguments))
     assert 'nothing reads backbone.layer4: gone' in done.stdout
+    assert 'costs are counted for an image of (3, ' in done.stdout
+    assert 'earlier call' not in done.stdout
+    assert 'it is replaced' in succeed(run_tool(*arguments)).stdout
     saved = torch.load(tmp_path / 'work/net_flops60.pth', weights_only=True)
     assert not any(n.startswith('backbone.layer4') for n in saved['state_dict'])
     small = build_model(Config.fromfile(tmp_path / 'work/net_flops60.py'))
@@ -374,6 +393,7 @@ def test_what_stayed_is_said():
     reports = [SimpleNamespace(reason=reason) for reason in ('', 'shared', 'shared')]
     pruned = SimpleNamespace(
         discovery=SimpleNamespace(grouping=grouping),
+        structure=PruneStructure(),
         rounds=[SimpleNamespace(layers=reports)],
     )
     kept = '2 of 3 layers keep their weights: shared'
@@ -382,6 +402,33 @@ def test_what_stayed_is_said():
         lines = left_alone(SimpleNamespace(pruned=pruned))
         assert lines[narrow:] == [kept]
         assert all('under divisor=8: stem; a smaller' in x for x in lines[:narrow])
+
+
+@pytest.mark.parametrize(
+    ('cut', 'left', 'dead', 'divisor', 'why'),
+    [
+        (0.499, 0.499, (), 8, None),
+        (0.45, 0.45, (), 8, ': widths come to rest at multiples of 8 (--divisor)'),
+        (0.45, 0.45, (), 1, ''),
+        (0.497, 0.45, ('neck',), 8, ': what nothing reads went after the last cut'),
+        (0.49, 0.4, ('neck',), 8, 'multiples of 8 (--divisor) and what nothing reads'),
+    ],
+)
+def test_why_less_is_left_than_was_asked_for(cut, left, dead, divisor, why):
+    limits = Limits.of(np.array([8]), np.array([1]), divisor=divisor)
+    outcome = SimpleNamespace(
+        options=PruningConfig(target=dict(flops=0.5)),
+        pruned=SimpleNamespace(rounds=[SimpleNamespace(share=cut)], limits=limits),
+        rows=[dict(macs=1000), dict(macs=1000 * left)],
+        dead=SimpleNamespace(names=dead),
+    )
+    said = beyond_target(outcome)
+    if why is None:
+        assert said == ''
+        return
+    start = f'{left:.1%} of flops are left, 50% were asked for; the last cut ended at '
+    assert said.startswith(f'{start}{cut:.1%}') and why in said
+    assert (':' in said) == bool(why)
 
 
 @pytest.mark.parametrize(

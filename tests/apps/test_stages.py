@@ -33,6 +33,7 @@ def fake_tools(tmp_path):
         f'with open({str(tmp_path / "calls")!r}, "a") as file:\n'
         '    print(*sys.argv[1:], file=file)\n'
         'print("Epoch(train) [1]"); print("chatter")\n'
+        'if "refuse" in sys.argv: sys.exit("error: a must be 1 (got 2)")\n'
         'sys.exit(3 if "fail" in sys.argv else 0)\n'
     )
     return lambda: (tmp_path / 'calls').read_text().splitlines()
@@ -114,6 +115,16 @@ def test_failed_stage_stops_and_is_run_again(fake_tools, tmp_path):
         with pytest.raises(StageError, match='one must exit with status 0'):
             stages.run('one', 'fake', 'fail', options=[])
     assert len(fake_tools()) == 2
+
+
+def test_what_a_tool_refuses_is_said_once(fake_tools, tmp_path, capfd):
+    stages = Pipeline(tmp_path, tmp_path / 'w', [])
+    with pytest.raises(StageError) as refused:
+        stages.run('one', 'fake', 'refuse')
+    words = str(refused.value)
+    assert words.startswith('one: a must be 1 (got 2) (see ')
+    assert str(tmp_path / 'w/logs/one.log') in words and 'continues' in words
+    assert 'a must be 1' not in capfd.readouterr().out
 
 
 def test_tools_at_work_are_waited_for_and_it_is_said(tmp_path, capfd):

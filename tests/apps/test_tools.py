@@ -15,6 +15,7 @@ from mmgfp.apps.cli import load_config
 from mmgfp.discovery.dead import DeadBranches
 from mmgfp.discovery.unit_sets import random_units
 from mmgfp.engine.artifact import save_artifact
+from mmgfp.engine.deploy import Deployable
 from mmgfp.engine.model_building import build_model
 from mmgfp.surgery.structure import shapes_of
 
@@ -43,6 +44,28 @@ def test_analyze_prints_and_writes_what_can_be_pruned(run_tool, tmp_path):
     total = sum(m.out_channels for m in modules if isinstance(m, torch.nn.Conv2d))
     channels = pytest.approx(1 - kept / total)
     assert report['coverage'] == {'channels': channels, 'macs': 1.0}
+
+
+def test_analyze_says_how_small_a_model_can_get(run_tool, tmp_path):
+    """And what a run would refuse, in its words."""
+    out, prune = tmp_path / 'out.json', DEMO.with_name(f'{DEMO.stem}_prune.py')
+    divisor = 'custom_hooks.0.divisor=256'  # wider than any layer
+    command = ('analyze.py', prune, '--json', out, '--cfg-options')
+    done = run_tool(*command, divisor, "custom_hooks.0.keep=['neck*']")
+    report, said = json.loads(out.read_text()), ' '.join(done.stdout.split())
+    assert report['least'] == dict(macs=1, memory=1, params=1)
+    assert report['limited_by'] == ['keep', 'min_channels', 'divisor=256']
+    assert (
+        'the smallest model allowed (keep, min_channels, divisor=256) has MACs 100.0%'
+        in said
+    )
+    assert 'pruning would be refused: target.flops must be at least 1, which' in said
+    assert 'or give a smaller divisor: divisor=1 leaves 0.' in said
+    done = run_tool('analyze.py', prune, '--json', out)
+    report = json.loads(out.read_text())
+    assert report['limited_by'] == ['min_channels', 'divisor=4']
+    assert report['least']['macs'] < 0.1
+    assert 'refused' not in done.stdout and 'refused' not in report
 
 
 def test_analyze_counts_at_the_size_of_the_hook(run_tool, tmp_path):
@@ -164,6 +187,25 @@ def test_deploy_writes_a_folder_and_a_summary(run_tool, pruning_run, tmp_path):
         'structure.json',
         'summary.json',
     ]
+
+
+@pytest.mark.parametrize(
+    ('shape', 'is_whole', 'why'),
+    [
+        ((3, 64, 64), True, ''),
+        ((3, 32, 64), True, 'another image size'),
+        ((3, 64, 64), False, 'the model with all branches'),
+    ],
+)
+def test_a_predicted_latency_is_of_one_model_and_size(shape, is_whole, why, capsys):
+    costs = {'macs': {'ratio': 0.5}, 'latency': {'remaining': 1.0, 'ratio': 0.5}}
+    meta = {'input_shape': [3, 64, 64], 'costs': costs}
+    item = Deployable({}, PruneStructure(), None, None, meta)
+    left = load_tool('deploy_pruned').without_stale_predictions(item, shape, is_whole)
+    assert ('latency' in left.meta['costs']) == (not why)
+    assert left.meta['costs']['macs'] == costs['macs']
+    said = capsys.readouterr().out
+    assert why in said and ('left out' in said) == bool(why)
 
 
 def test_deploy_names_files_alike_when_it_tells_of_modules_that_stay(

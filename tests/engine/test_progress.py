@@ -59,12 +59,14 @@ def test_time_left_is_that_to_the_target(options, left, clock):
     clock.now = 5.0
     assert progress.seconds_left is None and shown(progress) is None
     clock.now, pruner.iteration, state.share = 10.0, 50, 0.95
-    progress._estimate()
+    progress._estimate(exhausted=False)
     assert progress.seconds_left == pytest.approx(left)
     clock.now = 14.0  # on the way to the next decision
     assert shown(progress) == pytest.approx(left - 4)
+    progress._estimate(exhausted=True)  # nothing more may go
+    assert progress.seconds_left is None and shown(progress) is None
     pruner.pending = ()
-    progress._estimate()
+    progress._estimate(exhausted=False)
     assert shown(progress) == 0
 
 

@@ -141,11 +141,32 @@ def test_costs_are_shown_once():
     assert 'costs' not in read.tables and 'x.pth (iteration 7)' in text
     _, rows = read.table('measured')
     assert [c.text for c in rows['pruned']] == ['40.0', '2.5 (50.0%)']
+    # What a run predicts has another name in the file of what was deployed.
+    (shot,) = run_named('x').snapshots
+    name = 'predicted latency, x86'
+    predicted = Cost(Quantity('latency', name, 'ms'), 1.5, 0.25)
+    shot = replace(shot, costs=(*shot.costs, predicted))
+    read, _ = text_of(table_of('top-1'), snapshots=(shot,))
+    header, rows = read.table('costs')
+    assert header == ['model', 'iteration', f'{name} (ms)']
+    assert [c.text for c in rows['original']] == ['', '6']
+    assert [c.text for c in rows['flops50']] == ['7', '1.5 (25.0%)']
+    table = table_of('top-1')
+    values = {Quantity('predicted_latency_ms', name, 'ms'): 1.5}
+    deployed = CostTable(table.source, (table.rows[0], Row('pruned', values)))
+    read, _ = text_of(table, deployed, snapshots=(shot,))
+    assert 'costs' not in read.tables
     # With several targets, all of them or none.
     (first,) = run_named('x').snapshots
     other = replace(first, label='flops30', costs=(Cost(MACS, 1.5e9, 0.3),))
     read, _ = text_of(table_of('top-1'), snapshots=(first, other))
     assert [*read.table('costs')[1]] == ['original', 'flops50', 'flops30']
+
+
+def test_tables_of_another_image_say_so():
+    for shape, said in ((None, False), ((3, 8, 8), False), ((3, 16, 8), True)):
+        _, text = text_of(replace(table_of(), input_shape=shape))
+        assert (', for one image of 3 × 16 × 8' in text) is said
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,20 @@ def test_tables_of_every_tool(tmp_path):
     assert ratios == [0.25, 0.5, 0.4]
 
 
+def test_what_was_deployed_is_not_shown_twice(tmp_path):
+    """Its times would be others than those of the same model in the results."""
+    write(tmp_path / 'deploy/summary.json', TIMED)
+    rows = [row | times for row, times in zip(ROWS, TIMES, strict=True)]
+    write(tmp_path / 'results.json', {'rows': rows, 'input_shape': [3, 8, 8]})
+    [table] = read_run(tmp_path, 'run').tables
+    assert table.source.name == 'results.json' and table.input_shape == (3, 8, 8)
+    # Of a runtime that the results do not name.
+    other = {name: {**row, 'onnxruntime_ms': 5.0} for name, row in TIMED.items()}
+    write(tmp_path / 'deploy/summary.json', other)
+    _, deployed = read_run(tmp_path, 'run').tables
+    assert deployed.times == {'latency_ms', 'onnxruntime_ms'}
+
+
 def test_a_model_that_detects_nothing_has_an_map_of_0(tmp_path):
     """As in results.md: COCO's evaluation gives no metrics then."""
     nothing = {**ROWS[1], 'metrics': {}}

@@ -6,6 +6,7 @@ import pytest
 from mmgfp.groups import ChannelGroup, Grouping, Member, ResidualBlock
 from mmgfp.selection.greedy import Limits
 from mmgfp.selection.narrow import NarrowGroups
+from mmgfp.surgery.structure import PruneStructure
 
 #: Units of each group, and channels of one unit of it.
 GROUPS = {'a': (5, 1), 'b': (8, 1), 'c': (9, 1), 'heads': (2, 4), 'wide': (3, 8)}
@@ -51,6 +52,12 @@ def test_groups_that_are_gone_are_not_named():
     kept[:5] = False  # all of a
     kept[5:7] = False  # some of b
     assert NarrowGroups.of(limits, grouping(), kept).names == ('b', 'heads')
+
+
+def test_groups_of_modules_that_are_gone_are_not_named():
+    structure = PruneStructure(identities=('neck.extra',))
+    narrow = NarrowGroups(8, ('neck.extra.conv', 'neck.extras.conv', 'head'))
+    assert narrow.left_in(structure).names == ('neck.extras.conv', 'head')
 
 
 def test_a_line_is_short_and_names_the_remedy():
