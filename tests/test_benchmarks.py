@@ -7,17 +7,22 @@ import json
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from support.small_configs import stages
 from support.toys import ConvPair, ResidualPair, TinyDetector, images, square_loss
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import decision, latency, schedule, shipping
+from benchmarks import decision, latency, other_pruners, schedule, shipping
 from benchmarks.discovering import unverified
 from benchmarks.models import SUBJECTS, initialize, sgd, train_step
 from benchmarks.traffic import bytes_moved, peak_bytes
+from mmgfp.apps.analysis import costs_of
 from mmgfp.checkpoint import discovery_to_dict
 from mmgfp.discovery.discover import discover
 from mmgfp.discovery.profile import profile_layers
+from mmgfp.engine.demo_batch import demo_calls
+from mmgfp.engine.model_building import build_model
 from mmgfp.pruner import GroupFisherPruner
 from mmgfp.runtimes import timing
 from mmgfp.runtimes.timing import ratios, spread, take_turns
@@ -385,3 +390,27 @@ def test_models_count_with_gradients_and_momentum():
     assert peak_bytes(lambda: None, model, 'cpu') == 3 * weights + buffers
     frozen = copy.deepcopy(model).requires_grad_(False)
     assert peak_bytes(lambda: None, frozen, 'cpu') == weights + buffers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', other_pruners.WAYS)
+def test_another_tool_prunes_in_the_same_training(way, tmp_path, monkeypatch):
+    pytest.importorskip('torch_pruning', reason='needs requirements/other-tools.txt')
+    paths = stages(tmp_path, 'classifier')
+    names = ('baseline', 'prune', 'finetune')
+    fields = ''.join(f'{n} = {str(p)!r}\n' for n, p in zip(names, paths, strict=True))
+    comparison = tmp_path / 'comparison.py'
+    comparison.write_text(f"{fields}variants = [dict(name='M')]\n")
+    torch.manual_seed(0)
+    model = build_model(Config.fromfile(paths[0]))
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'net.pth')
+    words = f'{comparison} {tmp_path}/net.pth --share 0.6 --decisions 3 --every 2'
+    argv = ['x', *words.split(), '--way', way, '--work-dir', str(tmp_path / 'work')]
+    monkeypatch.setattr('sys.argv', argv)
+    other_pruners.main()
+    result = json.loads((tmp_path / 'work/result.json').read_text())
+    shape = (3, 64, 64)
+    calls = demo_calls(Config.fromfile(paths[0]), model)
+    before = costs_of(model, calls.profile(model, shape))
+    assert 0 < result['macs'] <= 0.6 * before['macs']
+    assert result['way'] == way and 0 <= result['top-1'] <= 100

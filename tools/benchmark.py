@@ -35,6 +35,7 @@ from mmgfp.apps.tables import machine_facts
 from mmgfp.engine.demo_batch import image_channels
 from mmgfp.runtimes import RUNTIMES
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.words import counted
 
 
 def parse_args() -> argparse.Namespace:
@@ -97,7 +98,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     shape = choose_shape(args)
-    print(f'images of {shape}, {args.threads} thread(s), {args.rounds} rounds')
+    print(f'images of {shape}, {counted(args.threads, "thread")}, {args.rounds} rounds')
     for source in args.models:
         resolved = resolve(source)
         if not is_file(resolved) and split_source(resolved)[1] is None:

@@ -49,6 +49,7 @@ from mmgfp.engine.deploy import (
     recorded_shape,
 )
 from mmgfp.report.quantities import PROCESSOR, quantities_of, ratio_key
+from mmgfp.utils.words import counted
 
 
 def parse_args() -> argparse.Namespace:
@@ -164,11 +165,11 @@ def show(rows: dict[str, dict[str, Any]], console: Console) -> None:
         table.add_row(f'{quantity.label} ({quantity.unit})', *cells)
     console.print(table)
     if any(key in rows['original'] for key in PROCESSOR):
+        threads = counted(torch.get_num_threads(), 'thread')
         print(
-            f'latency: medians of rounds in turn with {torch.get_num_threads()} '
-            'thread(s); on a busy machine go by processor time (of all threads) and by '
-            'their ratios, medians of those of each round: after few rounds, they need '
-            'not be the ratios of the medians'
+            f'latency: medians of rounds in turn with {threads}; on a busy machine go '
+            'by processor time (of all threads) and by their ratios, medians of each '
+            "round's: after few rounds, they need not be the ratios of the medians"
         )
 
 

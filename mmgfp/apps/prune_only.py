@@ -29,6 +29,7 @@ from mmgfp.apps.stages import parse_options
 from mmgfp.apps.tables import print_table
 from mmgfp.engine.deploy import check_destination, deploy
 from mmgfp.utils.io import check_folder
+from mmgfp.utils.words import counted
 
 
 def prune_only(args: argparse.Namespace) -> None:
@@ -72,8 +73,7 @@ def write(cfg: Config, outcome: Outcome, name: str, args: argparse.Namespace) ->
     print_table(cells(outcome))
     if beyond := beyond_target(outcome):
         print(beyond)
-    rounds = len(outcome.pruned.rounds)
-    cuts = '1 cut' if rounds == 1 else f'{rounds} cuts'
+    cuts = counted(len(outcome.pruned.rounds), 'cut')
     print(f'{cuts} in {outcome.seconds / 60:.1f} min, without training')
     models = {'original': outcome.original.model, 'pruned': outcome.pruned.model}
     written = [*paths.values(), out / 'summary.json']

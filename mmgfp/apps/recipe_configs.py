@@ -15,6 +15,7 @@ from mmgfp.apps.recipe_sources import Sources, name_of
 from mmgfp.apps.training_length import shortened_schedule
 from mmgfp.engine.config_search import scope_of
 from mmgfp.selection.targets import parse_targets
+from mmgfp.utils.words import counted
 
 #: Share of the iterations of fine-tuning in which the target is reached.
 PRUNING_SHARE = 0.25
@@ -194,7 +195,7 @@ def finetune_text(basis: RecipeBasis, pruned: Path | None = None) -> str:
     ]
     lasts = 'as long as the original was trained'
     if epochs is not None:
-        lasts = 'for 1 epoch' if epochs == 1 else f'for {epochs} epochs'
+        lasts = f'for {counted(epochs, "epoch")}'
     title = f'Fine-tunes the pruned model of {sources.config} {lasts}.'
     return config_text(
         title, basis.base(), basis.merge(filter(None, entries), ('model',))

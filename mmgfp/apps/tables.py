@@ -14,6 +14,7 @@ from rich.table import Table
 
 from mmgfp.report.quantities import RUNTIMES, main_metric, ratio_key
 from mmgfp.selection.costs import COSTS
+from mmgfp.utils.words import counted
 
 #: Names of the packages whose versions are reported: both OpenMMLab lines, and torch.
 PREFIXES = ('mm', 'onedl-mm', 'torch')
@@ -125,6 +126,7 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
     versions = ', '.join(f'{name} {v}' for name, v in facts['versions'].items())
     stages = ', '.join(f'{stage} {s} s' for stage, s in facts['seconds'].items())
     shape = '×'.join(str(size) for size in facts['input_shape'])
+    threads = counted(facts['threads'], 'thread')
     lines = [
         *markdown_table(cells),
         '',
@@ -134,7 +136,7 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
         '',
         f'- configs: {", ".join(f"`{path}`" for path in facts["configs"])}',
         *(f'- {note}' for note in facts.get('notes', ())),
-        f'- seed {facts["seed"]}; {facts["cpu"]}, {facts["threads"]} thread(s)',
+        f'- seed {facts["seed"]}; {facts["cpu"]}, {threads}',
         f'- Python {facts["python"]}, {versions}',
         f'- wall-clock time: {stages} (of the last run, where one was cut off)',
     ]

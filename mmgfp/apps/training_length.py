@@ -15,6 +15,7 @@ from mmgfp.apps.cli import reading_config
 from mmgfp.apps.config_text import Entry
 from mmgfp.apps.run_config import check_entries, prepare_config, seed_of
 from mmgfp.engine.config_search import scope_of
+from mmgfp.utils.words import counted
 
 #: Entries of schedulers that count epochs or iterations of training.
 COUNTS = ('begin', 'end', 'T_max', 'milestones', 'step_size', 'total_steps')
@@ -73,8 +74,9 @@ def shortened_schedule(cfg: Config, length: Length, epochs: int) -> list[Entry]:
     for key in ('val_interval', 'val_begin'):
         if cfg.train_cfg.get(key, 1) > count:
             loop[key] = count
-    unit = '1 epoch' if epochs == 1 else f'{epochs} epochs'
-    comment = f'{unit}; the learning rate takes its course in that time.'
+    comment = (
+        f'{counted(epochs, "epoch")}; the learning rate takes its course in that time.'
+    )
     entries = [Entry('train_cfg', loop, comment)]
     factor = length.iterations_for(epochs) / length.iterations
     if schedulers := cfg.get('param_scheduler'):

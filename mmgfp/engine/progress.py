@@ -18,6 +18,7 @@ from mmgfp.selection.narrow import NarrowGroups
 from mmgfp.selection.schedules import TimedSchedule
 from mmgfp.selection.targets import Target
 from mmgfp.units import UnitState
+from mmgfp.utils.words import counted
 
 
 class Progress:
@@ -190,16 +191,6 @@ def counts_text(units: UnitState, gone: np.ndarray) -> tuple[str, str]:
         f'{left} of {grouping.units - total} units and {len(blocks)} of '
         f'{counted(total, "block")}',
     )
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number of things in words.
-
-    Examples:
-        >>> counted(1, 'block'), counted(0, 'block')
-        ('1 block', '0 blocks')
-    """
-    return f'{number} {noun}{"" if number == 1 else "s"}'
 
 
 def costs_text(pruner: ChannelPruner) -> str:

@@ -19,6 +19,7 @@ from mmgfp.export.options import INPUT, ExportOptions
 from mmgfp.export.preprocess import WithPreprocessing
 from mmgfp.runtimes import open_model
 from mmgfp.utils.errors import MMGFPError
+from mmgfp.utils.words import counted
 
 #: Least share of the model's detections that a file must have, rounding or not.
 MATCHED = 0.8
@@ -56,7 +57,7 @@ class Report:
     levels: float | None = None
 
     def __str__(self) -> str:
-        images = f'{self.images} image{"s" * (self.images != 1)}'
+        images = counted(self.images, 'image')
         if self.detections is None:
             text = f'{images}, outputs within {self.score:.1e}'
         else:

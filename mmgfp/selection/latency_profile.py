@@ -12,6 +12,7 @@ from typing import Any
 
 from mmgfp.selection.costs import LayerProfile
 from mmgfp.utils.errors import ConfigError
+from mmgfp.utils.words import counted
 
 #: Version of the files that tools/profile_latency.py writes.
 VERSION = 1
@@ -191,7 +192,7 @@ class LatencyProfile:
         threads = origin.get('threads')
         where = [str(origin.get('device', 'cpu'))]
         if threads is not None and where == ['cpu']:
-            where.append(f'{threads} thread{"s" * (threads != 1)}')
+            where.append(counted(threads, 'thread'))
         return f'{" ".join(filter(None, words))}, {", ".join(where)}'
 
     @property
