@@ -1,5 +1,5 @@
 # Criteria on CIFAR-10, ResNet-20 at half and at 30 % of its MACs, each followed by half
-# an epoch of fine-tuning: thirty-six runs of two to four minutes on one core.
+# an epoch of fine-tuning: forty-eight runs of two to four minutes on one core.
 baseline = 'configs/cifar10/resnet20_cifar10.py'
 prune = 'configs/cifar10/resnet20_cifar10_prune.py'
 finetune = 'configs/cifar10/resnet20_cifar10_finetune.py'
@@ -26,6 +26,9 @@ _ways = {
     'fisher -U': dict(normalize='none'),
     'l1 -M': dict(criterion='l1', normalize='memory'),
     'l1': dict(criterion='l1', normalize='none'),
+    # Magnitudes of different layers do not compare: two ways not to let them.
+    'l1 -M, at least 8': dict(criterion='l1', normalize='memory', min_channels=8),
+    'l1 local': dict(criterion='l1', normalize='none', scope='local'),
     # Another order for each seed.
     'random': dict(criterion=dict(type='random', seed='{seed}'), normalize='none'),
 }
