@@ -1,5 +1,5 @@
-# How many units a decision takes on CIFAR-10, ResNet-20 at half its MACs, each followed by
-# half an epoch of fine-tuning: nine runs of two to nine minutes on one core.
+# How many units a decision takes on CIFAR-10, ResNet-20 at half its MACs, each followed
+# by half an epoch of fine-tuning: nine runs of two to nine minutes on one core.
 _base_ = ['./cifar10_criteria.py']
 
 _exact = dict(interval=10, normalize='memory', divisor=1)

@@ -28,7 +28,7 @@ from mmgfp.utils.io import check_folder
 
 #: Lines of a stage's output that are shown while it runs.
 PROGRESS = re.compile(
-    r'(Epoch|Iter)\((train|val|test)\)|pruned \d+ units|saved the compact'
+    r'(Epoch|Iter)\((train|val|test)\)|pruned \d+ units?|saved the compact'
     r'|following channels|verifying \d+ groups|too narrow to lose channels'
 )
 

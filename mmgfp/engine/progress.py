@@ -180,7 +180,7 @@ def counts_text(units: UnitState, gone: np.ndarray) -> tuple[str, str]:
     """
     grouping = units.grouping
     blocks, names = grouping.blocks_among(units.kept), grouping.blocks_among(gone)
-    pruned = f'{len(gone) - len(names)} units'
+    pruned = counted(len(gone) - len(names), 'unit')
     left = int(units.kept.sum()) - len(blocks)
     if not grouping.blocks:
         return pruned, str(left)

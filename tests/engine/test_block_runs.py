@@ -66,7 +66,7 @@ def test_a_model_loses_blocks(tmp_path, monkeypatch, capsys, kind, compact_inter
     # Each decision's counts, and what is left, blocks apart from channels.
     grouping, kept = pruner.units.grouping, pruner.units.kept
     blocks = len(grouping.blocks)
-    line = r'pruned (\d+) units and (\d+) blocks?(?: \(([^)]+)\))?, (.* remain):'
+    line = r'pruned (\d+) units? and (\d+) blocks?(?: \(([^)]+)\))?, (.* remain):'
     units, counts, names, left = zip(*re.findall(line, log), strict=True)
     assert sum(map(int, units)) == sum(~kept[:-blocks])
     assert sum(map(int, counts)) == len(gone)

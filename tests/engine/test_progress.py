@@ -75,7 +75,7 @@ def test_time_left_is_that_to_the_target(options, left, clock):
     [
         # Two groups of 3 and 2 units; both units of the second are in the block.
         (0, [1, 1, 0, 1, 0], [2, 4], ('2 units', '3')),
-        (1, [1, 1, 0, 1, 1, 1], [2], ('1 units and 0 blocks', '4 of 5 units and 1 of')),
+        (1, [1, 1, 0, 1, 1, 1], [2], ('1 unit and 0 blocks', '4 of 5 units and 1 of')),
         (1, [1, 1, 0, 0, 0, 0], [3, 4, 5], ('2 units and 1 block (b0)', '2 of 5 ')),
         (2, [1, 1, 1, 0, 0, 0, 1], [3, 4, 5], ('2 units and 1 block (b0)', '3 of 5 ')),
     ],
