@@ -1,5 +1,5 @@
 # Criteria on CIFAR-10, ResNet-20 at half and at 30 % of its MACs, each followed by half
-# an epoch of fine-tuning: forty-eight runs of two to four minutes on one core.
+# an epoch of fine-tuning: seventy-two runs of two to four minutes on one core.
 baseline = 'configs/cifar10/resnet20_cifar10.py'
 prune = 'configs/cifar10/resnet20_cifar10_prune.py'
 finetune = 'configs/cifar10/resnet20_cifar10_finetune.py'
@@ -24,6 +24,10 @@ _ways = {
     'fisher -M': dict(normalize='memory'),
     'fisher -F': dict(normalize='flops'),
     'fisher -U': dict(normalize='none'),
+    'fisher -I': dict(normalize='memory', coupled=False),
+    'taylor -M': dict(criterion='taylor', normalize='memory'),
+    'fpgm -M': dict(criterion='fpgm', normalize='memory'),
+    'bn_scale -M': dict(criterion='bn_scale', normalize='memory'),
     'l1 -M': dict(criterion='l1', normalize='memory'),
     'l1': dict(criterion='l1', normalize='none'),
     # Magnitudes of different layers do not compare: two ways not to let them.
