@@ -130,6 +130,7 @@ def prune(
     tp: Any = require('torch_pruning', 'other-tools')
     runner = budget.pruning()
     model: Any = runner.model
+    model.init_weights()  # else it would be done when fine-tuning begins
     load_checkpoint(model, checkpoint, map_location='cpu')
     kind = tp.pruner.GroupNormPruner if way.is_sparse else tp.pruner.BasePruner
     pruner = kind(

@@ -400,14 +400,27 @@ def test_another_tool_prunes_in_the_same_training(way, tmp_path, monkeypatch):
     names = ('baseline', 'prune', 'finetune')
     fields = ''.join(f'{n} = {str(p)!r}\n' for n, p in zip(names, paths, strict=True))
     comparison = tmp_path / 'comparison.py'
-    comparison.write_text(f"{fields}variants = [dict(name='M')]\n")
+    still = dict(optim_wrapper=dict(optimizer=dict(lr=0.0)))
+    comparison.write_text(f"{fields}variants = [dict(name='M', finetune={still})]\n")
     torch.manual_seed(0)
     model = build_model(Config.fromfile(paths[0]))
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'net.pth')
     words = f'{comparison} {tmp_path}/net.pth --share 0.6 --decisions 3 --every 2'
     argv = ['x', *words.split(), '--way', way, '--work-dir', str(tmp_path / 'work')]
     monkeypatch.setattr('sys.argv', argv)
+    kept, prune = [], other_pruners.prune
+
+    def remembered(*args):
+        small = prune(*args)
+        kept.append((small, copy.deepcopy(small.state_dict())))
+        return small
+
+    monkeypatch.setattr(other_pruners, 'prune', remembered)
     other_pruners.main()
+    # Fine-tuning begins with the weights that were left; here it is at a rate of zero.
+    [(small, weights)] = kept
+    for name, parameter in small.named_parameters():
+        assert torch.equal(parameter, weights[name])
     result = json.loads((tmp_path / 'work/result.json').read_text())
     shape = (3, 64, 64)
     calls = demo_calls(Config.fromfile(paths[0]), model)
