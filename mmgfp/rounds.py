@@ -105,6 +105,7 @@ class Journal:
 
     Attributes:
         report: Called with a line on what begins.
+        prepared: Called once it is known that the target can be reached.
         after_round: Called after each round with what it did, and with a state in plain
             types and tensors, as a weights-only checkpoint holds them.
         state: The state after some round of an interrupted run with the same arguments;
@@ -113,6 +114,7 @@ class Journal:
     """
 
     report: Callable[[str], None] = lambda line: None
+    prepared: Callable[[], None] = lambda: None
     after_round: Callable[[Round, dict[str, Any]], None] = lambda done, state: None
     state: Mapping[str, Any] | None = None
 

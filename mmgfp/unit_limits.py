@@ -59,7 +59,7 @@ def check_targets(
     units: UnitState,
     targets: Sequence[Target],
     limits: Limits,
-    limiting: Sequence[str],
+    config: PruningConfig,
     kept: np.ndarray | None = None,
 ) -> None:
     """Refuse targets that the limits do not let a model reach.
@@ -68,7 +68,7 @@ def check_targets(
         units: All units of the model.
         targets: The targets.
         limits: How far each group may shrink.
-        limiting: Names of the options that limit it, but for the divisor.
+        config: The options that they are by.
         kept: Units that are left so far, (U,); all if None.
 
     Raises:
@@ -78,4 +78,5 @@ def check_targets(
     if limits.divisor > 1:
         any_width = replace(limits, steps=np.ones_like(limits.steps))
         finer = least_costs(units, any_width, kept)
-    check_reachable(targets, least, units.full, limiting, finer)
+    is_auto = config.divisor == 'auto'
+    check_reachable(targets, least, units.full, config.limiting, finer, is_auto)

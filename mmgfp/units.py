@@ -115,7 +115,7 @@ class UnitState:
         """
         try:
             limits = limits_of(self, config)
-            check_targets(self, targets, limits, config.limiting, kept)
+            check_targets(self, targets, limits, config, kept)
         except ConfigError:
             self.close()
             raise

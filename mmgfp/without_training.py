@@ -114,6 +114,7 @@ class _Rounds:
         """Prune to all targets that are not reached yet."""
         if self.journal.state is not None:
             self.restore(self.journal.state)
+        self.journal.prepared()
         while not self.pruner.done:
             self.prune()
             self.journal.after_round(self.done[-1], self.state())
@@ -237,6 +238,22 @@ def _decide(pruner: ChannelPruner, losses: Sequence[LossFunction]) -> PruneStep:
         cost = pruner.pending[0].cost
         left = step.totals.ratio(cost, pruner.units.full)
         expected = 'one that can be reached with the scores at hand'
-        remedy = 'raise it, or give more batches'
+        remedy = f'raise it{_unscored(pruner, step)}'
         raise ConfigError('target', expected, f'{left:.3f} of {cost}', remedy)
     return step
+
+
+def _unscored(pruner: ChannelPruner, step: PruneStep) -> str:
+    """Return a remark on groups without any score, empty if there are none."""
+    assert step.importance is not None
+    units, grouping = pruner.units, pruner.units.grouping
+    known = units.kept & ~np.isnan(step.importance)
+    left, scored = (
+        np.bincount(units.group_of[which], minlength=len(grouping.names))
+        for which in (units.kept, known)
+    )
+    names = [grouping.names[g] for g in np.flatnonzero((left > 0) & (scored == 0))]
+    if not names:
+        return ''
+    more = f' and {len(names) - 4} more' if len(names) > 4 else ''
+    return f'; nothing is known of {", ".join(names[:4])}{more}, which stay'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mmgfp.apps.input_shape import profiled_shape
 from mmgfp.apps.run_config import pruning_config, pruning_hook
 from mmgfp.apps.shown_steps import shown_steps
 from mmgfp.config import PruningConfig
+from mmgfp.discovery.dead import parameters_without_gradient
 from mmgfp.engine.demo_batch import demo_calls, image_channels
 from mmgfp.pruner import ChannelPruner
 from mmgfp.selection.costs import COSTS
@@ -52,6 +54,11 @@ def parse_args() -> argparse.Namespace:
         metavar='FILE',
         help='predict latency by this file of tools/profile_latency.py',
     )
+    parser.add_argument(
+        '--no-latency',
+        action='store_true',
+        help="leave out what needs the hook's latency profile, before it is measured",
+    )
     parser.add_argument('--json', metavar='FILE', help='write the numbers to this file')
     parser.add_argument(
         '--strict', action='store_true', help='fail where channels cannot be followed'
@@ -65,6 +72,7 @@ def analyze(
     shape: Sequence[int] | None,
     strict: bool,
     latency: str | None = None,
+    profiled: bool = True,
 ) -> dict[str, Any]:
     """Trace the config's model on a synthetic batch and report on it.
 
@@ -79,7 +87,7 @@ def analyze(
         check_checkpoint('checkpoint', checkpoint)
         load_checkpoint(model, checkpoint, map_location='cpu')
     calls = demo_calls(cfg, model)
-    options = pruning_config(cfg)
+    options = pruning_config(cfg, profiled)
     if latency := latency or options.latency_profile:
         sized = {'input_shape': shape, 'latency_profile': latency}
         options = PruningConfig.of(options, **sized)
@@ -94,8 +102,11 @@ def analyze(
     facts = (found.grouping, found.profiles)
     units = UnitState(model, *facts, costs=options.costs)
     sizes = {'input_shape': list(size), 'input_shape_from': source}
-    is_asked = pruning_hook(cfg) is not None
-    return report(units, profiles, options, is_asked) | sizes
+    is_asked = profiled and pruning_hook(cfg) is not None
+    unread: set[str] = set()
+    if pruner.criterion.needs_gradients:
+        unread = parameters_without_gradient(model, calls.loss)
+    return report(units, profiles, options, is_asked, unread) | sizes
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -113,6 +124,11 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(frozen)
     if narrow := NarrowGroups(**result['narrow']).text:
         console.print(narrow)
+    if unscored := result['unscored']:
+        console.print(
+            f'the loss does not depend on {", ".join(unscored)}: without a score these '
+            'groups stay (dead branches go when the model is deployed)'
+        )
     console.print(
         f'{sum(g["units"] for g in result["groups"])} units in '
         f'{len(result["groups"])} groups; prunable: '
@@ -120,11 +136,10 @@ def show(result: dict[str, Any], console: Console) -> None:
         f'{result["coverage"]["macs"]:.1%} of MACs'
     )
     costs = {name: COSTS[name] for name in COSTS.names() if name in result}
-    shares = (f'{costs[n].label} {share:.1%}' for n, share in result['least'].items())
+    least = (f'{costs[n].label} {share:.1%}' for n, share in result['least'].items())
     limits = ', '.join(result['limited_by'])
-    console.print(f'the smallest model allowed ({limits}) has', ', '.join(shares))
-    if refused := result.get('refused'):
-        console.print(f'[bold]pruning would be refused:[/bold] {escape(refused)}')
+    line = f'the smallest model allowed ({limits}) has {", ".join(least)}'
+    console.print(escape(line))
     amounts = (
         f'{cost.label} {amount} {cost.unit}'
         for name, cost in costs.items()
@@ -139,6 +154,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     )
     if 'latency' in result:
         console.print(f'latency is predicted for {result["latency_profile"]}')
+    if refused := result.get('refused'):
+        console.print(f'[bold]pruning would be refused:[/bold] {escape(refused)}')
 
 
 def main() -> None:
@@ -147,10 +164,12 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options)
     if args.json:
         check_folder(Path(args.json).parent)
-    given = (args.checkpoint, args.input_shape, args.strict, args.latency_profile)
+    given = (args.checkpoint, args.input_shape, args.strict)
+    latency = (args.latency_profile, not args.no_latency)
     with shown_steps():
-        result = analyze(cfg, *given)
-    show(result, Console())
+        result = analyze(cfg, *given, *latency)
+    # Where lines are read by others, names are not to be cut.
+    show(result, Console(width=None if sys.stdout.isatty() else 200))
     if args.json:
         write_json(args.json, result)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from mmgfp.config import PruningConfig
 from mmgfp.engine.artifact import costs_in_numbers
 from mmgfp.groups import Grouping, module_of
 from mmgfp.selection.costs import COSTS, CostTable, LayerProfile, Totals
+from mmgfp.selection.greedy import Limits
 from mmgfp.selection.narrow import NarrowGroups
 from mmgfp.selection.targets import least_ratio
-from mmgfp.unit_limits import least_costs
+from mmgfp.unit_limits import check_targets, least_costs
 from mmgfp.units import UnitState
 from mmgfp.utils.errors import ConfigError
 
@@ -117,30 +118,30 @@ def report(
     profiles: dict[str, LayerProfile],
     options: PruningConfig,
     is_asked: bool,
+    unread: Collection[str] = (),
 ) -> dict[str, Any]:
     """Report costs, groups, what stays and coverage of a model.
 
     Args:
-        units: All units of the model; their masks may be off afterwards.
+        units: All units of the model.
         profiles: How often its layers use their weights.
         options: How the model is to be pruned, with the latency profile of ``units``.
         is_asked: Whether somebody has asked for the targets of the options.
+        unread: Names of parameters that the loss does not depend on; groups of no
+            others are never scored, so that they stay.
 
     Raises:
         ConfigError: If ratios are of other groups.
     """
-    full, latency = units.full, options.profile
     # Without targets, as what can be pruned is of interest even if it's not enough.
     limits = units.limits(options, ())
     narrow = NarrowGroups.of(limits, units.grouping)
-    least = least_costs(units, limits)
-    costs: dict[str, Any] = {n: int(value) for n, value in full.values.items()}
-    if latency is not None:
-        costs |= {'latency': full['latency'], 'latency_profile': latency.runtime}
+    unscored = _groups_within(unread, units)
+    limits = replace(limits, least=np.where(unscored, units.sizes, limits.least))
+    refused = _refusal(units, limits, options) if is_asked else ''
     blocks = [block.name for block in units.grouping.blocks]
-    refused = _refusal(units, options) if is_asked else ''
     return {
-        **costs,
+        **_costs(units, options),
         'groups': [
             {
                 'name': group.name,
@@ -153,7 +154,8 @@ def report(
             {'layer': f.layer, 'reason': f.reason} for f in units.grouping.frozen
         ],
         'narrow': asdict(narrow),
-        'least': {name: least_ratio(name, least, full) for name in full.values},
+        'unscored': [units.grouping.names[g] for g in np.flatnonzero(unscored)],
+        'least': _least(units, limits),
         'limited_by': [*options.limiting, f'divisor={limits.divisor}'],
         **({'refused': refused} if refused else {}),
         **({'blocks': blocks} if blocks else {}),
@@ -161,10 +163,35 @@ def report(
     }
 
 
-def _refusal(units: UnitState, options: PruningConfig) -> str:
+def _costs(units: UnitState, options: PruningConfig) -> dict[str, Any]:
+    costs: dict[str, Any] = {n: int(value) for n, value in units.full.values.items()}
+    if options.profile is not None:
+        runtime = options.profile.runtime
+        costs |= {'latency': units.full['latency'], 'latency_profile': runtime}
+    return costs
+
+
+def _least(units: UnitState, limits: Limits) -> dict[str, float]:
+    """Return the shares of costs that remain; of a measured time, less may."""
+    least, full = least_costs(units, limits), units.full
+    names = [name for name in full.values if not is_predicted(name)]
+    return {name: least_ratio(name, least, full) for name in names}
+
+
+def _groups_within(names: Collection[str], units: UnitState) -> np.ndarray:
+    """Return which groups, (G,), have no parameters but those of some names."""
+    parameters = {name for name, _ in units.model.named_parameters()}
+    members = [
+        {m.name for m in group.members} & parameters for group in units.grouping.groups
+    ]
+    blocks = [False] * len(units.grouping.blocks)
+    return np.array([found <= {*names} for found in members] + blocks, dtype=bool)
+
+
+def _refusal(units: UnitState, limits: Limits, options: PruningConfig) -> str:
     """Return why a run would refuse its targets; empty if it would not."""
     try:
-        units.limits(options, options.targets)
+        check_targets(units, options.targets, limits, options)
     except ConfigError as error:
         return str(error)
     return ''

@@ -32,6 +32,8 @@ READ_BY_RUNNERS = {
 }
 #: What the line begins with in which a tool refuses what its user gave.
 REFUSAL = 'error: '
+#: The exit status then.
+REFUSED = 2
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -41,7 +43,7 @@ def run_cli(main: Callable[[], None]) -> None:
             main()
     except (MMGFPError, OSError) as error:
         print(f'{REFUSAL}{" ".join(str(error).split())}', file=sys.stderr)
-        sys.exit(2)
+        sys.exit(REFUSED)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

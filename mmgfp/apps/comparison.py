@@ -14,8 +14,15 @@ from mmgfp.apps.cli import build_from, load_config, write_json
 from mmgfp.apps.latency import measure_runtimes
 from mmgfp.apps.pipeline import Candidate, Pipeline
 from mmgfp.apps.plots import plot_channels
+from mmgfp.apps.run_config import data_of
 from mmgfp.apps.stages import parse_options
-from mmgfp.apps.tables import machine_facts, markdown, print_table, table_cells
+from mmgfp.apps.tables import (
+    disturbed,
+    machine_facts,
+    markdown,
+    print_table,
+    table_cells,
+)
 from mmgfp.engine.batch_calls import BatchCalls
 from mmgfp.engine.demo_batch import demo_calls
 from mmgfp.report.snapshot import layer_widths
@@ -102,11 +109,18 @@ def write_results(
         'input_shape': list(shape),
         'two_stage': cfg.model.get('roi_head') is not None,
     }
+    notes = []
+    if 'metrics' in rows[0]:
+        notes.append(f'tested by test_dataloader: {data_of(cfg.test_dataloader)}')
+    if line := disturbed(rows):
+        notes.append(line)
     cells = table_cells(rows)
-    text = markdown(cells, facts)
+    text = markdown(cells, {**facts, 'notes': notes})
     write_json(pipeline.work_dir / 'results.json', {'rows': rows, **facts})
     atomic_write(pipeline.work_dir / 'results.md', lambda tmp: tmp.write_text(text))
     print_table(cells)
+    for note in notes:
+        print(note)
 
 
 def draw(candidate: Candidate, options: Sequence[str], pruned: str, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -87,7 +88,8 @@ def profiled_shape(
     if given is not None:
         return given, 'as --input-shape says'
     if hook is not None:
-        return hook, "as the config's pruning hook says"
+        where = f' in {Path(cfg.filename).name}' if cfg.filename else ''
+        return hook, f'as the pruning hook{where} says'
     return _shape_of(cfg, channels)
 
 

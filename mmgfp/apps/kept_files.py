@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -11,6 +12,7 @@ from mmgfp.apps.cli import write_json
 from mmgfp.apps.rounds_file import digest_of
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import atomic_write
+from mmgfp.utils.plain import short
 
 
 class KeptFiles:
@@ -47,12 +49,11 @@ class KeptFiles:
             path.name
         ):
             return f'{path}: kept as you edited it (delete it to have it written anew)'
-        elif before is not None and used and says_the_same(path, text):
-            return ''  # in other words, as another version of mmgfp wrote it
         elif before is not None and used:
-            raise ConfigError(
-                str(path), 'what this command writes', 'that of other settings', remedy
-            )
+            other = difference(path, text)
+            if not other:
+                return ''  # in other words, as another version of mmgfp wrote it
+            raise ConfigError(str(path), 'what this command writes', other, remedy)
         else:
             atomic_write(path, lambda tmp: tmp.write_text(text))
             said = f'{path}: written' + (' anew' if before is not None else '')
@@ -61,12 +62,39 @@ class KeptFiles:
         return said
 
 
-def says_the_same(path: Path, text: str) -> bool:
-    """Return whether a config file and a text to replace it are the same config."""
+def difference(path: Path, text: str) -> str:
+    """Return where a config file differs from a text to replace it; empty if nowhere.
+
+    Args:
+        path: The file.
+        text: The text, which holds where the file is.
+    """
     other = path.with_name(f'.{path.stem}_anew.py')  # where relative paths hold
     try:
         other.write_text(text)
         configs = [Config.fromfile(file).to_dict() for file in (path, other)]
     finally:
         other.unlink(missing_ok=True)
-    return configs[0] == configs[1]
+    return first_difference(*configs)
+
+
+def first_difference(old: Any, new: Any, name: str = '') -> str:
+    """Return the first entry in which two configs differ; empty if there is none.
+
+    Examples:
+        >>> first_difference({'a': [{'b': 1}]}, {'a': [{'b': 2}]})
+        'a.0.b=1 instead of 2'
+    """
+    if old == new:
+        return ''
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = {key: (old.get(key), new.get(key)) for key in {**old, **new}}
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = dict(enumerate(zip(old, new, strict=True)))
+    else:
+        return f'{name}={short(old)} instead of {short(new)}'
+    below = (
+        first_difference(*pair, f'{name}.{key}' if name else str(key))
+        for key, pair in pairs.items()
+    )
+    return next(filter(None, below))

@@ -7,22 +7,26 @@ again, and one that was cut off is resumed, so that the same command goes on.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from mmengine.config import Config
 
-from mmgfp.apps.cli import check_checkpoint, load_config, reading_config
+from mmgfp.apps.cli import REFUSED, check_checkpoint, load_config, reading_config
 from mmgfp.apps.comparison import build, draw, measure, write_results
 from mmgfp.apps.detections import draw_detections
 from mmgfp.apps.exporting import check_export
 from mmgfp.apps.input_shape import profiled_shape
 from mmgfp.apps.kept_files import KeptFiles
-from mmgfp.apps.pipeline import Candidate, Pipeline, Processes, working_alone
+from mmgfp.apps.pipeline import Candidate, Pipeline, has_begun
+from mmgfp.apps.processes import Processes, working_alone
 from mmgfp.apps.recipe_configs import RecipeConfigs
 from mmgfp.apps.recipe_sources import (
     Sources,
@@ -31,6 +35,7 @@ from mmgfp.apps.recipe_sources import (
     needs_profile,
 )
 from mmgfp.apps.reporting import report_on
+from mmgfp.apps.run_config import pruning_hook
 from mmgfp.apps.stages import (
     deploy,
     finetune,
@@ -40,8 +45,11 @@ from mmgfp.apps.stages import (
     prune,
     pruned_checkpoint,
 )
+from mmgfp.config import PruningConfig
 from mmgfp.engine.demo_batch import image_channels
 from mmgfp.report.gallery import Gallery
+from mmgfp.selection.targets import parse_targets
+from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import check_folder
 
 
@@ -145,27 +153,54 @@ def _write(recipe: RecipeConfigs, pruned: Path | None) -> None:
         pruned = Path(pruned_checkpoint(work_dir / 'prune', str(sources.prune)))
     for path, text, stage in recipe.files(pruned):
         remedy = f'run the command that began {work_dir}, or name another --work-dir'
-        # A stage that was refused, or killed early, has left nothing to go on from.
-        used = any((work_dir / stage).glob('*.pth'))
-        if said := files.write(path, text, used, remedy):
+        said = files.write(path, text, has_begun(work_dir, stage), remedy)
+        if path == sources.prune:
+            check_target(path, sources.pruning['target'])
+        if said and pruned is None:
             print(said, flush=True)
 
 
+def check_target(path: Path, asked: Any) -> None:
+    """Refuse a target that is not the one of a pruning config as its user has it.
+
+    Args:
+        path: The config.
+        asked: The target of the command.
+
+    Raises:
+        ConfigError: If they differ.
+    """
+    hook = pruning_hook(Config.fromfile(path))
+    if hook is None:
+        return  # which the run says
+    targets = parse_targets(hook.get('target', PruningConfig().target))
+    if targets != parse_targets(asked):
+        got = ' '.join(f'{t.cost}={t.ratio:g}' for t in parse_targets(asked))
+        says = ' '.join(f'{t.cost}={t.ratio:g}' for t in targets)
+        expected = f'{says}, as you have it in {path}'
+        remedy = 'give that one, or change it in this file, too'
+        raise ConfigError('--target', expected, got, remedy)
+
+
 def show_coverage(args: argparse.Namespace, tools: Path, configs: Configs) -> int:
-    """Print the table of `tools/analyze.py`; return its exit status."""
+    """Print the table of `tools/analyze.py`; return the exit status."""
     checkpoint = [args.checkpoint] if args.checkpoint else []
     command = [configs.prune, *checkpoint]
-    options = args.cfg_options if args.prune_config else []
     if configs.profile is not None and not configs.profile.is_file():
         print('latency is measured when the run begins; the table does without')
-        command += ['--input-shape', *map(str, configs.shape)]
-        options = [*options, 'custom_hooks=None']
-    command += ['--cfg-options', *options] if options else []
-    program = [sys.executable, str(tools / 'analyze.py')]
-    status = subprocess.run([*program, *command], check=False).returncode
-    if not status:
-        print('nothing was pruned: the same command without --dry-run does it')
-    return status
+        command.append('--no-latency')
+    with TemporaryDirectory() as folder:
+        file = Path(folder, 'analysis.json')
+        command += ['--json', str(file)]
+        command += ['--cfg-options', *args.cfg_options] if args.prune_config else []
+        program = [sys.executable, str(tools / 'analyze.py')]
+        status = subprocess.run([*program, *command], check=False).returncode
+        if status:
+            return status
+        if 'refused' in json.loads(file.read_text()):
+            return REFUSED
+    print('nothing was pruned: the same command without --dry-run does it')
+    return 0
 
 
 def is_tested(cfg: Config) -> bool:
@@ -213,6 +248,7 @@ def _run(
     files = ['results.md', 'results.json', 'channels.png', 'deploy/']
     files += report_on(work_dir, partial(_detections, candidates, everywhere, cfg))
     print(f'in {work_dir}: {", ".join(files)}')
+    print(f'the model to use: {deployed.checkpoint}, with {deployed.config}')
 
 
 def _export_flags(args: argparse.Namespace) -> list[str]:

@@ -5,31 +5,26 @@ A finished stage is not run again, so the same command continues after an interr
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from mmgfp.apps.cli import REFUSAL, write_json
+from mmgfp.apps.cli import REFUSAL, REFUSED, write_json
+from mmgfp.apps.processes import Processes, StageError
 from mmgfp.apps.weight_files import digests_of
-from mmgfp.utils.errors import MMGFPError
-from mmgfp.utils.io import check_folder
 
 #: Lines of a stage's output that are shown while it runs.
 PROGRESS = re.compile(
     r'(Epoch|Iter)\((train|val|test)\)|pruned \d+ units?|saved the compact'
     r'|following channels|verifying \d+ groups|too narrow to lose channels'
+    r'|resumed epoch|asked to end'
 )
 
 
@@ -41,65 +36,6 @@ class Candidate:
     config: str
     checkpoint: str
     options: tuple[str, ...] = ()
-
-
-class StageError(MMGFPError):
-    """A tool that the pipeline started has failed, or left no checkpoint."""
-
-
-class Processes:
-    """The tools that are at work, so that they can be ended together.
-
-    Args:
-        threads: Threads of each; by default, what the libraries choose.
-        lock: An open file that they hold on to, if any: a lock on it lasts until the
-            last of them has ended, even where whoever started them was killed.
-    """
-
-    def __init__(self, threads: int | None = None, lock: int | None = None) -> None:
-        names = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS') if threads else ()
-        self._environment = {**os.environ, **dict.fromkeys(names, str(threads))}
-        self._inherited = () if lock is None else (lock,)
-        self._running: set[subprocess.Popen[str]] = set()
-        self._guard = threading.Lock()
-        self._stopped = False
-
-    @contextmanager
-    def start(self, command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-        """Start a program whose output is read by the caller, and wait for its end.
-
-        Raises:
-            StageError: If all were told to stop.
-        """
-        with self._guard:
-            if self._stopped:
-                raise StageError('the run was stopped; the same command continues it')
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=self._environment,
-                pass_fds=self._inherited,
-            )
-            self._running.add(process)
-        try:
-            with process:
-                try:
-                    yield process
-                except BaseException:
-                    process.terminate()  # its end is waited for
-                    raise
-        finally:
-            with self._guard:
-                self._running.discard(process)
-
-    def stop(self) -> None:
-        """Ask all programs to end, and start no others."""
-        with self._guard:
-            self._stopped = True
-            for process in self._running:
-                process.terminate()
 
 
 class Pipeline:
@@ -161,7 +97,7 @@ class Pipeline:
         code, last = self._run_logged([*program, *command[1:]], log)
         if code:
             remedy = f'see {log}; once its cause is mended, the same command continues'
-            if last.startswith(REFUSAL):
+            if is_refusal(code, last):
                 raise StageError(f'{stage}: {last.removeprefix(REFUSAL)} ({remedy})')
             raise StageError(
                 f'{stage} must exit with status 0 (got {code}: {last}); {remedy}'
@@ -181,7 +117,10 @@ class Pipeline:
         start: dict[str, Any] = dict(digests_of([config, *options]))
         others = [o for o in options if o.partition('=')[0] not in start]
         start['--cfg-options'] = [*self.options, *others]
-        before = json.loads(note.read_text()) if note.is_file() else {}
+        before = {}
+        # A folder with nothing to go on from may begin otherwise.
+        if note.is_file() and has_begun(self.work_dir, stage):
+            before = json.loads(note.read_text())
         # Of what an earlier version did not note, nothing is known.
         others = [n for n, now in start.items() if before.get(n, now) != now]
         if others:
@@ -240,16 +179,26 @@ class Pipeline:
         log.parent.mkdir(parents=True, exist_ok=True)
         last: deque[str] = deque(maxlen=20)
         with log.open('a') as file, self.processes.start(command) as process:
-            for line in process.stdout or ():
-                file.write(line)
-                file.flush()  # so that the log can be followed while the stage runs
-                last.append(line.rstrip())
-                if PROGRESS.search(line):
-                    self._say(line.rstrip())
+            try:
+                self._follow(process, file, last)
+            except SystemExit:  # SIGTERM: what the tool says at its end is wanted, too
+                process.terminate()
+                self._follow(process, file, last)
+                raise
         words = next((text for text in reversed(last) if text), 'no output')
-        if process.returncode and not words.startswith(REFUSAL):
+        if process.returncode and not is_refusal(process.returncode, words):
             self._say('\n'.join(last))
         return process.returncode, words
+
+    def _follow(
+        self, process: subprocess.Popen[str], log: IO[str], last: deque[str]
+    ) -> None:
+        for line in process.stdout or ():
+            log.write(line)
+            log.flush()  # so that the log can be followed while the stage runs
+            last.append(line.rstrip())
+            if PROGRESS.search(line):
+                self._say(line.rstrip())
 
     def _say(self, text: str) -> None:
         """Print lines in one go, as other pipelines may print at the same time."""
@@ -257,36 +206,22 @@ class Pipeline:
         print(''.join(lines), end='', flush=True)
 
 
-@contextmanager
-def working_alone(work_dir: Path, threads: int | None = None) -> Iterator[Processes]:
-    """Lock a folder against a second command, and end all tools with this process.
-
-    Where the process was killed, tools that it had started go on for a while: they
-    hold on to the lock, and the next command waits for them.
+def is_refusal(code: int, last: str) -> bool:
+    """Return whether a tool has refused what it was given.
 
     Args:
-        work_dir: The folder.
-        threads: Threads of each tool.
+        code: Its exit status.
+        last: The last line of its output.
     """
-    check_folder(work_dir)
-    with (work_dir / '.lock').open('w') as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(
-                f'waiting for tools that are still at work in {work_dir}; '
-                'the newest log below it shows how far they are',
-                flush=True,
-            )
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        processes = Processes(threads, lock.fileno())
-        before = signal.signal(signal.SIGTERM, _leave)
-        try:
-            yield processes
-        finally:
-            # None is a handler that was not set by Python, which cannot set it again.
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    return code == REFUSED and last.startswith(REFUSAL)
 
 
-def _leave(number: int, frame: Any) -> None:
-    sys.exit(128 + number)
+def has_begun(work_dir: Path, stage: str) -> bool:
+    """Return whether a stage has finished, or left something to go on from.
+
+    One that was refused, or killed early, has not.
+    """
+    folder = work_dir / stage
+    # Checkpoints may be elsewhere; MMEngine notes here where the last one is.
+    files = (work_dir / 'done' / f'{stage}.json', folder / 'last_checkpoint')
+    return any(map(Path.is_file, files)) or any(folder.glob('*.pth'))

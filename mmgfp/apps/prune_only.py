@@ -11,19 +11,19 @@ from mmengine.config import Config
 from mmgfp.apps.cli import check_checkpoint, load_config, write_json
 from mmgfp.apps.detections import draw_detections
 from mmgfp.apps.exporting import check_export, export, print_exported, reports
-from mmgfp.apps.prune_recipe import Recipe, pruning_options, shares_of
-from mmgfp.apps.prune_run import (
+from mmgfp.apps.prune_outcome import (
     Outcome,
     beyond_target,
     cells,
     deployable,
     left_alone,
-    prune,
     summary,
-    validation_of,
 )
+from mmgfp.apps.prune_recipe import Recipe, pruning_options, shares_of
+from mmgfp.apps.prune_run import prune, validation_of
 from mmgfp.apps.reporting import report_on
 from mmgfp.apps.rounds_file import RoundsFile
+from mmgfp.apps.run_config import data_of
 from mmgfp.apps.shown_steps import shown_steps
 from mmgfp.apps.stages import parse_options
 from mmgfp.apps.tables import print_table
@@ -54,8 +54,6 @@ def prune_only(args: argparse.Namespace) -> None:
     check_destination(args.work_dir, name, '--work-dir')
     check_folder(args.work_dir)
     file = RoundsFile(args.work_dir, recipe.settings(cfg, args.checkpoint))
-    if file.state is None and (args.work_dir / 'summary.json').is_file():
-        print(f'{args.work_dir} has the result of an earlier call: it is replaced')
     testing = (args.metric, args.max_images, args.work_dir / 'logs')
     validation = validation_of(cfg, args.checkpoint, *testing)
     outcome = prune(cfg, args.checkpoint, recipe, validation, file)
@@ -66,11 +64,16 @@ def prune_only(args: argparse.Namespace) -> None:
 def write(cfg: Config, outcome: Outcome, name: str, args: argparse.Namespace) -> None:
     """Write all files, and print what they are of."""
     item, out = deployable(cfg, outcome), args.work_dir
+    if (out / f'{name}.pth').is_file():
+        print(f'{out / name}.pth: the result of an earlier call is replaced')
     paths = deploy(cfg, item, out, name)
     write_json(out / 'summary.json', summary(outcome))
     for line in left_alone(outcome):
         print(line)
     print_table(cells(outcome))
+    if outcome.metric is not None:
+        kind = 'val' if cfg.get('val_dataloader') else 'test'
+        print(f'tested by {kind}_dataloader: {data_of(cfg[f"{kind}_dataloader"])}')
     if beyond := beyond_target(outcome):
         print(beyond)
     cuts = counted(len(outcome.pruned.rounds), 'cut')

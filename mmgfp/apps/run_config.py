@@ -23,8 +23,14 @@ NEEDED = {
 }
 #: Variables of a config file that its other entries repeat.
 VARIABLES = ('data_root', 'pretrained', 'pruned')
-#: Options of a pruning hook that may need a latency profile.
-NEED_PROFILE = ('latency_profile', 'target', 'normalize', 'divisor')
+#: Options of a pruning hook that name or need a latency profile: with any value, or
+#: with one.
+NEED_PROFILE = {
+    'latency_profile': None,
+    'target': None,
+    'normalize': 'latency',
+    'divisor': 'auto',
+}
 
 
 def pruning_config(cfg: Config, profiled: bool = True) -> PruningConfig:
@@ -42,8 +48,10 @@ def pruning_config(cfg: Config, profiled: bool = True) -> PruningConfig:
         >>> pruning_config(Config(dict(custom_hooks=[hook]))).keep
         ('neck',)
     """
-    left_out = ('type', 'priority', *(() if profiled else NEED_PROFILE))
-    hook = pruning_hook(cfg) or {}
+    hook = dict(pruning_hook(cfg) or {})
+    left_out = ['type', 'priority']
+    if not profiled:
+        left_out += [n for n, v in NEED_PROFILE.items() if v in (None, hook.get(n))]
     return PruningConfig.for_runner(
         **{k: v for k, v in hook.items() if k not in left_out}
     )
@@ -53,6 +61,25 @@ def pruning_hook(cfg: Config) -> Mapping[str, Any] | None:
     """Return the settings of the config's pruning hook, None without one."""
     hooks = cfg.get('custom_hooks') or []
     return next((h for h in hooks if is_named(h.get('type'), *PRUNING_HOOKS)), None)
+
+
+def data_of(loader: Mapping[str, Any]) -> str:
+    """Return what names the images of a dataloader's config, for people.
+
+    Examples:
+        >>> data_of(dict(dataset=dict(ann_file='annotations/test.json')))
+        'annotations/test.json'
+        >>> data_of(dict(dataset=dict(dataset=dict(data_prefix='test'))))
+        'test'
+    """
+    dataset = loader.get('dataset') or {}
+    while isinstance(dataset.get('dataset'), Mapping):
+        dataset = dataset['dataset']
+    names = (dataset.get(key) for key in ('ann_file', 'split', 'data_prefix'))
+    found = next(filter(None, names), None)
+    if isinstance(found, Mapping):
+        found = ', '.join(map(str, found.values()))
+    return str(found or dataset.get('type', 'its dataset'))
 
 
 def configure_run(cfg: Config, args: argparse.Namespace) -> None:

@@ -11,7 +11,8 @@ from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
 from mmgfp.apps.cli import Overrides, check_checkpoint, load_config, whole_number
-from mmgfp.apps.pipeline import Candidate, Pipeline, StageError
+from mmgfp.apps.pipeline import Candidate, Pipeline
+from mmgfp.apps.processes import StageError
 from mmgfp.engine.registry import PRUNING_HOOKS, is_named
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.io import load_weights_only

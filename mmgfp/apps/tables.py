@@ -16,6 +16,8 @@ from mmgfp.report.quantities import RUNTIMES, main_metric, ratio_key
 from mmgfp.selection.costs import COSTS
 from mmgfp.utils.words import counted
 
+#: By how much shares of times and times may disagree, as a share.
+MOST_DISTURBED = 0.15
 #: Names of the packages whose versions are reported: both OpenMMLab lines, and torch.
 PREFIXES = ('mm', 'onedl-mm', 'torch')
 
@@ -109,6 +111,34 @@ def size_cells(
 
 def _cost(value: float, share: float, form: str) -> str:
     return f'{format(value, form).rstrip(".")} ({share:.0%})'
+
+
+def disturbed(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line if the times were taken beside much other work, else nothing.
+
+    The median of the ratios of rounds is then another than the ratio of the medians.
+
+    Args:
+        rows: The rows of `table_cells`.
+
+    Examples:
+        >>> rows = [dict(latency_ms={'1': 30.0}), dict(latency_ms={'1': 15.0})]
+        >>> disturbed([rows[0], rows[1] | dict(latency_ratio={'1': 0.55})])
+        ''
+        >>> disturbed([rows[0], rows[1] | dict(latency_ratio={'1': 0.6})]) != ''
+        True
+    """
+    first = rows[0]
+    for row in rows[1:]:
+        for key in RUNTIMES:
+            for batch, share in (row.get(ratio_key(key)) or {}).items():
+                of_medians = row[key][batch] / first[key][batch]
+                if abs(share / of_medians - 1) > MOST_DISTURBED:
+                    return (
+                        'Other work disturbed the times: shares and times disagree. '
+                        'Processor time, in results.json and the report, is steadier.'
+                    )
+    return ''
 
 
 def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:

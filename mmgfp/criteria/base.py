@@ -83,6 +83,7 @@ class Criterion(ABC):
             ``units_per_step='auto'`` is meaningful.
         scores_pruned: Whether pruned units that may come back are scored like kept
             ones, NaN where that is not possible; `recover` is refused otherwise.
+        needs_gradients: Whether groups that the loss does not depend on have no score.
         scores_blocks: Whether residual blocks, which come after the units of all
             groups, are scored on the same scale (``blocks=True``).
 
@@ -98,6 +99,7 @@ class Criterion(ABC):
 
     additive: bool = False
     scores_pruned: bool = False
+    needs_gradients: bool = False
     scores_blocks: bool = False
 
     def unscorable(

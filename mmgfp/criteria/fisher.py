@@ -29,6 +29,7 @@ class Fisher(WatchingCriterion):
     # so scores bound what several units cost together.
     additive = True
     scores_pruned = True
+    needs_gradients = True
     scores_blocks = True
     watcher: UnitTaps
 

@@ -33,6 +33,8 @@ class Taylor(WatchingCriterion):
         scores_blocks: Only for gates, as a block has one.
     """
 
+    needs_gradients = True
+
     def __init__(self, of: str = 'gates') -> None:
         check('of', of in ('gates', 'weights'), 'gates or weights', of)
         self.of = of

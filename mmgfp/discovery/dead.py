@@ -65,7 +65,7 @@ def find_dead_branches(
         >>> find_dead_branches(Net(), lambda m: m(x).sum(), lambda m: m(x)).names
         ('b',)
     """
-    unread = _without_gradient(model, loss)
+    unread = parameters_without_gradient(model, loss)
     if not unread:
         return DeadBranches()
     called = _called(model, loss) & _called(model, forward)
@@ -125,7 +125,7 @@ def _outermost(reasons: Mapping[str, str], names: list[str]) -> dict[str, str]:
     }
 
 
-def _without_gradient(model: nn.Module, loss: LossFunction) -> set[str]:
+def parameters_without_gradient(model: nn.Module, loss: LossFunction) -> set[str]:
     """Return the names of the parameters that the loss does not depend on."""
     with whole_graph(model):
         names, parameters = zip(*model.named_parameters(), strict=True)

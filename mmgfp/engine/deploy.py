@@ -28,6 +28,8 @@ from mmgfp.utils.io import atomic_write, load_weights_only
 MAX_SIDE = 8192
 #: Bytes of a name; file systems allow 255, of which suffixes take some.
 MAX_NAME = 200
+#: The structure of the model in a folder.
+STRUCTURE_FILE = 'structure.json'
 REMEDY = 'give the config and the checkpoint of one and the same run'
 
 
@@ -257,7 +259,8 @@ def check_destination(out: Path, name: str, option: str = '--out') -> None:
         option: The option that gave the folder, for errors.
 
     Raises:
-        ConfigError: If ``out`` is a file, or ``name`` leads out of it.
+        ConfigError: If ``out`` is a file, or has another model, whose structure would
+            be replaced, or ``name`` leads out of it.
     """
     is_name = name not in ('', '.', '..') and name == Path(name).name
     if not is_name or '\0' in name or len(name.encode()) > MAX_NAME:
@@ -271,6 +274,13 @@ def check_destination(out: Path, name: str, option: str = '--out') -> None:
     if not os.access(above, os.W_OK):
         got = f'{above}, where you may not write'
         raise ConfigError(option, 'a folder to write to', got, 'name another one')
+    configs = {path.stem for path in out.glob('*.py')} - {name}
+    others = [path.name for path in out.glob('*.pth') if path.stem in configs]
+    if (out / STRUCTURE_FILE).is_file() and others:
+        expected = f'new, or of a model called {name}, as {STRUCTURE_FILE} is of one'
+        raise ConfigError(
+            option, expected, f'{out}, of {others[0]}', 'name another one'
+        )
 
 
 def deploy(cfg: Config, item: Deployable, out: Path, name: str) -> dict[str, Path]:
@@ -279,12 +289,13 @@ def deploy(cfg: Config, item: Deployable, out: Path, name: str) -> dict[str, Pat
     The structure's file names the image size of the model's ``meta``, if there is one.
 
     Raises:
-        ConfigError: If ``out`` is a file, or ``name`` leads out of it.
+        ConfigError: If ``out`` is a file, or has another model, whose structure would
+            be replaced, or ``name`` leads out of it.
     """
     check_destination(out, name)
     paths = {
         'weights': out / f'{name}.pth',
-        'structure': out / 'structure.json',
+        'structure': out / STRUCTURE_FILE,
         'config': out / f'{name}.py',
     }
     meta = {**item.meta, **weight_shapes(shapes_of(item.original))}

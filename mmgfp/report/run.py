@@ -80,6 +80,13 @@ class CostTable:
         """Keys of the times that were measured."""
         return {q.key for q in self.quantities} & {*RUNTIMES, *PROCESSOR}
 
+    def covers(self, other: CostTable) -> bool:
+        """Return whether this shows all quantities of another, for the same image."""
+        is_same = None in (self.input_shape, other.input_shape) or (
+            self.input_shape == other.input_shape
+        )
+        return is_same and {*other.quantities} <= {*self.quantities}
+
     def has(self, cost: Cost) -> bool:
         """Return whether a row shows a cost of a pruned model."""
         shown = (
@@ -184,9 +191,10 @@ def read_run(folder: Path, name: str) -> Run:
         if (folder / file).is_file()
         for table in [_table(folder / file)]
     ]
-    if len(tables) > 1 and tables[-1].times <= tables[0].times:
-        # What was deployed is in the results as well, timed beside the others.
-        tables = tables[:-1] if tables[-1].source.parent.name == 'deploy' else tables
+    by_file = {str(table.source.relative_to(folder)): table for table in tables}
+    results, deployed = map(by_file.get, ('results.json', 'deploy/summary.json'))
+    if results and deployed and results.covers(deployed):
+        tables.remove(deployed)  # timed beside the others there
     if not (snapshots or tables or history.shares):
         got = f'{folder}, where nothing says what was pruned'
         raise ConfigError('WORK_DIR', 'the folder of a run', got, REMEDY)

@@ -121,6 +121,7 @@ def read_snapshot(path: Path, label: str) -> Snapshot | None:
         costs, shape = meta.get('costs', {}), meta.get('input_shape')
         groups, frozen = meta.get('groups'), meta.get('frozen')
         narrow = meta.get('narrow')
+        members = {g['name']: [m[0] for m in g['members']] for g in groups or ()}
         return Snapshot(
             path,
             label,
@@ -133,7 +134,7 @@ def read_snapshot(path: Path, label: str) -> Snapshot | None:
             None if groups is None else tuple(_group(g, structure) for g in groups),
             None if frozen is None else tuple(FrozenLayer(**layer) for layer in frozen),
             structure.identities,
-            None if narrow is None else _narrow(narrow).left_in(structure),
+            None if narrow is None else _narrow(narrow).left_in(structure, members),
         )
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise StructureError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -52,9 +53,20 @@ class NarrowGroups:
         names = tuple(grouping.names[g] for g in np.flatnonzero(is_held))
         return cls(limits.divisor, names)
 
-    def left_in(self, structure: PruneStructure) -> NarrowGroups:
-        """Return those that are not made in modules that a model lost whole."""
-        left = (n for n in self.names if not structure.is_gone(f'{n}.weight'))
+    def left_in(
+        self, structure: PruneStructure, members: Mapping[str, Iterable[str]]
+    ) -> NarrowGroups:
+        """Return those that are in modules which a model has not lost whole.
+
+        Args:
+            structure: The structure of the model.
+            members: Names of the tensors of each group, by its name.
+        """
+        left = (
+            name
+            for name in self.names
+            if not all(map(structure.is_gone, members.get(name, [f'{name}.weight'])))
+        )
         return replace(self, names=tuple(left))
 
     @property

@@ -103,6 +103,7 @@ def check_reachable(
     full: Totals,
     limits: Sequence[str] = (),
     finer: Totals | None = None,
+    is_auto: bool = False,
 ) -> None:
     """Refuse targets below what is there when nothing more may go.
 
@@ -112,6 +113,7 @@ def check_reachable(
         full: Costs of the unpruned model.
         limits: Names of the options that limit what may go, but for the divisor.
         finer: What ``least`` would be with a divisor of 1; None if that is the divisor.
+        is_auto: Whether the divisor is chosen by a latency profile.
 
     Raises:
         ConfigError: If a target cannot be reached, or means a cost of zero.
@@ -130,7 +132,7 @@ def check_reachable(
                 f'at least {least_ratio(target.cost, least, full):g}, which remains '
                 'when all groups are at their limit',
                 f'{target.ratio:g}',
-                _remedy(target, full, limits, finer),
+                _remedy(target, full, limits, finer, is_auto),
             )
 
 
@@ -150,13 +152,17 @@ def least_ratio(cost: str, least: Totals, full: Totals) -> float:
 
 
 def _remedy(
-    target: Target, full: Totals, limits: Sequence[str], finer: Totals | None
+    target: Target,
+    full: Totals,
+    limits: Sequence[str],
+    finer: Totals | None,
+    is_auto: bool,
 ) -> str:
     """Return what lets more go: the options that are in the way, no others."""
     names = list(limits)
     if COSTS[target.cost].from_profile:
         # What is measured may be lower at wider groups, in whole blocks.
-        names.append("divisor ('auto' or 8)")
+        names += [] if is_auto else ["divisor='auto'"]
     elif finer is not None and target.reached(finer, full):
         least = least_ratio(target.cost, finer, full)
         return f'raise it, or give a smaller divisor: divisor=1 leaves {least:g}'

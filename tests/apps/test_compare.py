@@ -21,8 +21,8 @@ from mmgfp.apps.compare import latency
 from mmgfp.apps.compare.results import comparison_cells, curves_of, summarize
 from mmgfp.apps.compare.runs import RunExecutor, RunFailed, run_all, write_config
 from mmgfp.apps.compare.settings import Comparison, Variant, read_comparison
-from mmgfp.apps.pipeline import Processes
 from mmgfp.apps.plots import plot_curves, plot_losses
+from mmgfp.apps.processes import Processes
 from mmgfp.selection.costs import LayerProfile
 from mmgfp.utils.errors import ConfigError
 

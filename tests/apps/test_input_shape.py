@@ -69,11 +69,15 @@ def test_who_names_the_size_in_their_order(tmp_path, name):
     assert (size, source) == ((4, 800, 1280), "the library's default")
 
 
-def test_who_names_the_size_of_a_profile():
+def test_who_names_the_size_of_a_profile(tmp_path):
     cfg = config(dict(type='Resize', scale=(32, 16)))
     assert profiled_shape([3, 9, 9], [3, 8, 8], cfg, 3)[0] == [3, 9, 9]
-    hook = "as the config's pruning hook says"
+    hook = 'as the pruning hook says'
     assert profiled_shape(None, [3, 8, 8], cfg, 3) == ([3, 8, 8], hook)
+    cfg.dump(tmp_path / 'net_prune.py')
+    named = Config.fromfile(tmp_path / 'net_prune.py')
+    hook = 'as the pruning hook in net_prune.py says'
+    assert profiled_shape(None, [3, 8, 8], named, 3) == ([3, 8, 8], hook)
     assert profiled_shape(None, None, cfg, 4)[0] == (4, 16, 32)
     cfg.test_dataloader = None
     default = ((3, 800, 1280), "the library's default")

@@ -16,7 +16,8 @@ from support.small_configs import config_of
 from support.tooling import ROOT, load_tool
 
 from mmgfp.apps.config_text import Entry, config_text, literal
-from mmgfp.apps.kept_files import KeptFiles
+from mmgfp.apps.kept_files import KeptFiles, first_difference
+from mmgfp.apps.one_command import check_target
 from mmgfp.apps.recipe_configs import RecipeConfigs
 from mmgfp.apps.recipe_sources import Sources, check_pruning
 from mmgfp.apps.reporting import report_on
@@ -285,7 +286,7 @@ def test_edited_files_are_kept_and_used_ones_not_replaced(tmp_path):
     assert write('a = 2') == f'{path}: written anew' and path.read_text() == 'a = 2'
     # What another version has put in other words is no reason to begin anew.
     assert write('# Two.\na = 2', used=True) == '' and path.read_text() == 'a = 2'
-    with pytest.raises(ConfigError, match='that of other settings.*another folder'):
+    with pytest.raises(ConfigError, match=r'got a=2 instead of 3\).*another folder'):
         write('a = 3', used=True)
     assert [p.name for p in tmp_path.glob('*.py')] == ['a.py']
     path.write_text('a = 9')
@@ -294,6 +295,28 @@ def test_edited_files_are_kept_and_used_ones_not_replaced(tmp_path):
     assert path.read_text() == 'a = 9'
     path.unlink()
     assert write('a = 3') == f'{path}: written'
+
+
+def test_the_first_entry_that_differs_is_named():
+    old = dict(a=dict(b=[1, dict(c=2)]), d=3)
+    assert first_difference(old, old) == ''
+    new = dict(a=dict(b=[1, dict(c=4)]), d=3)
+    assert first_difference(old, new) == 'a.b.1.c=2 instead of 4'
+    assert first_difference(old, dict(old, e=5)) == 'e=None instead of 5'
+    assert first_difference(old, dict(a=1, d=3)).startswith('a={')
+    assert first_difference([1], [1, 2], 'x') == 'x=[1] instead of [1, 2]'
+
+
+def test_the_target_is_that_of_an_edited_config(tmp_path):
+    path = tmp_path / 'net_prune.py'
+    hook = dict(type='FisherPruningHook', target=[dict(flops=0.7), dict(flops=0.5)])
+    path.write_text(f'custom_hooks = [{hook}]')
+    check_target(path, [dict(macs=0.7), dict(flops=0.5)])
+    words = r'--target must be flops=0.7 flops=0.5, as you .*\(got flops=0.4\)'
+    with pytest.raises(ConfigError, match=words):
+        check_target(path, dict(flops=0.4))
+    path.write_text('')
+    check_target(path, dict(flops=0.4))  # what lacks, the run says
 
 
 def test_data_root_is_a_variable_or_each_dataset_s(tmp_path):
@@ -377,6 +400,7 @@ def test_dry_run_writes_configs_and_shows_what_can_be_pruned(tmp_path):
     command = [*start(tmp_path, 'classifier'), '--dry-run']
     said = finished(tmp_path, command)
     assert 'Coupled channels' in said and 'of output channels' in said
+    assert said.endswith('the same command without --dry-run does it\n')
     files = {p.name for p in (tmp_path / 'work').iterdir()}
     assert files == {'net_prune.py', 'net_finetune.py', 'done', '.lock'}
     command[command.index('flops=0.7')] = 'flops=0.6'
@@ -392,10 +416,10 @@ def test_a_refused_target_can_be_asked_for_otherwise(tmp_path):
     """In the same folder, as nothing was pruned; the dry run has told before."""
     command = start(tmp_path, 'retinanet')
     command[command.index('--divisor') + 1] = '64'
-    said = ' '.join(finished(tmp_path, [*command, '--dry-run']).split())
+    said = ' '.join(finished(tmp_path, [*command, '--dry-run'], 2).split())
     refusal = 'target.flops must be at least'
     assert f'pruning would be refused: {refusal}' in said
-    assert 'the same command without --dry-run' in said
+    assert 'the same command without --dry-run' not in said
     said = finished(tmp_path, command, 2)
     assert said.count(refusal) == 1 and 'must exit with status' not in said
     assert f'error: prune: {refusal}' in said and 'divisor=1 leaves' in said
@@ -438,7 +462,7 @@ def test_killed_in_each_stage_it_goes_on_to_the_end(kind, tmp_path):
 
     # Another target is not taken for the same run.
     command[command.index('flops=0.7')] = 'flops=0.5'
-    assert 'net_prune.py must be what this command writes' in finished(
-        tmp_path, command, 2
-    )
+    said = finished(tmp_path, command, 2)
+    assert 'net_prune.py must be what this command writes' in said
+    assert 'target.flops=0.7 instead of 0.5' in said
     assert Path(work / 'prune/net_prune_flops70.pth').is_file()

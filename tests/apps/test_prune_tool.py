@@ -18,8 +18,8 @@ from support.runs import assert_equal
 from support.small_configs import config_of
 from support.tooling import ROOT, load_tool
 
+from mmgfp.apps.prune_outcome import beyond_target, left_alone
 from mmgfp.apps.prune_recipe import Recipe, pruning_options, shares_of
-from mmgfp.apps.prune_run import beyond_target, left_alone
 from mmgfp.apps.refitting_data import refitting_batches
 from mmgfp.apps.rounds_file import RoundsFile
 from mmgfp.config import PruningConfig

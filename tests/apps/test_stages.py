@@ -11,7 +11,8 @@ import torch
 from support.tooling import ROOT
 
 from mmgfp.apps.cli import load_config
-from mmgfp.apps.pipeline import Pipeline, StageError, working_alone
+from mmgfp.apps.pipeline import Pipeline
+from mmgfp.apps.processes import StageError, working_alone
 from mmgfp.apps.stages import (
     finetuning_start,
     input_shape,
@@ -33,7 +34,8 @@ def fake_tools(tmp_path):
         f'with open({str(tmp_path / "calls")!r}, "a") as file:\n'
         '    print(*sys.argv[1:], file=file)\n'
         'print("Epoch(train) [1]"); print("chatter")\n'
-        'if "refuse" in sys.argv: sys.exit("error: a must be 1 (got 2)")\n'
+        'if "refuse" in sys.argv: print("error: a must be 1 (got 2)"); sys.exit(2)\n'
+        'if "die" in sys.argv: sys.exit("error: of a compiler")\n'
         'sys.exit(3 if "fail" in sys.argv else 0)\n'
     )
     return lambda: (tmp_path / 'calls').read_text().splitlines()
@@ -71,7 +73,10 @@ def test_training_from_other_weights_is_not_resumed(fake_tools, tmp_path, capsys
     others = (
         r'with these weights and options \(got .* with others: load_from\); delete it'
     )
-    train('a', 'status 0', config='fail')
+    train('b', 'status 0', config='fail')
+    train('a', 'status 0', config='fail')  # nothing was there to go on from
+    # MMEngine notes here where the last checkpoint is, which may be elsewhere.
+    (tmp_path / 'w/prune/last_checkpoint').write_text('/elsewhere/iter_5.pth')
     train('b', others)
     train('a')
     train('a')
@@ -85,7 +90,7 @@ def test_training_from_other_weights_is_not_resumed(fake_tools, tmp_path, capsys
     train('a', others)
     shutil.rmtree(tmp_path / 'w/prune')
     train('a')
-    assert len(fake_tools()) == 4
+    assert len(fake_tools()) == 5
 
 
 def test_weights_that_a_config_names_count(fake_tools, tmp_path):
@@ -125,6 +130,10 @@ def test_what_a_tool_refuses_is_said_once(fake_tools, tmp_path, capfd):
     assert words.startswith('one: a must be 1 (got 2) (see ')
     assert str(tmp_path / 'w/logs/one.log') in words and 'continues' in words
     assert 'a must be 1' not in capfd.readouterr().out
+    # Not a tool of ours that refuses something.
+    with pytest.raises(StageError, match=r'one must exit with status 0 \(got 1: error'):
+        stages.run('one', 'fake', 'die')
+    assert 'chatter' in capfd.readouterr().out
 
 
 def test_tools_at_work_are_waited_for_and_it_is_said(tmp_path, capfd):

@@ -61,6 +61,16 @@ def test_what_was_deployed_is_not_shown_twice(tmp_path):
     write(tmp_path / 'deploy/summary.json', other)
     _, deployed = read_run(tmp_path, 'run').tables
     assert deployed.times == {'latency_ms', 'onnxruntime_ms'}
+    # Of another image, or of a batch that the results lack.
+    write(tmp_path / 'deploy/summary.json', {'input_shape': [3, 8, 16], **TIMED})
+    assert len(read_run(tmp_path, 'run').tables) == 2
+    write(tmp_path / 'deploy/summary.json', TIMED)
+    rows = [r | {'latency_ms': {'8': r['latency_ms']['8']}} for r in rows]
+    write(tmp_path / 'results.json', {'rows': rows})
+    assert len(read_run(tmp_path, 'run').tables) == 2
+    # What was pruned without training is another model.
+    (tmp_path / 'results.json').rename(tmp_path / 'summary.json')
+    assert len(read_run(tmp_path, 'run').tables) == 2
 
 
 def test_a_model_that_detects_nothing_has_an_map_of_0(tmp_path):

@@ -56,8 +56,13 @@ def test_groups_that_are_gone_are_not_named():
 
 def test_groups_of_modules_that_are_gone_are_not_named():
     structure = PruneStructure(identities=('neck.extra',))
-    narrow = NarrowGroups(8, ('neck.extra.conv', 'neck.extras.conv', 'head'))
-    assert narrow.left_in(structure).names == ('neck.extras.conv', 'head')
+    narrow = NarrowGroups(8, ('neck.extra.conv', 'neck.extras.conv', 'neck.extra.out'))
+    left = narrow.left_in(structure, {})
+    assert left.names == ('neck.extras.conv',)
+    # Another member makes the last one, too.
+    members = {'neck.extra.out': ['neck.extra.out.weight', 'head.weight']}
+    left = narrow.left_in(structure, members)
+    assert left.names == ('neck.extras.conv', 'neck.extra.out')
 
 
 def test_a_line_is_short_and_names_the_remedy():

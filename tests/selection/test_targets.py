@@ -34,7 +34,7 @@ HALF = Totals({'macs': 500, 'latency': 5.0})
             dict(latency=0.4),
             [],
             399,
-            "raise it, or let more go with divisor ('auto' or 8)",
+            "raise it, or let more go with divisor='auto'",
         ),
     ],
 )
@@ -43,6 +43,12 @@ def test_the_remedy_names_what_is_in_the_way(target, limits, finer, remedy):
     with pytest.raises(ConfigError, match=r'at least 0\.5, .*\(got 0\.4\)') as refused:
         check_reachable([Target.parse(target)], HALF, FULL, limits, finer)
     assert str(refused.value).partition('; ')[2] == remedy
+
+
+def test_what_was_chosen_by_a_profile_is_no_remedy():
+    target = [Target('latency', 0.4)]
+    with pytest.raises(ConfigError, match='; raise it$'):
+        check_reachable(target, HALF, FULL, [], HALF, is_auto=True)
 
 
 def test_a_target_at_the_limit_is_taken():

@@ -13,8 +13,8 @@ from mmgfp.apps.compare.latency import measure_all
 from mmgfp.apps.compare.results import comparison_cells, curves_of, summarize
 from mmgfp.apps.compare.runs import Result, RunExecutor, run_all
 from mmgfp.apps.compare.settings import Comparison, Run
-from mmgfp.apps.pipeline import working_alone
 from mmgfp.apps.plots import plot_curves
+from mmgfp.apps.processes import working_alone
 from mmgfp.apps.tables import machine_facts, markdown, print_table
 from mmgfp.report.quantities import main_metric
 from mmgfp.utils.io import atomic_write

@@ -16,7 +16,8 @@ from mmgfp.apps.analysis import costs_of
 from mmgfp.apps.cli import load_config, write_json
 from mmgfp.apps.compare.settings import Comparison, Run
 from mmgfp.apps.comparison import build
-from mmgfp.apps.pipeline import Candidate, Pipeline, Processes
+from mmgfp.apps.pipeline import Candidate, Pipeline
+from mmgfp.apps.processes import Processes
 from mmgfp.apps.stages import (
     deploy,
     find_hook,
