@@ -96,11 +96,14 @@ class Pipeline:
         program = [sys.executable, str(self.tools / f'{tool}.py')]
         code, last = self._run_logged([*program, *command[1:]], log)
         if code:
-            remedy = f'see {log}; once its cause is mended, the same command continues'
             if is_refusal(code, last):
-                raise StageError(f'{stage}: {last.removeprefix(REFUSAL)} ({remedy})')
+                raise StageError(
+                    f'{stage}: {last.removeprefix(REFUSAL)} (see {log}; a corrected '
+                    'command goes on in this folder)'
+                )
             raise StageError(
-                f'{stage} must exit with status 0 (got {code}: {last}); {remedy}'
+                f'{stage} must exit with status 0 (got {code}: {last}); see {log}; '
+                'once its cause is mended, the same command continues from here'
             )
         seconds = time.perf_counter() - began
         write_json(done, {'command': command, 'weights': weights, 'seconds': seconds})

@@ -128,7 +128,7 @@ def test_what_a_tool_refuses_is_said_once(fake_tools, tmp_path, capfd):
         stages.run('one', 'fake', 'refuse')
     words = str(refused.value)
     assert words.startswith('one: a must be 1 (got 2) (see ')
-    assert str(tmp_path / 'w/logs/one.log') in words and 'continues' in words
+    assert str(tmp_path / 'w/logs/one.log') in words and 'a corrected command' in words
     assert 'a must be 1' not in capfd.readouterr().out
     # Not a tool of ours that refuses something.
     with pytest.raises(StageError, match=r'one must exit with status 0 \(got 1: error'):
