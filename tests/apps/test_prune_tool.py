@@ -228,7 +228,22 @@ def test_one_batch_will_do_where_nothing_is_refitted_and_what_nothing_reads_goes
     assert 'nothing reads backbone.layer4: gone' in done.stdout
     assert 'costs are counted for an image of (3, ' in done.stdout
     assert 'earlier call' not in done.stdout
-    assert 'it is replaced' in succeed(run_tool(*arguments)).stdout
+    again = succeed(run_tool(*arguments)).stdout
+    assert 'the result of an earlier call is replaced' in again
+    # What is never scored stays until then, which a table tells and a run refuses.
+    table = tmp_path / 'analysis.json'
+    done = run_tool(
+        'analyze.py', arguments[1], '--input-shape', 3, 64, 64, '--json', table
+    )
+    found = json.loads(succeed(done).stdout and table.read_text())
+    assert {name.split('.')[1] for name in found['unscored']} == {'layer4'}
+    assert 'the loss does not depend on backbone.layer4.0.conv1' in done.stdout
+    arguments[arguments.index('flops=0.6')] = 'flops=0.13'
+    arguments[arguments.index('--work-dir') + 1] = str(tmp_path / 'other')
+    done = run_tool(*arguments)
+    assert done.returncode == 2
+    assert 'nothing is known of backbone.layer4' in done.stderr
+    assert found['least']['macs'] > 0.13
     saved = torch.load(tmp_path / 'work/net_flops60.pth', weights_only=True)
     assert not any(n.startswith('backbone.layer4') for n in saved['state_dict'])
     small = build_model(Config.fromfile(tmp_path / 'work/net_flops60.py'))
