@@ -148,7 +148,7 @@ def _write(recipe: RecipeConfigs, pruned: Path | None) -> None:
         ConfigError: If the work directory is of a command with other settings.
     """
     sources, work_dir = recipe.sources, recipe.sources.work_dir
-    files = KeptFiles(work_dir / 'done' / 'configs.json')
+    files, is_first = KeptFiles(work_dir / 'done' / 'configs.json'), pruned is None
     if pruned is None and (work_dir / 'done' / 'prune.json').is_file():
         pruned = Path(pruned_checkpoint(work_dir / 'prune', str(sources.prune)))
     for path, text, stage in recipe.files(pruned):
@@ -156,7 +156,7 @@ def _write(recipe: RecipeConfigs, pruned: Path | None) -> None:
         said = files.write(path, text, has_begun(work_dir, stage), remedy)
         if path == sources.prune:
             check_target(path, sources.pruning['target'])
-        if said and pruned is None:
+        if said and is_first:
             print(said, flush=True)
 
 
