@@ -114,9 +114,9 @@ def _cost(value: float, share: float, form: str) -> str:
 
 
 def disturbed(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a line if the times were taken beside much other work, else nothing.
+    """Return a line if times and their shares disagree, else nothing.
 
-    The median of the ratios of rounds is then another than the ratio of the medians.
+    Beside other work, the median of the ratios of rounds is not the ratio of medians.
 
     Args:
         rows: The rows of `table_cells`.
@@ -135,8 +135,8 @@ def disturbed(rows: Sequence[Mapping[str, Any]]) -> str:
                 of_medians = row[key][batch] / first[key][batch]
                 if abs(share / of_medians - 1) > MOST_DISTURBED:
                     return (
-                        'Other work disturbed the times: shares and times disagree. '
-                        'Processor time, in results.json and the report, is steadier.'
+                        'Shares and times disagree, as where other work disturbs them: '
+                        'processor time, in results.json and the report, is steadier.'
                     )
     return ''
 
