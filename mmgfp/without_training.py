@@ -16,6 +16,7 @@ from mmgfp.compensation.compensate import compensate
 from mmgfp.compensation.options import CompensationConfig
 from mmgfp.compensation.recording import evaluating
 from mmgfp.config import PruningConfig
+from mmgfp.criteria.checks import unscored_groups
 from mmgfp.pruner import ChannelPruner, PruneStep
 from mmgfp.rounds import Journal, Pruned, Round, stations
 from mmgfp.selection.costs import LayerProfile
@@ -29,6 +30,7 @@ from mmgfp.utils.trial_runs import (
     copy_module,
     without_checkpointing,
 )
+from mmgfp.utils.words import listed
 
 
 def prune_without_training(
@@ -246,14 +248,6 @@ def _decide(pruner: ChannelPruner, losses: Sequence[LossFunction]) -> PruneStep:
 def _unscored(pruner: ChannelPruner, step: PruneStep) -> str:
     """Return a remark on groups without any score, empty if there are none."""
     assert step.importance is not None
-    units, grouping = pruner.units, pruner.units.grouping
-    known = units.kept & ~np.isnan(step.importance)
-    left, scored = (
-        np.bincount(units.group_of[which], minlength=len(grouping.names))
-        for which in (units.kept, known)
-    )
-    names = [grouping.names[g] for g in np.flatnonzero((left > 0) & (scored == 0))]
-    if not names:
-        return ''
-    more = f' and {len(names) - 4} more' if len(names) > 4 else ''
-    return f'; nothing is known of {", ".join(names[:4])}{more}, which stay'
+    units = pruner.units
+    names = unscored_groups(step.importance, units.grouping, units.kept)
+    return f'; nothing is known of {listed(names)}, which stay' if names else ''

@@ -24,6 +24,7 @@ from mmgfp.apps.prune_run import prune, validation_of
 from mmgfp.apps.reporting import report_on
 from mmgfp.apps.rounds_file import RoundsFile
 from mmgfp.apps.run_config import data_of
+from mmgfp.apps.sensitivity_run import validation_split
 from mmgfp.apps.shown_steps import shown_steps
 from mmgfp.apps.stages import parse_options
 from mmgfp.apps.tables import print_table
@@ -72,8 +73,8 @@ def write(cfg: Config, outcome: Outcome, name: str, args: argparse.Namespace) ->
         print(line)
     print_table(cells(outcome))
     if outcome.metric is not None:
-        kind = 'val' if cfg.get('val_dataloader') else 'test'
-        print(f'tested by {kind}_dataloader: {data_of(cfg[f"{kind}_dataloader"])}')
+        loader = f'{validation_split(cfg)}_dataloader'
+        print(f'tested by {loader}: {data_of(cfg[loader])}')
     if beyond := beyond_target(outcome):
         print(beyond)
     cuts = counted(len(outcome.pruned.rounds), 'cut')

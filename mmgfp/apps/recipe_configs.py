@@ -52,7 +52,7 @@ class PruneRecipe:
 
     @property
     def _pace(self) -> str:
-        """What the number of iterations is by."""
+        """The reason for the number of iterations, for people."""
         if self._by_share >= LEAST_DECISIONS:
             return f'{PRUNING_SHARE:.0%} of fine-tuning'
         return f'{LEAST_DECISIONS} decisions, as fine-tuning is short'

@@ -36,6 +36,11 @@ def without_ratios(cfg: Config) -> None:
                 hook.pop(name, None)
 
 
+def validation_split(cfg: Config) -> str:
+    """Return the split that `validation_config` tests on, ``'val'`` or ``'test'``."""
+    return 'val' if cfg.get('val_dataloader') else 'test'
+
+
 def validation_config(cfg: Config, max_images: int | None, work_dir: Path) -> Config:
     """Return a config that tests on the validation set, if the config has one.
 
@@ -48,7 +53,7 @@ def validation_config(cfg: Config, max_images: int | None, work_dir: Path) -> Co
         ConfigError: If it has no data to test on, or they cannot be limited.
     """
     cfg = copy.deepcopy(cfg)
-    if cfg.get('val_dataloader'):
+    if validation_split(cfg) == 'val':
         cfg.test_dataloader = cfg.val_dataloader
         cfg.test_evaluator = cfg.val_evaluator
         cfg.test_cfg = dict()

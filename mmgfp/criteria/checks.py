@@ -45,12 +45,8 @@ class ScoreChecks:
         """
         _check_values(scores, kept.shape)
         self._check_gradients(scores)
-        names, group_of = grouping.names, grouping.group_of
-        groups = len(names)
-        known = kept & ~np.isnan(scores.values)
-        has_kept = np.bincount(group_of[kept], minlength=groups) > 0
-        has_known = np.bincount(group_of[known], minlength=groups) > 0
-        unseen = np.flatnonzero(has_kept & ~has_known)
+        unseen = unscored_groups(scores.values, grouping, kept)
+        groups = len(grouping.names)
         if len(unseen) == groups and scores.nonfinite_in_row:
             return  # the reason has been given
         if len(unseen) == groups and scores.why_unknown:
@@ -64,8 +60,8 @@ class ScoreChecks:
         why = f'{why} and is left alone until it does'
         if scores.why_unknown:
             why = f'{scores.why_unknown} and is left alone'
-        for g in unseen:
-            self._warn_once(f'group {names[g]} {why}')
+        for name in unseen:
+            self._warn_once(f'group {name} {why}')
 
     def _check_gradients(self, scores: Scores) -> None:
         if scores.nonfinite_in_row >= self._max_nonfinite:
@@ -109,6 +105,23 @@ class ScoreChecks:
         if message not in self.warned:
             self.warned.add(message)
             logger.warning(message)
+
+
+def unscored_groups(
+    values: np.ndarray, grouping: Grouping, kept: np.ndarray
+) -> list[str]:
+    """Return the names of groups that are left, of which no unit has a score.
+
+    Args:
+        values: Importance of each unit, (U,); NaN where nothing is known.
+        grouping: The groups.
+        kept: Units that are left, (U,).
+    """
+    names, group_of = grouping.names, grouping.group_of
+    known = kept & ~np.isnan(values)
+    has_kept = np.bincount(group_of[kept], minlength=len(names)) > 0
+    has_known = np.bincount(group_of[known], minlength=len(names)) > 0
+    return [names[g] for g in np.flatnonzero(has_kept & ~has_known)]
 
 
 def _check_values(scores: Any, shape: tuple[int, ...]) -> None:

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mmgfp.selection.greedy import Limits
+from mmgfp.utils.words import listed
 
 if TYPE_CHECKING:  # groups are made from tensors; here they are numbers only
     from mmgfp.groups import Grouping
     from mmgfp.surgery.structure import PruneStructure
-
-#: Names that a line shows before it counts the rest.
-MOST_NAMES = 4
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,12 @@ class NarrowGroups:
     @property
     def text(self) -> str:
         """A line for people, with the remedy; empty if there are no such groups."""
-        count, more = len(self.names), len(self.names) - MOST_NAMES
+        count = len(self.names)
         if not count:
             return ''
         groups, them = ('group is', 'it') if count == 1 else ('groups are', 'them')
-        rest = f' and {more} more' if more > 0 else ''
         return (
             f'{count} {groups} too narrow to lose channels under divisor='
-            f'{self.divisor}: {", ".join(self.names[:MOST_NAMES])}{rest}; a smaller '
+            f'{self.divisor}: {listed(self.names)}; a smaller '
             f'divisor lets {them}, divisor=1 in any case'
         )
