@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
@@ -23,7 +24,7 @@ PREFIXES = ('mm', 'onedl-mm', 'torch')
 
 
 def machine_facts() -> dict[str, Any]:
-    """Collect the processor, threads and versions that numbers were measured with."""
+    """Collect the processor, threads, versions and commit that numbers come from."""
     versions = {
         dist.name: dist.version
         for dist in distributions()
@@ -34,7 +35,25 @@ def machine_facts() -> dict[str, Any]:
         'threads': torch.get_num_threads(),
         'python': platform.python_version(),
         'versions': dict(sorted(versions.items())),
+        'commit': commit_of(Path(__file__).resolve().parents[2]),
     }
+
+
+def commit_of(folder: Path) -> str | None:
+    """Return a checkout's commit, ``-dirty`` if it was changed; None for others."""
+    git = ('git', '-C', str(folder))
+    try:
+        above, commit = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=True)
+            for words in (
+                ['rev-parse', '--show-prefix'],
+                ['describe', '--always', '--dirty'],
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    # Installed packages may lie in somebody else's checkout.
+    return None if above.stdout.strip() else commit.stdout.strip()
 
 
 def _cpu_name() -> str:
@@ -147,8 +166,8 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
     Args:
         cells: The cells of `table_cells`.
         facts: The facts of `machine_facts`, and `configs`, `input_shape`, `seed` and
-            `seconds` by stage; optionally lines on the runs in `notes`, and whether the
-            model is `two_stage`.
+            `seconds` by stage; optionally the `command`, lines on the runs in `notes`,
+            and whether the model is `two_stage`.
 
     Returns:
         The text of a section, without a heading.
@@ -157,6 +176,7 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
     stages = ', '.join(f'{stage} {s} s' for stage, s in facts['seconds'].items())
     shape = '×'.join(str(size) for size in facts['input_shape'])
     threads = counted(facts['threads'], 'thread')
+    commit = f'; code of commit {facts["commit"]}' if facts.get('commit') else ''
     lines = [
         *markdown_table(cells),
         '',
@@ -165,9 +185,10 @@ def markdown(cells: Sequence[Sequence[str]], facts: Mapping[str, Any]) -> str:
         *_on_times(cells[0], facts.get('two_stage', False)),
         '',
         f'- configs: {", ".join(f"`{path}`" for path in facts["configs"])}',
+        *([f'- command: `{facts["command"]}`'] if 'command' in facts else []),
         *(f'- {note}' for note in facts.get('notes', ())),
         f'- seed {facts["seed"]}; {facts["cpu"]}, {threads}',
-        f'- Python {facts["python"]}, {versions}',
+        f'- Python {facts["python"]}, {versions}{commit}',
         f'- wall-clock time: {stages} (of the last run, where one was cut off)',
     ]
     return '\n'.join(lines) + '\n'

@@ -109,7 +109,9 @@ def test_ablation_ends_in_a_table(tmp_path, run_tool):
         assert row['metric']['std'] is None
     assert set(results['seconds']) == {'baseline', 'M', 'I'}
     text = (tmp_path / 'work/results.md').read_text()
-    assert 'top-1, more' in text and '- I: `coupled=False, interval=1' in text
+    assert '- all that are pruned: `interval=1, units_per_step=60`' in text
+    assert 'top-1, more' in text and '- I: `coupled=False`' in text
+    assert '- command: `python ' in text
     # What -I leaves alone: the residual stream keeps its width.
     (path,) = (tmp_path / 'work/pruned/I').rglob('*_flops50.pth')
     weights = torch.load(path, weights_only=True)['state_dict']

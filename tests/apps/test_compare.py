@@ -18,6 +18,7 @@ from support.tooling import ROOT
 
 from mmgfp.apps.cli import load_config
 from mmgfp.apps.compare import latency
+from mmgfp.apps.compare.report import settings_notes
 from mmgfp.apps.compare.results import comparison_cells, curves_of, summarize
 from mmgfp.apps.compare.runs import RunExecutor, RunFailed, run_all, write_config
 from mmgfp.apps.compare.settings import Comparison, Variant, read_comparison
@@ -161,7 +162,11 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path, text, words):
 
 
 #: Latency profiles that comparisons name, and the size of their image.
-PROFILED = {'resnet20': [3, 32, 32], 'retinanet_bccd': [3, 256, 320]}
+PROFILED = {
+    'resnet20': [3, 32, 32],
+    'retinanet_bccd': [3, 256, 320],
+    'bccd': [3, 256, 320],
+}
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs/compare').glob('*.py')))
@@ -227,6 +232,25 @@ def test_one_run_each_needs_no_column_of_runs_but_several_targets_one():
     assert header[:3] == ['model', 'target', 'top-1'] and 'runs' not in header
     assert first[:3] == ['M', 'flops=0.5', '90.00']
     assert second[:3] == ['M', 'flops=0.25', '70.00']
+
+
+def test_what_all_pruned_variants_share_is_said_once():
+    tuned = {'train_cfg.max_epochs': 2}
+    variants = [
+        Variant('M', dict(interval=5), finetune=tuned),
+        Variant('L', dict(interval=5, normalize='latency'), finetune=tuned),
+        Variant('on', train={'load_from': 'b.pth'}),
+    ]
+    assert settings_notes(variants) == [
+        'all that are pruned: `interval=5, finetune: train_cfg.max_epochs=2`',
+        'M: nothing else',
+        'L: `normalize=latency`',
+        'on: `train: load_from=b.pth`',
+    ]
+    assert settings_notes(variants[:1]) == [
+        'M: `interval=5, finetune: train_cfg.max_epochs=2`'
+    ]
+    assert settings_notes([Variant('M')]) == ['M: as configured']
 
 
 def test_further_tests_and_other_metrics_have_columns():

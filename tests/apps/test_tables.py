@@ -1,10 +1,11 @@
 """The table's numbers, worked out by hand."""
 
 import json
+import subprocess
 
 import pytest
 
-from mmgfp.apps.tables import machine_facts, markdown, table_cells
+from mmgfp.apps.tables import commit_of, machine_facts, markdown, table_cells
 from mmgfp.report.quantities import main_metric
 from mmgfp.utils.errors import ConfigError
 
@@ -87,15 +88,21 @@ def test_markdown_tells_how_the_numbers_came_about():
         'seconds': {'baseline': 12},
         'input_shape': [3, 128, 160],
         'notes': ['U: `normalize=none`'],
+        'command': 'python tools/compare.py a.py',
+        'commit': 'abc1234-dirty',
     }
     text = markdown(table_cells(ROWS), facts)
     assert text.splitlines()[1] == '|---' + '|---:' * 7 + '|'
     for part in ('| 45.7 |', '3×128×160', '`a.py`, `b.py`', 'seed 7', 'baseline 12 s'):
         assert part in text
     assert '- U: `normalize=none`' in text
+    assert '- command: `python tools/compare.py a.py`' in text
+    assert '; code of commit abc1234-dirty\n' in text
     assert 'of the last run, where one was cut off' in text
     assert 'torch ' in text
     json.dumps(facts)
+    unknown = {k: v for k, v in facts.items() if k != 'command'} | {'commit': None}
+    assert 'commit' not in markdown(table_cells(ROWS), unknown)
     # Of times and RoIs only where there are some.
     assert 'median of the ratios of each round' in text and 'RoIs' not in text
     two_stage = {**facts, 'two_stage': True}
@@ -103,3 +110,21 @@ def test_markdown_tells_how_the_numbers_came_about():
     rows = [{k: v for k, v in row.items() if k not in HIDDEN} for row in ROWS]
     untimed = markdown(table_cells(rows), two_stage)
     assert 'CPU is' not in untimed and 'RoIs' not in untimed
+
+
+def test_the_commit_is_that_of_a_whole_checkout(tmp_path):
+    def git(*words):
+        identity = ('-c', 'user.name=a', '-c', 'user.email=a@b.c')
+        subprocess.run(['git', '-C', tmp_path, *identity, *words], check=True)
+
+    assert commit_of(tmp_path) is None
+    git('init', '-q')
+    (tmp_path / 'inside').mkdir()
+    (tmp_path / 'inside/a.txt').write_text('1')
+    git('add', '.')
+    git('commit', '-q', '-m', 'first')
+    commit = commit_of(tmp_path)
+    assert len(commit) >= 7 and 'dirty' not in commit
+    assert commit_of(tmp_path / 'inside') is None
+    (tmp_path / 'inside/a.txt').write_text('2')
+    assert commit_of(tmp_path) == f'{commit}-dirty'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,14 @@ import torch
 
 from mmgfp.apps.cli import write_json
 from mmgfp.apps.compare.latency import measure_all
-from mmgfp.apps.compare.results import comparison_cells, curves_of, summarize
+from mmgfp.apps.compare.results import (
+    comparison_cells,
+    curves_of,
+    summarize,
+    values_by_seed,
+)
 from mmgfp.apps.compare.runs import Result, RunExecutor, run_all
-from mmgfp.apps.compare.settings import Comparison, Run
+from mmgfp.apps.compare.settings import Comparison, Run, Variant
 from mmgfp.apps.plots import plot_curves
 from mmgfp.apps.processes import working_alone
 from mmgfp.apps.tables import machine_facts, markdown, print_table
@@ -86,19 +93,21 @@ def write_report(
     rows = summarize(results, comparison.metric, latency['times'])
     runs = comparison.runs
     cells = comparison_cells(rows, _planned(runs))
-    seconds: dict[str, int] = {}
-    for result in results:
-        spent = sum(result['seconds'].values()) + result.get('prune_seconds', 0)
-        seconds[result['variant']] = seconds.get(result['variant'], 0) + spent
     facts = {
         'configs': [comparison.baseline, comparison.prune, comparison.finetune],
         'seed': ', '.join(dict.fromkeys(_seed_text(run.seed) for run in runs)),
-        'seconds': seconds,
+        'seconds': _seconds_of(results),
+        'command': shlex.join(['python', *sys.argv]),
         **machine_facts(),
         'threads': latency['threads'],
         'input_shape': list(shape),
         'two_stage': comparison.baseline_config().model.get('roi_head') is not None,
-        'notes': _notes(comparison, runs, failures, latency),
+        'notes': [
+            *settings_notes(comparison.variants),
+            *_run_notes(runs, failures),
+            *values_by_seed(rows),
+            *latency['notes'],
+        ],
     }
     text = markdown(cells, facts)
     report = {'rows': rows, 'runs': list(results), 'failures': dict(failures)}
@@ -110,6 +119,15 @@ def write_report(
     print_table(cells)
     for name, reason in failures.items():
         print(f'failed: {name}: {reason}')
+
+
+def _seconds_of(results: Sequence[Result]) -> dict[str, int]:
+    """Return the wall-clock seconds of all runs of each variant."""
+    seconds: dict[str, int] = {}
+    for result in results:
+        spent = sum(result['seconds'].values()) + result.get('prune_seconds', 0)
+        seconds[result['variant']] = seconds.get(result['variant'], 0) + spent
+    return seconds
 
 
 def _planned(runs: Sequence[Run]) -> dict[tuple[str, str], int]:
@@ -124,30 +142,41 @@ def _seed_text(seed: int | None) -> str:
     return 'of the configs' if seed is None else str(seed)
 
 
-def _notes(
-    comparison: Comparison,
-    runs: Sequence[Run],
-    failures: Mapping[str, str],
-    latency: Mapping[str, Any],
-) -> list[str]:
-    """Return lines on variants, spreads, failures and what could not be timed."""
-    notes = []
-    for variant in comparison.variants:
-        options = {
-            name: dict(value)
-            for name in ('pruning', 'prune', 'finetune', 'train')
-            if (value := getattr(variant, name))
-        }
-        pruning = options.pop('pruning', {})
-        settings = [f'{key}={value}' for key, value in pruning.items()]
-        settings += [f'{name}: {value}' for name, value in options.items()]
-        notes.append(f'{variant.name}: `{", ".join(settings) or "as configured"}`')
+def settings_notes(variants: Sequence[Variant]) -> list[str]:
+    """Return a line on what all pruned variants share, and one on each variant."""
+    settings = {variant.name: _settings_of(variant) for variant in variants}
+    pruned = [settings[variant.name] for variant in variants if variant.is_pruned]
+    shared = [
+        text
+        for text in (pruned[0] if len(pruned) > 1 else [])
+        if all(text in others for others in pruned)
+    ]
+    notes = [f'all that are pruned: `{", ".join(shared)}`'] if shared else []
+    for name, texts in settings.items():
+        own = [text for text in texts if text not in shared]
+        nothing = 'nothing else' if shared else 'as configured'
+        notes.append(f'{name}: `{", ".join(own)}`' if own else f'{name}: {nothing}')
+    return notes
+
+
+def _settings_of(variant: Variant) -> list[str]:
+    """Return the settings of the hook, then entries of other configs, as texts."""
+    texts = [f'{key}={value}' for key, value in variant.pruning.items()]
+    for stage in ('prune', 'finetune', 'train'):
+        entries = getattr(variant, stage) or {}
+        texts += [f'{stage}: {key}={value}' for key, value in entries.items()]
+    return texts
+
+
+def _run_notes(runs: Sequence[Run], failures: Mapping[str, str]) -> list[str]:
+    """Return lines on targets, spreads and failures."""
     targets = dict.fromkeys(run.target_text for run in runs if run.target_text)
-    notes.append(f'targets: {", ".join(targets) or "none"}')
+    notes = [f'targets: {", ".join(targets) or "none"}']
     if len({run.seed for run in runs}) > 1:
         notes.append(
             'means over seeds ± sample standard deviation; all start from the same '
             'baseline'
         )
-    notes += [f'**failed**: {name}: {reason}' for name, reason in failures.items()]
-    return notes + list(latency['notes'])
+    return notes + [
+        f'**failed**: {name}: {reason}' for name, reason in failures.items()
+    ]

@@ -144,6 +144,23 @@ def spread_text(spread: Mapping[str, Any]) -> str:
     return text if spread['std'] is None else f'{text} ± {spread["std"]:.2f}'
 
 
+def values_by_seed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each row of `summarize` that has several seeds.
+
+    Examples:
+        >>> values_by_seed([dict(model='M', target='flops=0.5', seeds=[0, 2],
+        ...                      metric=dict(values=[57.125, 58]))])
+        ['M, flops=0.5, seeds 0, 2: 57.12, 58.00']
+    """
+    return [
+        f'{", ".join(filter(None, (row["model"], row["target"])))}, '
+        f'seeds {", ".join(map(str, row["seeds"]))}: '
+        f'{", ".join(f"{value:.2f}" for value in row["metric"]["values"])}'
+        for row in rows
+        if len(row['seeds']) > 1
+    ]
+
+
 def curves_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
     """Return what to plot: the metric against each cost and time, in percent.
 
