@@ -15,7 +15,7 @@ _12_epochs = {
     'param_scheduler.1.end': 12,
 }
 _32_epochs = {name: 32 for name in _12_epochs}
-# Unpruned models have the 95 iterations (4 epochs) of pruning for training.
+# Unpruned models train in the iterations that pruning takes, too: about 4 epochs.
 _16_epochs = {name: 16 for name in _12_epochs}
 _36_epochs = {name: 36 for name in _12_epochs}
 # As long as the baseline was trained (32 epochs), pruned and fine-tuned.
