@@ -17,7 +17,8 @@ from pathlib import Path
 
 from mmgfp.apps.cli import load_config, run_cli
 from mmgfp.apps.compare.report import compare
-from mmgfp.apps.compare.settings import Comparison, Variant
+from mmgfp.apps.compare.settings import Comparison
+from mmgfp.apps.compare.variants import Variant
 from mmgfp.apps.comparison import draw
 from mmgfp.apps.pipeline import Candidate
 from mmgfp.apps.stages import add_timing_arguments, parse_options

@@ -24,7 +24,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('comparison', help='config that lists variants and targets')
-    parser.add_argument('--work-dir', type=Path, required=True)
+    parser.add_argument('--work-dir', type=Path, help='where everything goes')
     parser.add_argument(
         '-j',
         '--jobs',
@@ -47,7 +47,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--list', action='store_true', help='print the runs and do nothing'
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.work_dir is None and not args.list:
+        parser.error('--work-dir is needed for all but --list')
+    return args
 
 
 def main() -> None:

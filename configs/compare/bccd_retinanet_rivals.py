@@ -47,6 +47,11 @@ variants = [
     ),
     dict(name='fisher -M, 32 epochs', pruning=_brisk, finetune=_32_epochs),
     dict(
+        name='fisher -L, half the MACs, 32 epochs',
+        pruning=dict(_brisk, **_latency),
+        finetune=_32_epochs,
+    ),
+    dict(
         name='unpruned, trained on, 36 epochs',
         train={'load_from': '{baseline_checkpoint}', **_36_epochs},
     ),

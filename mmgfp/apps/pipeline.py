@@ -91,6 +91,7 @@ class Pipeline:
             self._say(f'{stage}: finished before (to redo it, delete {made})')
             return
         self._say(f'{stage}: {" ".join(command)}')
+        done.unlink(missing_ok=True)  # what it stands for is about to change
         began = time.perf_counter()
         log = self.work_dir / 'logs' / f'{stage}.log'
         program = [sys.executable, str(self.tools / f'{tool}.py')]

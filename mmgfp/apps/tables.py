@@ -19,6 +19,8 @@ from mmgfp.utils.words import counted
 
 #: By how much shares of times and times may disagree, as a share.
 MOST_DISTURBED = 0.15
+#: Where mmgfp's code lies, in a checkout or among installed packages.
+CHECKOUT = Path(__file__).resolve().parents[2]
 #: Names of the packages whose versions are reported: both OpenMMLab lines, and torch.
 PREFIXES = ('mm', 'onedl-mm', 'torch')
 
@@ -35,7 +37,7 @@ def machine_facts() -> dict[str, Any]:
         'threads': torch.get_num_threads(),
         'python': platform.python_version(),
         'versions': dict(sorted(versions.items())),
-        'commit': commit_of(Path(__file__).resolve().parents[2]),
+        'commit': commit_of(CHECKOUT),
     }
 
 

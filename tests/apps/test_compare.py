@@ -10,7 +10,6 @@ import time
 import cv2
 import pytest
 import torch
-from mmengine.config import Config
 from support.latency import made_up
 from support.latency import write as write_profile
 from support.small_configs import stages
@@ -20,8 +19,9 @@ from mmgfp.apps.cli import load_config
 from mmgfp.apps.compare import latency
 from mmgfp.apps.compare.report import settings_notes
 from mmgfp.apps.compare.results import comparison_cells, curves_of, summarize
-from mmgfp.apps.compare.runs import RunExecutor, RunFailed, run_all, write_config
-from mmgfp.apps.compare.settings import Comparison, Variant, read_comparison
+from mmgfp.apps.compare.runs import RunFailed, run_all
+from mmgfp.apps.compare.settings import Comparison, read_comparison
+from mmgfp.apps.compare.variants import Variant
 from mmgfp.apps.plots import plot_curves, plot_losses
 from mmgfp.apps.processes import Processes
 from mmgfp.selection.costs import LayerProfile
@@ -68,7 +68,7 @@ def test_runs_are_variants_times_targets_times_seeds():
     ]
     assert [run.name for run in runs[4:]] == [
         'a b, flops=0.5, seed 7',
-        'a b, flops=0.25, seed 7',
+        'a b, flops=0.7, then flops=0.25, seed 7',
         'c, memory=0.5, seed 7',
         'narrow, seed 7',
     ]
@@ -146,8 +146,46 @@ HEAD = 'baseline, prune, finetune = {}\n'.format(', '.join(map(repr, DEMO)))
         ("variants = [dict(name='a', train={}, pruning=dict(a=1))]", 'got both'),
         ("variants = [dict(name='a', pruning=3)]", 'pruning must be a dict'),
         ('targets = [dict(flops=2)]', 'target.flops must be a ratio'),
-        ('targets = [dict(flops=0.5), dict(flops=0.5)]', 'a list of different ones'),
+        ('targets = [dict(flops=0.5), dict(flops=0.5)]', 'different ones for each run'),
         ('seeds = []', 'seeds must be a list of at least one'),
+        ('seeds = [0, -1]', r'seeds must be whole numbers.*got -1'),
+        ('seeds = [1, True]', r'seeds must be whole numbers.*got True'),
+        ('seeds = [0, None]', r'seeds must be whole numbers.*got None'),
+        ('batches = 4', 'batches must be a list'),
+        ('latency_rounds = -1', 'latency_rounds must be a count'),
+        ("also = dict(hard='a=1')", 'also: hard must be a list'),
+        ('options = None', 'options must be a dict'),
+        ("checkpoint = 'none.pth'", 'checkpoint must be a checkpoint file'),
+        ("variants = dict(name='M')", 'variants must be a list of dicts'),
+        ("variants = ['name']", r'variants\[0\] must be a dict with a name'),
+        ("variants = [dict(name='baseline')]", "not 'baseline'"),
+        ("variants = [dict(name='a|b')]", r'in one line without \|'),
+        ("variants = [dict(name='a', train=[1])]", 'train must be a dict by names'),
+        ("variants = [dict(name='a', pruning={1: 2})]", 'pruning must be a dict by'),
+        (
+            "variants = [dict(name='a', targets=[])]",
+            'targets must be a list of at least',
+        ),
+        (
+            "variants = [dict(name='a'), dict(name='a, flops=0.5', train={})]",
+            'different ones for each run',
+        ),
+        (
+            "variants = [dict(name='a', pruning=dict(target=dict(flops=0.3)))]",
+            "name it in the comparison's or the variant's targets",
+        ),
+        (
+            "variants = [dict(name='a', prune={'custom_hooks.0.target.flops': 0.3})]",
+            "name it in the comparison's or the variant's targets",
+        ),
+        (
+            "variants = [dict(name='a', finetune={'randomness.seed': 7})]; seeds = [1]",
+            'use seeds',
+        ),
+        (
+            "variants = [dict(name='a', finetune={'model.init': 'orginal'})]",
+            'finetune: model.init must be one of',
+        ),
         ("variants = [dict(name='a', pruning=dict(intervall=3))]", "variant 'a'.*did"),
         ("variants = [dict(name='a', pruning=dict(interval=0))]", "variant 'a'.*inter"),
         ("variants = [dict(name='a', prune={'custom_hooks.3.x': 1})]", 'in lists'),
@@ -337,28 +375,6 @@ def test_a_failure_has_its_reason_and_stops_no_other(capsys):
         runs[1].name: 'no room',
     }
     assert f'{runs[2].name}: well' in capsys.readouterr().out
-
-
-def test_a_run_is_not_continued_with_other_settings(tmp_path):
-    path = tmp_path / 'run/prune.py'
-    for _ in range(2):
-        assert write_config(Config(dict(a=1)), path) == str(path)
-    with pytest.raises(RunFailed, match=f'delete {path.parent} to make it anew'):
-        write_config(Config(dict(a=2)), path)
-    assert Config.fromfile(path).a == 1
-
-
-def test_variants_that_differ_in_fine_tuning_alone_prune_once(tmp_path):
-    comparison = comparison_of(
-        dict(name='M', pruning=dict(normalize='memory')),
-        dict(name='U', pruning=dict(normalize='none')),
-        dict(name='long', pruning=dict(normalize='memory'), finetune=dict(a=1)),
-        seeds=[0, 1],
-    )
-    execute = RunExecutor(comparison, ROOT / 'tools', tmp_path, Processes())
-    firsts = [execute._prunes_first(run).name for run in comparison.runs]
-    shared = [name.replace('long', 'M') for name in (r.name for r in comparison.runs)]
-    assert firsts == shared
 
 
 # --- the tool

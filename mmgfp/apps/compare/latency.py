@@ -13,6 +13,7 @@ import torch
 from mmgfp.apps.benchmark import measure_batch, subjects_of
 from mmgfp.apps.cli import write_json
 from mmgfp.apps.subjects import EAGER
+from mmgfp.apps.weight_files import digests_of
 from mmgfp.utils.errors import MMGFPError
 
 #: Keys of reports by runtime.
@@ -42,6 +43,7 @@ def measure_all(
         whole round cancels out; and ``notes`` on models that could not be timed.
     """
     asked: dict[str, Any] = {'models': dict(models), 'input_shape': list(shape)}
+    asked['weights'] = digests_of([s.rpartition(':')[2] for s in models.values()])
     asked |= {'batches': list(batches), 'rounds': rounds, 'threads': 1}
     if not rounds:
         return {**asked, 'times': {}, 'notes': []}

@@ -13,13 +13,15 @@ import torch
 from mmgfp.apps.cli import write_json
 from mmgfp.apps.compare.latency import measure_all
 from mmgfp.apps.compare.results import (
+    commits_of,
     comparison_cells,
     curves_of,
     summarize,
     values_by_seed,
 )
 from mmgfp.apps.compare.runs import Result, RunExecutor, run_all
-from mmgfp.apps.compare.settings import Comparison, Run, Variant
+from mmgfp.apps.compare.settings import Comparison
+from mmgfp.apps.compare.variants import Run, Variant
 from mmgfp.apps.plots import plot_curves
 from mmgfp.apps.processes import working_alone
 from mmgfp.apps.tables import machine_facts, markdown, print_table
@@ -97,12 +99,14 @@ def write_report(
         'configs': [comparison.baseline, comparison.prune, comparison.finetune],
         'seed': ', '.join(dict.fromkeys(_seed_text(run.seed) for run in runs)),
         'seconds': _seconds_of(results),
-        'command': shlex.join(['python', *sys.argv]),
+        'command': command_of(sys.argv),
         **machine_facts(),
+        'commit': commits_of(results),
         'threads': latency['threads'],
         'input_shape': list(shape),
         'two_stage': comparison.baseline_config().model.get('roi_head') is not None,
         'notes': [
+            *_given_notes(comparison),
             *settings_notes(comparison.variants),
             *_run_notes(runs, failures),
             *values_by_seed(rows),
@@ -119,6 +123,31 @@ def write_report(
     print_table(cells)
     for name, reason in failures.items():
         print(f'failed: {name}: {reason}')
+
+
+def command_of(words: Sequence[str]) -> str:
+    """Return what to type for a command, of which the first word is the program.
+
+    Examples:
+        >>> command_of(['compare.py', 'a b.py']), command_of(['mmgfp compare', 'a'])
+        ("python compare.py 'a b.py'", 'mmgfp compare a')
+    """
+    program, *others = words
+    is_script = program.endswith('.py')
+    start = f'python {shlex.quote(program)}' if is_script else program
+    return ' '.join([start, *map(shlex.quote, others)])
+
+
+def _given_notes(comparison: Comparison) -> list[str]:
+    """Return lines on the baseline's weights, and on entries of all configs."""
+    weights = comparison.checkpoint or 'trained here'
+    options = [f'{key}={value}' for key, value in comparison.options.items()]
+    also = [f'{name}: {" ".join(test)}' for name, test in comparison.also.items()]
+    return [
+        f'baseline: `{weights}`',
+        *([f'all configs: `{", ".join(options)}`'] if options else []),
+        *([f'further tests: `{"; ".join(also)}`'] if also else []),
+    ]
 
 
 def _seconds_of(results: Sequence[Result]) -> dict[str, int]:
@@ -162,6 +191,8 @@ def settings_notes(variants: Sequence[Variant]) -> list[str]:
 def _settings_of(variant: Variant) -> list[str]:
     """Return the settings of the hook, then entries of other configs, as texts."""
     texts = [f'{key}={value}' for key, value in variant.pruning.items()]
+    texts += [f'config={variant.config}'] if variant.config else []
+    texts += [f'targets={variant.targets}'] if variant.targets else []
     for stage in ('prune', 'finetune', 'train'):
         entries = getattr(variant, stage) or {}
         texts += [f'{stage}: {key}={value}' for key, value in entries.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite, nan
 from statistics import mean, stdev
 from typing import Any
 
@@ -12,6 +13,10 @@ from mmgfp.selection.costs import COSTS
 
 #: Times of models: by key of `RUNTIMES`, batch size and the model's name.
 Times = Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+#: COCO's -1, in percent: no object of that kind was there to be found.
+NOTHING = -100.0
 
 
 def summarize(
@@ -76,8 +81,10 @@ def spread_of(
         deviation ``std`` (divided by n - 1), which is None for a single value.
     """
     picked = [main_metric(found, name) for found in metrics]
-    values = [value for _, value in picked]
-    spread = stdev(values) if len(values) > 1 else None
+    values = [nan if value == NOTHING else value for _, value in picked]
+    spread = None
+    if len(values) > 1:  # of values that are not finite there is none
+        spread = stdev(values) if all(map(isfinite, values)) else nan
     return {
         'name': picked[0][0],
         'mean': mean(values),
@@ -159,6 +166,18 @@ def values_by_seed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for row in rows
         if len(row['seeds']) > 1
     ]
+
+
+def commits_of(results: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the commits of mmgfp that results come from; None where none is known.
+
+    Examples:
+        >>> commits_of([dict(commit='a1b2c3d'), dict(commit='a1b2c3d'), dict()])
+        'a1b2c3d, unknown'
+    """
+    commits = dict.fromkeys(result.get('commit') for result in results)
+    names = [commit or 'unknown' for commit in commits]
+    return ', '.join(names) if any(commits) else None
 
 
 def curves_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:

@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
-
 from mmgfp.apps.analysis import costs_of
 from mmgfp.apps.cli import load_config, write_json
-from mmgfp.apps.compare.settings import Comparison, Run
+from mmgfp.apps.compare.settings import Comparison
+from mmgfp.apps.compare.variants import Run
 from mmgfp.apps.comparison import build
-from mmgfp.apps.pipeline import Candidate, Pipeline
+from mmgfp.apps.pipeline import Candidate, Pipeline, has_begun
 from mmgfp.apps.processes import Processes
 from mmgfp.apps.stages import (
     deploy,
@@ -25,6 +24,8 @@ from mmgfp.apps.stages import (
     original,
     pruned_checkpoint,
 )
+from mmgfp.apps.tables import CHECKOUT, commit_of
+from mmgfp.apps.weight_files import digests_of
 from mmgfp.utils.errors import MMGFPError
 from mmgfp.utils.io import atomic_write
 
@@ -53,12 +54,13 @@ class RunExecutor:
     ) -> None:
         self.comparison = comparison
         self.tools = tools
-        self.work_dir = work_dir
+        # Configs and commands name it: it must read alike however it was given.
+        self.work_dir = work_dir.resolve()
         self.processes = processes
         _, hook = find_hook(load_config(comparison.prune, dict(comparison.options)))
         self.shape = tuple(hook['input_shape'])
         self._building = threading.Lock()  # registries of models are not thread-safe
-        self._pruning: dict[Path, threading.Lock] = defaultdict(threading.Lock)
+        self._pruning: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self._baseline: Candidate | None = None
 
     def baseline(self) -> Result:
@@ -69,9 +71,12 @@ class RunExecutor:
         """
         folder = self.work_dir / 'baseline'
         pipeline = self._pipeline(folder, 'baseline')
-        config = write_config(self.comparison.baseline_config(), folder / 'baseline.py')
+        text = self.comparison.baseline_config().pretty_text
+        config = write_config(text, folder / 'baseline.py')
         self._baseline = original(pipeline, config, self.comparison.checkpoint)
-        return self._measured(pipeline, self._baseline, {'variant': 'baseline'})
+        facts = {'variant': 'baseline'}
+        made_with = self._made_with(config, self._baseline.checkpoint)
+        return self._measured(pipeline, self._baseline, facts, made_with)
 
     def __call__(self, run: Run) -> Result:
         """Return the result of a run: that of before, or else a new one.
@@ -87,19 +92,19 @@ class RunExecutor:
             facts |= self._pruned(run)
             files = {**self._files, 'pruned_checkpoint': facts['pruned']}
             cfg = self.comparison.finetune_config(run, files)
-            config = write_config(cfg, folder / 'finetune.py')
+            config = write_config(cfg.pretty_text, folder / 'finetune.py')
         else:
-            config = write_config(
-                self.comparison.train_config(run, self._files), folder / 'train.py'
-            )
-        if (saved := self._saved(folder)) is not None:
-            return saved
+            cfg = self.comparison.train_config(run, self._files)
+            config = write_config(cfg.pretty_text, folder / 'train.py')
+        made_with = self._made_with(config)
+        if (saved := self._saved(folder, made_with)) is not None:
+            return {**saved, **facts}
         stage = Path(config).stem
         checkpoint = last_checkpoint(pipeline.train(stage, config))
         candidate = Candidate(run.name, config, checkpoint)
         if run.variant.is_pruned:
             candidate = deploy(pipeline, candidate, self.shape, '--rounds', '0')
-        return self._measured(pipeline, candidate, facts)
+        return self._measured(pipeline, candidate, facts, made_with)
 
     @property
     def _files(self) -> dict[str, str]:
@@ -113,42 +118,56 @@ class RunExecutor:
 
     def _pruned(self, run: Run) -> Result:
         """Prune the original model, or take what a run with the same pruning has."""
-        first = self._prunes_first(run)
-        folder = self.work_dir / 'pruned' / first.folder
-        with self._pruning[folder]:
-            pipeline = self._pipeline(folder, first.name)
-            cfg = self.comparison.prune_config(first, self._files)
-            config = write_config(cfg, folder / 'prune.py')
+        text = self.comparison.prune_config(run, self._files).pretty_text
+        with self._pruning[text]:
+            folder = self._folder_of_pruning(run, text)
+            pipeline = self._pipeline(folder, run.name)
+            config = write_config(text, folder / 'prune.py')
             checkpoint = pruned_checkpoint(pipeline.train('prune', config), config)
+            label = run.targets[-1].label
+            if not Path(checkpoint).stem.endswith(f'_{label}'):
+                raise RunFailed(
+                    f'{folder / "prune"}',
+                    f'a checkpoint of the last target, {label}',
+                    f'{Path(checkpoint).name} as the last one',
+                    f'raise max_iters or units_per_step, and delete {folder}',
+                )
             return {'pruned': checkpoint, 'prune_seconds': pipeline.seconds()['prune']}
 
-    def _prunes_first(self, run: Run) -> Run:
-        """Return the first run that prunes as this one does, fine-tuning aside."""
+    def _folder_of_pruning(self, run: Run, text: str) -> Path:
+        """Return where a config has pruned, under whichever variant's name."""
+        of_variants = self.work_dir / 'pruned'
+        _, *below = run.folder.parts
+        found = sorted(of_variants.glob('/'.join(['*', *below, 'prune.py'])))
+        same = (path.parent for path in found if path.read_text() == text)
+        return next(same, of_variants / run.folder)
 
-        def pruning(other: Run) -> tuple[Any, ...]:
-            variant = other.variant
-            options = dict(variant.pruning), dict(variant.prune)
-            return (*options, other.targets, other.seed, variant.is_pruned)
+    def _made_with(self, *files: str) -> Result:
+        """Return what a result depends on beside the texts of its configs.
 
-        same = (r for r in self.comparison.runs if pruning(r) == pruning(run))
-        return next(same)
-
-    def _made_with(self) -> Result:
-        """Return what a result depends on beside its configs."""
+        Args:
+            *files: The config that makes a model, and weights beside those it names.
+        """
         also = {name: list(test) for name, test in self.comparison.also.items()}
-        return {'also': also, 'input_shape': list(self.shape)}
+        weights = digests_of(files)
+        return {'also': also, 'input_shape': list(self.shape), 'weights': weights}
 
-    def _saved(self, folder: Path) -> Result | None:
+    def _saved(self, folder: Path, made_with: Result) -> Result | None:
         path = folder / 'result.json'
         saved = json.loads(path.read_text()) if path.is_file() else {}
-        return saved if saved.get('made_with') == self._made_with() else None
+        return saved if saved.get('made_with') == made_with else None
 
     def _measured(
-        self, pipeline: Pipeline, candidate: Candidate, facts: Result
+        self,
+        pipeline: Pipeline,
+        candidate: Candidate,
+        facts: Result,
+        made_with: Result,
     ) -> Result:
         """Test a model and count its costs; write all that is known of it, whole."""
         result = {**facts, 'config': candidate.config}
-        result |= {'checkpoint': candidate.checkpoint, 'made_with': self._made_with()}
+        result |= {'checkpoint': candidate.checkpoint, 'made_with': made_with}
+        result['commit'] = commit_of(CHECKOUT)
         result['metrics'] = pipeline.test(candidate, 'test')
         result['also'] = {
             name: pipeline.test(candidate, f'test_{number}', options)
@@ -162,7 +181,7 @@ class RunExecutor:
         return result
 
 
-def write_config(cfg: Config, path: Path) -> str:
+def write_config(text: str, path: Path) -> str:
     """Write the whole config of a stage, or see that it is the one that was there.
 
     Returns:
@@ -171,10 +190,11 @@ def write_config(cfg: Config, path: Path) -> str:
     Raises:
         RunFailed: If there was another one.
     """
-    text = cfg.pretty_text
-    if not path.is_file():
+    stages = [path.stem, *(done.stem for done in path.parent.glob('done/*.json'))]
+    if not any(has_begun(path.parent, stage) for stage in stages):
+        # What was refused, or killed before its first checkpoint, may begin otherwise.
         atomic_write(path, lambda tmp: tmp.write_text(text))
-    elif path.read_text() != text:
+    elif not path.is_file() or path.read_text() != text:
         raise RunFailed(
             str(path),
             'the config that this comparison makes',

@@ -2,118 +2,31 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from mmgfp.apps.cli import load_config, override
+from mmgfp.apps.cli import check_checkpoint, load_config, override
+from mmgfp.apps.compare.variants import (
+    PLACEHOLDERS,
+    Options,
+    Run,
+    Variant,
+    filled,
+    is_by_names,
+    slug,
+)
 from mmgfp.apps.stages import find_hook, finetuning_start, parse_options
 from mmgfp.config import PruningConfig
+from mmgfp.engine.pruned_model import INITS
 from mmgfp.engine.registry import is_named
 from mmgfp.selection.targets import Target, parse_targets
 from mmgfp.utils.errors import ConfigError
 from mmgfp.utils.registry import check_known
-from mmgfp.utils.validation import check
-
-Options = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to get a small model.
-
-    Attributes:
-        name: Its name in the table.
-        pruning: Settings of the pruning hook that replace those of the config; None
-            drops one.
-        prune: Entries of the pruning config to override, before those of the hook.
-        finetune: Entries of the fine-tuning config to override.
-        train: Entries of the baseline's config to override: the variant is not pruned
-            but trained from scratch, once for each seed.
-        config: The config to train it by; the baseline's by default.
-        targets: Targets of this variant; those of the comparison by default.
-
-    The texts of all these entries may name `PLACEHOLDERS` in braces.
-    """
-
-    name: str
-    pruning: Options = field(default_factory=dict)
-    prune: Options = field(default_factory=dict)
-    finetune: Options = field(default_factory=dict)
-    train: Options | None = None
-    config: str | None = None
-    targets: Sequence[Any] | None = None
-
-    def __post_init__(self) -> None:
-        is_name = isinstance(self.name, str) and bool(self.name.strip())
-        check('variants: name', is_name, 'a text', self.name)
-        owner = f'variant {self.name!r}'
-        for option in ('pruning', 'prune', 'finetune'):
-            value = getattr(self, option)
-            check(f'{owner}: {option}', isinstance(value, Mapping), 'a dict', value)
-        if not self.is_pruned and (self.pruning or self.prune or self.finetune):
-            raise ConfigError(
-                owner,
-                'either pruned (pruning, prune, finetune) or trained (train, config)',
-                'both',
-                'make two variants of it',
-            )
-        if self.targets is not None:
-            check(f'{owner}: targets', self.is_pruned, 'None without pruning', '')
-
-    @property
-    def is_pruned(self) -> bool:
-        """Whether the variant is pruned, and not trained from scratch."""
-        return self.train is None and self.config is None
-
-
-@dataclass(frozen=True)
-class Run:
-    """One variant at one target under one seed.
-
-    Attributes:
-        variant: The variant.
-        targets: Targets of the hook, of which the last one counts; none without
-            pruning.
-        seed: Of the random numbers; None for that of the configs.
-    """
-
-    variant: Variant
-    targets: tuple[Target, ...]
-    seed: int | None
-
-    @property
-    def target_text(self) -> str:
-        """The target in words, such as ``flops=0.5``; empty without pruning."""
-        return ''.join(f'{t.cost}={t.ratio:g}' for t in self.targets[-1:])
-
-    @property
-    def name(self) -> str:
-        """The run in words."""
-        seed = '' if self.seed is None else f'seed {self.seed}'
-        return ', '.join(filter(None, (self.variant.name, self.target_text, seed)))
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder, below one for all runs."""
-        target = '_'.join(t.label for t in self.targets) or 'unpruned'
-        seed = 'seed' if self.seed is None else f'seed{self.seed}'
-        return Path(slug(self.variant.name), target, seed)
-
-
-def slug(name: str) -> str:
-    """Return a name of a folder.
-
-    Examples:
-        >>> slug('fisher -M, 3 epochs')
-        'fisher_-M_3_epochs'
-    """
-    return re.sub(r'[^\w.-]+', '_', name).strip('._') or '_'
+from mmgfp.utils.validation import check, check_count
 
 
 @dataclass(frozen=True)
@@ -155,13 +68,29 @@ class Comparison:
         folders = [slug(variant.name) for variant in self.variants]
         twice = [v.name for v in self.variants if folders.count(slug(v.name)) > 1]
         check('variants', not twice, 'of names (and folders) of their own', twice)
-        for name in ('targets', 'seeds'):
+        for name in ('targets', 'seeds', 'batches'):
             value = getattr(self, name)
-            is_list = value is None or (isinstance(value, list | tuple) and value)
-            check(name, bool(is_list), 'a list of at least one, or None', value)
-        runs = [run.folder for run in self.runs]
-        twice = [str(folder) for folder in runs if runs.count(folder) > 1]
-        check('targets and seeds', not twice, 'a list of different ones', twice[:1])
+            is_list = isinstance(value, list | tuple) and bool(value)
+            is_none = value is None and name != 'batches'
+            check(name, is_list or is_none, 'a list of at least one', value)
+        if self.seeds not in (None, [None], (None,)):
+            for seed in self.seeds or ():
+                check_count('seeds', seed, 'whole numbers from 0 on', 0)
+        for batch in self.batches:
+            check_count('batches', batch)
+        check_count('latency_rounds', self.latency_rounds, 'a count, or 0', 0)
+        for name in ('also', 'options'):
+            value = getattr(self, name)
+            check(name, is_by_names(value), 'a dict by names', value)
+        for name, test in self.also.items():
+            is_list = isinstance(test, list | tuple)
+            are_entries = is_list and all('=' in str(entry) for entry in test)
+            check(f'also: {name}', are_entries, 'a list of texts key=value', test)
+        # Rows of the table go by names, results by folders.
+        for names in ([r.name for r in self.runs], [str(r.folder) for r in self.runs]):
+            twice = [name for name in names if names.count(name) > 1]
+            expected = 'different ones for each run'
+            check('variants, targets and seeds', not twice, expected, twice[:1])
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -186,8 +115,11 @@ class Comparison:
         """Make the config of every run, so that what is wrong is said at once.
 
         Raises:
-            ConfigError: If a config cannot be read, or settings of the hook are wrong.
+            ConfigError: If a config cannot be read, settings of the hook are wrong, or
+                there is no such checkpoint.
         """
+        if self.checkpoint is not None:
+            check_checkpoint('checkpoint', self.checkpoint)
         files = {name: f'{name}.pth' for name in PLACEHOLDERS}
         load_config(self.baseline, dict(self.options))
         for run in self.runs:
@@ -200,7 +132,10 @@ class Comparison:
                     left_out = ('type', 'priority')
                     settings = {k: v for k, v in hook.items() if k not in left_out}
                     PruningConfig.for_runner(**settings)
-                    self.finetune_config(run, files)
+                    init = self.finetune_config(run, files).model.get('init', INITS[0])
+                    check(
+                        'finetune: model.init', init in INITS, f'one of {INITS}', init
+                    )
                 else:
                     self.train_config(run, files)
             except ConfigError as error:
@@ -214,9 +149,13 @@ class Comparison:
         """Return the config that prunes the original model."""
         cfg = load_config(self.prune, dict(self.options))
         override(cfg, {'load_from': files['baseline_checkpoint']})
-        override(cfg, filled(run.variant.prune, run, files))
+        asked = find_hook(cfg)[1].get('target')
+        _enter(cfg, run.variant.prune, run, files)
         index, hook = find_hook(cfg)
         settings = filled(run.variant.pruning, run, files)
+        if 'target' in settings or hook.get('target') != asked:
+            remedy = "name it in the comparison's or the variant's targets"
+            raise ConfigError('pruning', 'settings beside the target', 'one', remedy)
         if 'criterion' in settings and is_named(hook['type'], 'FisherPruningHook'):
             settings.setdefault('type', 'ChannelPruningHook')  # takes any criterion
         targets = [{target.cost: target.ratio} for target in run.targets]
@@ -228,7 +167,7 @@ class Comparison:
                 cfg.custom_hooks[index].pop(name, None)
             else:
                 cfg.custom_hooks[index][name] = value
-        return _seeded(cfg, run.seed)
+        return cfg
 
     def finetune_config(self, run: Run, files: Mapping[str, str]) -> Config:
         """Return the config that fine-tunes what was pruned.
@@ -238,50 +177,38 @@ class Comparison:
             files: The files of the run by their names in `PLACEHOLDERS`.
         """
         cfg = load_config(self.finetune, dict(self.options))
-        entries = filled(run.variant.finetune, run, files)
-        override(cfg, entries)
+        entries = _enter(cfg, run.variant.finetune, run, files)
         checkpoints = files['pruned_checkpoint'], files['baseline_checkpoint']
         start = parse_options(finetuning_start(cfg, *checkpoints))
         override(cfg, {k: v for k, v in start.items() if k not in entries})
-        return _seeded(cfg, run.seed)
+        return cfg
 
     def train_config(self, run: Run, files: Mapping[str, str]) -> Config:
         """Return the config that trains an unpruned variant from scratch."""
         cfg = load_config(run.variant.config or self.baseline, dict(self.options))
         override(cfg, {'load_from': None})
-        override(cfg, filled(run.variant.train or {}, run, files))
-        return _seeded(cfg, run.seed)
+        _enter(cfg, run.variant.train or {}, run, files)
+        return cfg
 
 
-#: Files of a run that texts of a variant may name in braces; ``{seed}`` is its seed.
-PLACEHOLDERS = ('baseline_config', 'baseline_checkpoint', 'pruned_checkpoint')
+def _enter(
+    cfg: Config, entries: Options, run: Run, files: Mapping[str, str]
+) -> Mapping[str, Any]:
+    """Override entries of a config by those of a run, and its seed; return them.
 
-
-def filled(node: Any, run: Run, files: Mapping[str, str]) -> Any:
-    """Return nested options with what `PLACEHOLDERS` and ``{seed}`` stand for.
-
-    Examples:
-        >>> run = Run(Variant('random'), (), 2)
-        >>> filled(dict(seed='{seed}', hooks=['{pruned_checkpoint}', 3]), run,
-        ...        dict(pruned_checkpoint='a.pth'))
-        {'seed': 2, 'hooks': ['a.pth', 3]}
+    Raises:
+        ConfigError: If the entries name another seed.
     """
-    if isinstance(node, Mapping):
-        return {key: filled(value, run, files) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return type(node)(filled(value, run, files) for value in node)
-    if node == '{seed}':
-        return run.seed or 0
-    if isinstance(node, str):
-        for name, path in files.items():
-            node = node.replace(f'{{{name}}}', path)
-    return node
-
-
-def _seeded(cfg: Config, seed: int | None) -> Config:
-    if seed is not None:
-        override(cfg, {'randomness.seed': seed})
-    return cfg
+    before = cfg.get('randomness')
+    given = filled(entries, run, files)
+    override(cfg, given)
+    if run.seed is None:
+        return given
+    after = cfg.get('randomness')
+    if after != before and (after or {}).get('seed') != (before or {}).get('seed'):
+        raise ConfigError('randomness.seed', 'none in a variant', 'one', 'use seeds')
+    override(cfg, {'randomness.seed': run.seed})
+    return given
 
 
 def read_comparison(path: str, options: Sequence[str] = (), **given: Any) -> Comparison:
@@ -308,8 +235,13 @@ def read_comparison(path: str, options: Sequence[str] = (), **given: Any) -> Com
         got, remedy = f'none for {", ".join(missing)}', 'see docs/compare.md'
         raise ConfigError(path, f'with {", ".join(required)}', got, remedy)
     known = [f.name for f in fields(Variant)]
+    is_list = isinstance(entries['variants'], list | tuple)
+    check('variants', is_list, 'a list of dicts', entries['variants'])
+    is_dict = isinstance(entries.get('options', {}), Mapping)
+    check('options', is_dict, 'a dict by names', entries.get('options'))
     for number, variant in enumerate(entries['variants']):
-        check(f'variants[{number}]', 'name' in variant, 'a dict with a name', variant)
+        has_name = isinstance(variant, Mapping) and 'name' in variant
+        check(f'variants[{number}]', has_name, 'a dict with a name', variant)
         check_known(f'variant {variant["name"]!r}', variant, known)
     entries['variants'] = tuple(Variant(**v) for v in entries['variants'])
     entries['options'] = {**entries.get('options', {}), **parse_options(options)}
