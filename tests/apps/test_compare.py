@@ -119,6 +119,8 @@ def test_fine_tuning_gets_its_files_and_overrides():
     assert config.custom_hooks[1].checkpoint == 'b.pth'
     teacher = config.custom_hooks[0].teacher
     assert teacher == dict(config='b.py', weights='at b.pth')
+    # What is killed ends as if it had not been.
+    assert config.custom_hooks[2:] == [dict(type='ExactResumeHook')]
     (run,) = comparison_of().runs
     config = comparison_of().finetune_config(run, FILES)
     assert config.model.structure == config.load_from == 'p.pth'
@@ -130,6 +132,11 @@ def test_unpruned_variants_are_trained_from_scratch():
     config = comparison.train_config(comparison.runs[0], FILES)
     assert config.model.backbone.base_channels == 24
     assert config.load_from is None and config.randomness.seed == 4
+    assert config.custom_hooks == [dict(type='ExactResumeHook')]
+    hooks = [dict(type='ExactResumeHook', agree_interval=5)]
+    comparison = comparison_of(dict(name='x', train=dict(custom_hooks=hooks)))
+    config = comparison.train_config(comparison.runs[0], FILES)
+    assert config.custom_hooks == hooks
 
 
 HEAD = 'baseline, prune, finetune = {}\n'.format(', '.join(map(repr, DEMO)))

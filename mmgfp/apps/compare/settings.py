@@ -143,7 +143,7 @@ class Comparison:
 
     def baseline_config(self) -> Config:
         """Return the config that trains the original model."""
-        return load_config(self.baseline, dict(self.options))
+        return _resumable(load_config(self.baseline, dict(self.options)))
 
     def prune_config(self, run: Run, files: Mapping[str, str]) -> Config:
         """Return the config that prunes the original model."""
@@ -181,14 +181,14 @@ class Comparison:
         checkpoints = files['pruned_checkpoint'], files['baseline_checkpoint']
         start = parse_options(finetuning_start(cfg, *checkpoints))
         override(cfg, {k: v for k, v in start.items() if k not in entries})
-        return cfg
+        return _resumable(cfg)
 
     def train_config(self, run: Run, files: Mapping[str, str]) -> Config:
         """Return the config that trains an unpruned variant from scratch."""
         cfg = load_config(run.variant.config or self.baseline, dict(self.options))
         override(cfg, {'load_from': None})
         _enter(cfg, run.variant.train or {}, run, files)
-        return cfg
+        return _resumable(cfg)
 
 
 def _enter(
@@ -209,6 +209,14 @@ def _enter(
         raise ConfigError('randomness.seed', 'none in a variant', 'one', 'use seeds')
     override(cfg, {'randomness.seed': run.seed})
     return given
+
+
+def _resumable(cfg: Config) -> Config:
+    """Let a training that is interrupted end as if it had not been."""
+    hooks = cfg.get('custom_hooks') or []
+    if not any(is_named(hook.get('type'), 'ExactResumeHook') for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type='ExactResumeHook')]
+    return cfg
 
 
 def read_comparison(path: str, options: Sequence[str] = (), **given: Any) -> Comparison:
