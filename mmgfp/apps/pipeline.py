@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from mmgfp.apps.cli import REFUSAL, REFUSED, write_json
 from mmgfp.apps.processes import Processes, StageError
+from mmgfp.apps.tables import CHECKOUT, commit_of
 from mmgfp.apps.weight_files import digests_of
 
 #: Lines of a stage's output that are shown while it runs.
@@ -107,7 +108,8 @@ class Pipeline:
                 'once its cause is mended, the same command continues from here'
             )
         seconds = time.perf_counter() - began
-        write_json(done, {'command': command, 'weights': weights, 'seconds': seconds})
+        note = {'command': command, 'weights': weights, 'seconds': seconds}
+        write_json(done, {**note, 'commit': commit_of(CHECKOUT)})
 
     def train(self, stage: str, config: str, options: Sequence[str] = ()) -> Path:
         """Train, prune or fine-tune; return the stage's folder.
@@ -168,6 +170,15 @@ class Pipeline:
             stage: round(json.loads(path.read_text())['seconds'])
             for stage, path in notes.items()
         }
+
+    def commits(self) -> list[str]:
+        """Return mmgfp's commits that the stages were run with, where they are known.
+
+        What was interrupted counts by the run in which it finished.
+        """
+        paths = (self.work_dir / 'done' / f'{stage}.json' for stage in self.stages)
+        commits = [json.loads(path.read_text()).get('commit') for path in paths]
+        return list(dict.fromkeys(commit or 'unknown' for commit in commits))
 
     def _run_logged(self, command: Sequence[str], log: Path) -> tuple[int, str]:
         """Run a command, append its output to a log and show its progress.

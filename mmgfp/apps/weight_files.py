@@ -28,15 +28,17 @@ def digests_of(words: Sequence[str]) -> dict[str, str]:
             digests |= {key: digest_of_file(path) for key, path in named}
     for word in words:
         key, _, value = word.partition('=')
-        path = word if os.path.isfile(word) else value
+        key, path = (word, word) if os.path.isfile(word) else (key, value)
         # Others are configs, which their users may edit, and what tools write.
         if os.path.isfile(path) and Path(path).suffix not in ('.py', '.json', '.html'):
             digests[key] = digest_of_file(path)
     return digests
 
 
-def files_in(node: Any, key: str = '') -> Iterator[tuple[str, str]]:
-    """Yield the files of weights that a config names and that are there, by key.
+def files_in(
+    node: Any, key: str = '', suffixes: tuple[str, ...] = WEIGHTS
+) -> Iterator[tuple[str, str]]:
+    """Yield the files of some kind that a config names and that are there, by key.
 
     Examples:
         >>> [*files_in({'model': [{'init_cfg': 'nowhere.pth'}]})]
@@ -47,7 +49,7 @@ def files_in(node: Any, key: str = '') -> Iterator[tuple[str, str]]:
         entries = node.items()
     elif isinstance(node, list | tuple):
         entries = enumerate(node)
-    elif isinstance(node, str) and node.endswith(WEIGHTS) and os.path.isfile(node):
+    elif isinstance(node, str) and node.endswith(suffixes) and os.path.isfile(node):
         yield key, node
     for name, value in entries:
-        yield from files_in(value, f'{key}.{name}' if key else str(name))
+        yield from files_in(value, f'{key}.{name}' if key else str(name), suffixes)

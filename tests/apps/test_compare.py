@@ -19,11 +19,11 @@ from mmgfp.apps.cli import load_config
 from mmgfp.apps.compare import latency
 from mmgfp.apps.compare.report import settings_notes
 from mmgfp.apps.compare.results import comparison_cells, curves_of, summarize
-from mmgfp.apps.compare.runs import RunFailed, run_all
+from mmgfp.apps.compare.runs import run_all
 from mmgfp.apps.compare.settings import Comparison, read_comparison
 from mmgfp.apps.compare.variants import Variant
 from mmgfp.apps.plots import plot_curves, plot_losses
-from mmgfp.apps.processes import Processes
+from mmgfp.apps.processes import Processes, StageError
 from mmgfp.selection.costs import LayerProfile
 from mmgfp.utils.errors import ConfigError
 
@@ -366,20 +366,26 @@ def test_times_are_the_baselines_times_the_ratios_in_its_rounds(tmp_path, monkey
 
 
 def test_a_failure_has_its_reason_and_stops_no_other(capsys):
-    runs = comparison_of(targets=[dict(flops=x) for x in (0.5, 0.6, 0.7)]).runs
+    runs = comparison_of(targets=[dict(flops=x) for x in (0.5, 0.6, 0.7, 0.8)]).runs
 
     def execute(run):
         if run is runs[0]:
             raise OSError('disk full')
         if run is runs[1]:
-            raise RunFailed('no room')
+            raise StageError('no room')
         return {'of': run.name}
 
-    found, failures = run_all(runs, execute, 2, Processes(), lambda r: 'well')
+    def describe(result):
+        if result['of'] == runs[3].name:
+            raise ConfigError('metric', "the baseline's", 'another', 'name it')
+        return 'well'
+
+    found, failures = run_all(runs, execute, 2, Processes(), describe)
     assert found == [{'of': runs[2].name}]
     assert failures == {
         runs[0].name: 'OSError: disk full',
         runs[1].name: 'no room',
+        runs[3].name: "metric must be the baseline's (got another); name it",
     }
     assert f'{runs[2].name}: well' in capsys.readouterr().out
 

@@ -9,14 +9,17 @@ import torch
 from mmengine.config import Config
 from support.tooling import ROOT
 
+from mmgfp.apps import pipeline
 from mmgfp.apps.compare import runs
+from mmgfp.apps.compare.kept_configs import write_config
 from mmgfp.apps.compare.report import settings_notes
 from mmgfp.apps.compare.results import spread_of, summarize
-from mmgfp.apps.compare.runs import RunExecutor, RunFailed, write_config
+from mmgfp.apps.compare.runs import RunExecutor
 from mmgfp.apps.compare.settings import Comparison
 from mmgfp.apps.compare.variants import Variant
 from mmgfp.apps.pipeline import Pipeline
 from mmgfp.apps.processes import Processes, StageError
+from mmgfp.selection.targets import parse_targets
 
 #: As small as configs can be, as reading and writing them takes most of the time.
 CONFIGS = dict(
@@ -42,7 +45,7 @@ class Tools:
 
     Attributes:
         ran: The stages that were really run, as ``<tool> <folder>``.
-        reached: The label of what pruning reaches, instead of its last target.
+        reached: The labels of what pruning reaches; by default all targets.
         kill: The tool that is killed when it has written its files.
     """
 
@@ -65,10 +68,13 @@ class Tools:
         worth = number_of(cfg.pretty_text.replace(str(folder.parents[4]), ''), start)
         name = 'iter_9.pth'
         if Path(config).stem == 'prune':
-            targets = cfg.custom_hooks[0].target
-            last = targets if isinstance(targets, dict) else targets[-1]
-            label = self.reached or f'flops{last["flops"] * 100:.0f}'
-            name = f'prune_{label}.pth'
+            reached = self.reached or [
+                t.label for t in parse_targets(cfg.custom_hooks[0].target)
+            ]
+            for number, label in enumerate(reached):
+                name = f'prune_{label}.pth'
+                meta = dict(iter=number)
+                torch.save(dict(worth=worth + number, meta=meta), folder / name)
         torch.save(dict(worth=worth, meta=dict(iter=9)), folder / name)
         (folder / 'last_checkpoint').write_text(str(folder / name))
 
@@ -123,7 +129,7 @@ def execute(work_dir, original, *variants, **fields):
     for each in comparison.runs:
         try:
             found[each.name] = run(each)
-        except (RunFailed, StageError) as error:
+        except StageError as error:
             found[each.name] = str(error)
     return found
 
@@ -163,6 +169,7 @@ def test_the_folder_may_be_spelled_otherwise(tools, original, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert execute(Path('w'), original, M) == first
     assert execute(Path('../') / tmp_path.name / 'w', original, M) == first
+    assert execute(Path('w'), Path(original.name), M) == first
     assert not tools.ran
 
 
@@ -171,12 +178,9 @@ def test_what_was_pruned_anew_is_fine_tuned_anew(tools, original, tmp_path):
     execute(work, original, M)
     other = dict(M, pruning=dict(normalize='none'))
     failed = execute(work, original, other)['M, flops=0.7, seed 0']
-    pruned = work / 'pruned/M/flops70/seed0'
-    assert f'delete {pruned} to make it anew' in failed
-    remove(pruned)
-    failed = execute(work, original, other)['M, flops=0.7, seed 0']
-    assert 'with others: load_from' in failed  # and not the result of before
-    remove(work / 'runs/M')
+    run = work / 'runs/M/flops70/seed0'
+    assert f'delete {run} to make it anew' in failed  # and not the result of before
+    remove(run)
     result = execute(work, original, other)['M, flops=0.7, seed 0']
     assert result == execute(work, original, other)['M, flops=0.7, seed 0']
     assert top1(result) != top1(execute(tmp_path / 'v', original, M).popitem()[1])
@@ -208,11 +212,69 @@ def test_a_killed_test_counts_for_nothing(tools, original, tmp_path):
 
 
 def test_an_earlier_target_is_not_taken_for_the_last(tools, original, tmp_path):
-    tools.reached = 'flops90'
-    stations = [[dict(flops=0.9), dict(flops=0.7)]]
+    tools.reached = ['flops90']
+    stations = [[dict(flops=0.9), dict(flops=0.7)]]  # and 70 % is missed
     found = execute(tmp_path, original, M, targets=stations)
     failed = found['M, flops=0.9, then flops=0.7, seed 0']
-    assert 'a checkpoint of the last target, flops70 (got prune_flops90.pth' in failed
+    assert 'of the reached target flops70 (got prune_flops90.pth as' in failed
+
+
+def test_several_targets_may_be_reached_in_any_order(tools, original, tmp_path):
+    tools.reached = ['flops50', 'memory50']
+    both = [[dict(memory=0.5), dict(flops=0.5)]]
+    found = execute(tmp_path, original, M, targets=both)
+    pruned = found['M, memory=0.5, then flops=0.5, seed 0']['pruned']
+    assert pruned.endswith('prune_memory50.pth')  # the last one fulfils both
+
+
+def test_two_prunings_never_share_a_folder(tools, original, tmp_path):
+    """One that left nothing, and another that is named like it now, side by side."""
+    execute(tmp_path, original, M)
+    remove(tmp_path / 'pruned/M/flops70/seed0/prune')
+    (tmp_path / 'pruned/M/flops70/seed0/done/prune.json').unlink()
+    remove(tmp_path / 'runs')
+    new = dict(name='M', pruning=dict(normalize='none'))
+    found = execute(tmp_path, original, new, dict(M, name='old'))
+    one, two = (found[f'{name}, flops=0.7, seed 0'] for name in ('M', 'old'))
+    assert top1(one) != top1(two) and one['pruned'] != two['pruned']
+    found = execute(tmp_path, original, dict(new, name='other'), M)
+    assert found['other, flops=0.7, seed 0']['pruned'] == one['pruned']
+    assert 'delete' in found['M, flops=0.7, seed 0']
+
+
+def test_files_that_the_hook_reads_count_like_settings(tools, original, tmp_path):
+    ratios = tmp_path / 'ratios.json'
+    ratios.write_text('{"ratios": {"a": 0.5}}')
+    variant = dict(name='M', pruning=dict(scope='local', ratios=str(ratios)))
+    execute(tmp_path / 'w', original, variant)
+    ratios.write_text('{"ratios": {"a": 0.25}}')
+    found = execute(tmp_path / 'w', original, variant, seeds=[0, 1])
+    assert 'delete' in found['M, flops=0.7, seed 0']
+    assert top1(found['M, flops=0.7, seed 1'])
+
+
+def test_results_say_which_code_made_them(tools, original, tmp_path, monkeypatch):
+    for commit in ('a1', 'b2'):
+        monkeypatch.setattr(pipeline, 'commit_of', lambda folder, c=commit: c)
+        variants = [M] if commit == 'a1' else [M, LONG]
+        found = execute(tmp_path, original, *variants)
+    commits = {name.partition(',')[0]: r['commits'] for name, r in found.items()}
+    # The second fine-tuning starts from what the first commit has pruned.
+    assert commits == {'baseline': ['a1'], 'M': ['a1'], 'long': ['a1', 'b2']}
+
+
+def test_a_deleted_note_has_its_stage_run_anew(tools, original, tmp_path):
+    found = execute(tmp_path, original, M)
+    tools.ran.clear()
+    run = tmp_path / 'runs/M/flops70/seed0'
+    (run / 'done/test.json').unlink()
+    assert execute(tmp_path, original, M) == found
+    assert tools.ran == ['test seed0']
+    remove(run / 'done')
+    remove(run / 'finetune')
+    other = dict(M, finetune={'train_cfg.max_epochs': 3})
+    failed = execute(tmp_path, original, other)['M, flops=0.7, seed 0']
+    assert f'delete {run} to make it anew' in failed
 
 
 def test_a_stage_that_never_began_may_begin_otherwise(tmp_path):
@@ -222,7 +284,7 @@ def test_a_stage_that_never_began_may_begin_otherwise(tmp_path):
         assert Config.fromfile(path).a == number
     (path.parent / 'finetune').mkdir()
     (path.parent / 'finetune/epoch_1.pth').touch()
-    with pytest.raises(RunFailed, match=f'delete {path.parent} to make it anew'):
+    with pytest.raises(StageError, match=f'delete {path.parent} to make it anew'):
         write_config('a = 3', path)
     assert write_config('a = 2', path) == str(path)
 

@@ -18,6 +18,7 @@ from mmgfp.apps.compare.results import (
     curves_of,
     summarize,
     values_by_seed,
+    without_nan,
 )
 from mmgfp.apps.compare.runs import Result, RunExecutor, run_all
 from mmgfp.apps.compare.settings import Comparison
@@ -27,6 +28,7 @@ from mmgfp.apps.processes import working_alone
 from mmgfp.apps.tables import machine_facts, markdown, print_table
 from mmgfp.report.quantities import main_metric
 from mmgfp.utils.io import atomic_write
+from mmgfp.utils.validation import check
 
 
 def compare(
@@ -54,12 +56,15 @@ def compare(
     with working_alone(work_dir, threads) as processes:
         execute = RunExecutor(comparison, tools, work_dir, processes)
 
+        baseline = execute.baseline()
+        metric, value = main_metric(baseline['metrics'], comparison.metric)
+        print(f'baseline: {metric} {value:.2f}', flush=True)
+
         def describe(result: Result) -> str:
             name, value = main_metric(result['metrics'], comparison.metric)
+            check('metric', name == metric, f"the baseline's, {metric}", name)
             return f'{name} {value:.2f}'
 
-        baseline = execute.baseline()
-        print(f'baseline: {describe(baseline)}', flush=True)
         runs = comparison.runs
         found, failures = run_all(runs, execute, jobs, processes, describe)
         results = [{**baseline, 'run': 'baseline'}, *found]
@@ -116,7 +121,7 @@ def write_report(
     text = markdown(cells, facts)
     report = {'rows': rows, 'runs': list(results), 'failures': dict(failures)}
     report['latency'] = latency.get('rows', [])
-    write_json(work_dir / 'results.json', {**report, **facts})
+    write_json(work_dir / 'results.json', without_nan({**report, **facts}))
     atomic_write(work_dir / 'results.md', lambda tmp: tmp.write_text(text))
     metric = rows[0]['metric']['name']
     plot_curves(curves_of(rows), metric, work_dir / 'curves.svg')

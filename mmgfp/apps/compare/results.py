@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite, nan
+from math import isfinite, isnan, nan
 from statistics import mean, stdev
 from typing import Any
 
@@ -172,12 +172,25 @@ def commits_of(results: Sequence[Mapping[str, Any]]) -> str | None:
     """Return the commits of mmgfp that results come from; None where none is known.
 
     Examples:
-        >>> commits_of([dict(commit='a1b2c3d'), dict(commit='a1b2c3d'), dict()])
-        'a1b2c3d, unknown'
+        >>> commits_of([dict(commits=['a1', 'unknown']), dict(commits=['a1', 'b2'])])
+        'a1, unknown, b2'
     """
-    commits = dict.fromkeys(result.get('commit') for result in results)
-    names = [commit or 'unknown' for commit in commits]
-    return ', '.join(names) if any(commits) else None
+    commits = list(dict.fromkeys(c for result in results for c in result['commits']))
+    return None if commits == ['unknown'] else ', '.join(commits)
+
+
+def without_nan(node: Any) -> Any:
+    """Return nested data with None for NaN, which JSON does not know.
+
+    Examples:
+        >>> without_nan([dict(mean=nan, values=(1.5, nan))])
+        [{'mean': None, 'values': [1.5, None]}]
+    """
+    if isinstance(node, Mapping):
+        return {key: without_nan(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [without_nan(value) for value in node]
+    return None if isinstance(node, float) and isnan(node) else node
 
 
 def curves_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -12,28 +11,18 @@ from typing import Any
 
 from mmgfp.apps.analysis import costs_of
 from mmgfp.apps.cli import load_config, write_json
+from mmgfp.apps.compare.kept_configs import write_config
+from mmgfp.apps.compare.prunings import SharedPrunings
 from mmgfp.apps.compare.settings import Comparison
 from mmgfp.apps.compare.variants import Run
 from mmgfp.apps.comparison import build
-from mmgfp.apps.pipeline import Candidate, Pipeline, has_begun
+from mmgfp.apps.pipeline import Candidate, Pipeline
 from mmgfp.apps.processes import Processes
-from mmgfp.apps.stages import (
-    deploy,
-    find_hook,
-    last_checkpoint,
-    original,
-    pruned_checkpoint,
-)
-from mmgfp.apps.tables import CHECKOUT, commit_of
+from mmgfp.apps.stages import deploy, find_hook, last_checkpoint, original
 from mmgfp.apps.weight_files import digests_of
 from mmgfp.utils.errors import MMGFPError
-from mmgfp.utils.io import atomic_write
 
 Result = dict[str, Any]
-
-
-class RunFailed(MMGFPError):
-    """A run has no result."""
 
 
 class RunExecutor:
@@ -60,7 +49,7 @@ class RunExecutor:
         _, hook = find_hook(load_config(comparison.prune, dict(comparison.options)))
         self.shape = tuple(hook['input_shape'])
         self._building = threading.Lock()  # registries of models are not thread-safe
-        self._pruning: dict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._pruned = SharedPrunings(self.work_dir / 'pruned', self._pipeline)
         self._baseline: Candidate | None = None
 
     def baseline(self) -> Result:
@@ -73,9 +62,14 @@ class RunExecutor:
         pipeline = self._pipeline(folder, 'baseline')
         text = self.comparison.baseline_config().pretty_text
         config = write_config(text, folder / 'baseline.py')
-        self._baseline = original(pipeline, config, self.comparison.checkpoint)
-        facts = {'variant': 'baseline'}
+        checkpoint = self.comparison.checkpoint
+        if checkpoint is not None and '://' not in checkpoint:
+            checkpoint = str(Path(checkpoint).resolve())
+        self._baseline = original(pipeline, config, checkpoint)
         made_with = self._made_with(config, self._baseline.checkpoint)
+        if (saved := self._saved(folder, made_with)) is not None:
+            return saved
+        facts = {'variant': 'baseline'}
         return self._measured(pipeline, self._baseline, facts, made_with)
 
     def __call__(self, run: Run) -> Result:
@@ -89,7 +83,8 @@ class RunExecutor:
         folder = self.work_dir / 'runs' / run.folder
         pipeline = self._pipeline(folder, run.name)
         if run.variant.is_pruned:
-            facts |= self._pruned(run)
+            cfg = self.comparison.prune_config(run, self._files)
+            facts |= self._pruned(run, cfg)
             files = {**self._files, 'pruned_checkpoint': facts['pruned']}
             cfg = self.comparison.finetune_config(run, files)
             config = write_config(cfg.pretty_text, folder / 'finetune.py')
@@ -98,7 +93,7 @@ class RunExecutor:
             config = write_config(cfg.pretty_text, folder / 'train.py')
         made_with = self._made_with(config)
         if (saved := self._saved(folder, made_with)) is not None:
-            return {**saved, **facts}
+            return {**saved, **facts, 'commits': saved['commits']}
         stage = Path(config).stem
         checkpoint = last_checkpoint(pipeline.train(stage, config))
         candidate = Candidate(run.name, config, checkpoint)
@@ -116,32 +111,6 @@ class RunExecutor:
     def _pipeline(self, folder: Path, label: str) -> Pipeline:
         return Pipeline(self.tools, folder, label=label, processes=self.processes)
 
-    def _pruned(self, run: Run) -> Result:
-        """Prune the original model, or take what a run with the same pruning has."""
-        text = self.comparison.prune_config(run, self._files).pretty_text
-        with self._pruning[text]:
-            folder = self._folder_of_pruning(run, text)
-            pipeline = self._pipeline(folder, run.name)
-            config = write_config(text, folder / 'prune.py')
-            checkpoint = pruned_checkpoint(pipeline.train('prune', config), config)
-            label = run.targets[-1].label
-            if not Path(checkpoint).stem.endswith(f'_{label}'):
-                raise RunFailed(
-                    f'{folder / "prune"}',
-                    f'a checkpoint of the last target, {label}',
-                    f'{Path(checkpoint).name} as the last one',
-                    f'raise max_iters or units_per_step, and delete {folder}',
-                )
-            return {'pruned': checkpoint, 'prune_seconds': pipeline.seconds()['prune']}
-
-    def _folder_of_pruning(self, run: Run, text: str) -> Path:
-        """Return where a config has pruned, under whichever variant's name."""
-        of_variants = self.work_dir / 'pruned'
-        _, *below = run.folder.parts
-        found = sorted(of_variants.glob('/'.join(['*', *below, 'prune.py'])))
-        same = (path.parent for path in found if path.read_text() == text)
-        return next(same, of_variants / run.folder)
-
     def _made_with(self, *files: str) -> Result:
         """Return what a result depends on beside the texts of its configs.
 
@@ -155,7 +124,10 @@ class RunExecutor:
     def _saved(self, folder: Path, made_with: Result) -> Result | None:
         path = folder / 'result.json'
         saved = json.loads(path.read_text()) if path.is_file() else {}
-        return saved if saved.get('made_with') == made_with else None
+        done = [folder / 'done' / f'{stage}.json' for stage in saved.get('stages', ())]
+        # Whoever wants a stage to run anew deletes its note.
+        is_whole = bool(done) and all(map(Path.is_file, done))
+        return saved if is_whole and saved.get('made_with') == made_with else None
 
     def _measured(
         self,
@@ -167,7 +139,6 @@ class RunExecutor:
         """Test a model and count its costs; write all that is known of it, whole."""
         result = {**facts, 'config': candidate.config}
         result |= {'checkpoint': candidate.checkpoint, 'made_with': made_with}
-        result['commit'] = commit_of(CHECKOUT)
         result['metrics'] = pipeline.test(candidate, 'test')
         result['also'] = {
             name: pipeline.test(candidate, f'test_{number}', options)
@@ -177,31 +148,11 @@ class RunExecutor:
             model, calls = build(candidate, ())
             result['costs'] = costs_of(model, calls.profile(model, self.shape))
         result['seconds'] = pipeline.seconds()
+        result['stages'] = pipeline.stages
+        commits = [*facts.get('commits', ()), *pipeline.commits()]
+        result['commits'] = list(dict.fromkeys(commits))
         write_json(pipeline.work_dir / 'result.json', result)
         return result
-
-
-def write_config(text: str, path: Path) -> str:
-    """Write the whole config of a stage, or see that it is the one that was there.
-
-    Returns:
-        The path.
-
-    Raises:
-        RunFailed: If there was another one.
-    """
-    stages = [path.stem, *(done.stem for done in path.parent.glob('done/*.json'))]
-    if not any(has_begun(path.parent, stage) for stage in stages):
-        # What was refused, or killed before its first checkpoint, may begin otherwise.
-        atomic_write(path, lambda tmp: tmp.write_text(text))
-    elif not path.is_file() or path.read_text() != text:
-        raise RunFailed(
-            str(path),
-            'the config that this comparison makes',
-            'the one of other settings',
-            f'delete {path.parent} to make it anew, or name another --work-dir',
-        )
-    return str(path)
 
 
 def run_all(
@@ -232,8 +183,9 @@ def run_all(
             for number, future in enumerate(as_completed(futures), 1):
                 run = futures[future]
                 try:
-                    results[run.name] = future.result()
-                    outcome = describe(results[run.name])
+                    result = future.result()
+                    outcome = describe(result)
+                    results[run.name] = result
                 except Exception as error:  # tools, libraries and disks raise many
                     failures[run.name] = outcome = _reason(error)
                 print(f'{number} of {len(runs)}: {run.name}: {outcome}', flush=True)

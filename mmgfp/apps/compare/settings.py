@@ -55,7 +55,7 @@ class Comparison:
     finetune: str
     variants: tuple[Variant, ...]
     targets: Sequence[Any] | None = None
-    seeds: Sequence[int | None] | None = None
+    seeds: Sequence[int] | None = None
     checkpoint: str | None = None
     metric: str | None = None
     also: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -73,12 +73,15 @@ class Comparison:
             is_list = isinstance(value, list | tuple) and bool(value)
             is_none = value is None and name != 'batches'
             check(name, is_list or is_none, 'a list of at least one', value)
-        if self.seeds not in (None, [None], (None,)):
-            for seed in self.seeds or ():
-                check_count('seeds', seed, 'whole numbers from 0 on', 0)
+        for seed in self.seeds or ():
+            check_count('seeds', seed, 'whole numbers from 0 on', 0)
         for batch in self.batches:
             check_count('batches', batch)
         check_count('latency_rounds', self.latency_rounds, 'a count, or 0', 0)
+        is_path = self.checkpoint is None or isinstance(self.checkpoint, str)
+        check('checkpoint', is_path, 'the path of a file', self.checkpoint)
+        if self.seeds and 'randomness.seed' in self.options:
+            raise ConfigError('options', 'no seed beside seeds', 'one', 'use seeds')
         for name in ('also', 'options'):
             value = getattr(self, name)
             check(name, is_by_names(value), 'a dict by names', value)
@@ -95,9 +98,10 @@ class Comparison:
     @cached_property
     def runs(self) -> list[Run]:
         """All runs; all variants come before the second seed."""
+        seeds: Sequence[int | None] = self.seeds or [None]
         return [
             Run(variant, targets, seed)
-            for seed in self.seeds or [None]
+            for seed in seeds
             for variant in self.variants
             for targets in self._targets_of(variant)
         ]
@@ -153,7 +157,8 @@ class Comparison:
         _enter(cfg, run.variant.prune, run, files)
         index, hook = find_hook(cfg)
         settings = filled(run.variant.pruning, run, files)
-        if 'target' in settings or hook.get('target') != asked:
+        named = {name.partition('.')[0] for name in settings}
+        if 'target' in named or hook.get('target') not in (None, asked):
             remedy = "name it in the comparison's or the variant's targets"
             raise ConfigError('pruning', 'settings beside the target', 'one', remedy)
         if 'criterion' in settings and is_named(hook['type'], 'FisherPruningHook'):
@@ -177,6 +182,7 @@ class Comparison:
             files: The files of the run by their names in `PLACEHOLDERS`.
         """
         cfg = load_config(self.finetune, dict(self.options))
+        check(f'{self.finetune}: model', 'model' in cfg, 'the pruned model', None)
         entries = _enter(cfg, run.variant.finetune, run, files)
         checkpoints = files['pruned_checkpoint'], files['baseline_checkpoint']
         start = parse_options(finetuning_start(cfg, *checkpoints))
@@ -199,13 +205,14 @@ def _enter(
     Raises:
         ConfigError: If the entries name another seed.
     """
-    before = cfg.get('randomness')
+    before = dict(cfg.get('randomness') or {})
     given = filled(entries, run, files)
     override(cfg, given)
     if run.seed is None:
         return given
-    after = cfg.get('randomness')
-    if after != before and (after or {}).get('seed') != (before or {}).get('seed'):
+    after = cfg.get('randomness', {})
+    check('randomness', isinstance(after, Mapping), 'a dict', after)
+    if after.get('seed') != before.get('seed'):
         raise ConfigError('randomness.seed', 'none in a variant', 'one', 'use seeds')
     override(cfg, {'randomness.seed': run.seed})
     return given
@@ -214,7 +221,11 @@ def _enter(
 def _resumable(cfg: Config) -> Config:
     """Let a training that is interrupted end as if it had not been."""
     hooks = cfg.get('custom_hooks') or []
-    if not any(is_named(hook.get('type'), 'ExactResumeHook') for hook in hooks):
+    are_dicts = all(isinstance(hook, Mapping) for hook in hooks)
+    check('custom_hooks', are_dicts, 'a list of dicts', hooks)
+    kinds = [hook.get('type') for hook in hooks]
+    names = [kind if isinstance(kind, str) else kind.__name__ for kind in kinds if kind]
+    if not any(is_named(name, 'ExactResumeHook') for name in names):
         cfg.custom_hooks = [*hooks, dict(type='ExactResumeHook')]
     return cfg
 

@@ -14,7 +14,8 @@ from mmgfp.utils.validation import check
 
 Options = Mapping[str, Any]
 
-#: Files of a run that texts of a variant may name in braces; ``{seed}`` is its seed.
+#: Files of a run that texts of a variant may name in braces; ``{seed}`` is its seed,
+#: or 0 where the comparison names none.
 PLACEHOLDERS = ('baseline_config', 'baseline_checkpoint', 'pruned_checkpoint')
 
 
@@ -59,7 +60,7 @@ class Variant:
         config: The config to train it by; the baseline's by default.
         targets: Targets of this variant; those of the comparison by default.
 
-    The texts of all these entries may name `PLACEHOLDERS` in braces.
+    Texts in the dicts may name `PLACEHOLDERS` in braces.
     """
 
     name: str
