@@ -326,8 +326,9 @@ def test_the_example_needs_no_torch(preprocess, trained, tmp_path):
     ],
 )
 def test_the_example_says_in_one_line_what_is_missing(block, args, words, tmp_path):
-    code = BLOCKED.replace('SCRIPT', repr(str(ROOT / 'examples/detect_onnx.py')))
-    command = [sys.executable, '-I', '-c', code.replace('mmgfp', f'mmgfp {block}')]
+    code = BLOCKED.replace('mmgfp', f'mmgfp {block}')  # before paths that may hold it
+    code = code.replace('SCRIPT', repr(str(ROOT / 'examples/detect_onnx.py')))
+    command = [sys.executable, '-I', '-c', code]
     done = subprocess.run([*command, *args], capture_output=True, text=True)
     assert done.returncode in (1, 2)
     assert re.search(words, done.stderr.splitlines()[-1])
