@@ -410,8 +410,10 @@ def start(folder, work, *flags):
     tool = [sys.executable, '-W', 'ignore', str(ROOT / 'tools/compare.py')]
     command = [*tool, 'compare.py', '--work-dir', str(work), *flags]
     log = (folder / 'log.txt').open('a')
+    # With -j each tool has one thread; sums over two would differ in the last bit.
+    env = os.environ | {'OMP_NUM_THREADS': '1'}
     return subprocess.Popen(
-        command, cwd=folder, stdout=log, stderr=log, start_new_session=True
+        command, cwd=folder, stdout=log, stderr=log, env=env, start_new_session=True
     )
 
 

@@ -43,10 +43,10 @@ def measure_all(
         whole round cancels out; and ``notes`` on models that could not be timed.
     """
     asked: dict[str, Any] = {'models': dict(models), 'input_shape': list(shape)}
-    asked['weights'] = digests_of([s.rpartition(':')[2] for s in models.values()])
     asked |= {'batches': list(batches), 'rounds': rounds, 'threads': 1}
     if not rounds:
         return {**asked, 'times': {}, 'notes': []}
+    asked['weights'] = digests_of([s.rpartition(':')[2] for s in models.values()])
     saved = json.loads(path.read_text()) if path.is_file() else {}
     if all(saved.get(key) == value for key, value in asked.items()):
         return saved

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,10 @@ class SharedPrunings:
         for path in sorted(self.folder.glob('/'.join(['*', *below, 'prune.py']))):
             if path.read_text() == text and has_begun(path.parent, 'prune'):
                 return path.parent
-        for number in count(1):
-            first = name if number == 1 else f'{name}_{number}'
-            folder = self.folder.joinpath(first, *below)
-            is_free = not has_begun(folder, 'prune')
-            if is_free and self._chosen.setdefault(folder, text) == text:
-                return folder
-        raise AssertionError('there is always another number')
+        names = chain([name], (f'{name}_{number}' for number in count(2)))
+        folders = (self.folder.joinpath(name, *below) for name in names)
+        free = (folder for folder in folders if not has_begun(folder, 'prune'))
+        return next(f for f in free if self._chosen.setdefault(f, text) == text)
 
 
 def text_of(cfg: Config) -> str:
